@@ -55,8 +55,10 @@ CASES = [
     ("Q003", "account main set grptres=node=1", "nodes=2", "AssocGrpNodeLimit"),
     ("R004", "", "reservation=cours", REFUSES),
     ("R005", "reservation 60", "reservation=ours nodes=2", REFUSES),
+    ("R005", "reservation 60 corecnt=2", "reservation=ours cpus_per_task=4", "PENDING"),
     ("L001", "", "licenses=lustre:1", REFUSES),
     ("V001", "maintenance 5", "nodes=1", "ReqNodeNotAvail"),
+    ("V001", "reservation 5 flags=magnetic", "nodes=1", "RUNNING"),  # and it is killed when the reservation ends
 ]
 UNDO = {
     "partition": "scontrol update partition=batch maxnodes=UNLIMITED maxcpuspernode=UNLIMITED state=UP allowqos=ALL "
@@ -95,13 +97,13 @@ def changed(slurm, update):
     """Change the cluster for a while: a partition, a node, a QOS, an account, or a reservation in so many minutes."""
     kind = re.split("[= ]", update)[0]
     if kind in ("reservation", "maintenance"):
-        minutes = int(update.split()[1])
-        upkeep = datetime.now() + timedelta(minutes=minutes)
+        minutes, *more = update.split()[1:]
+        upkeep = datetime.now() + timedelta(minutes=int(minutes))
         said = ["starttime=now", f"duration={minutes}", f"users={user_name()}"]
         if kind == "maintenance":
             said = [f"starttime={upkeep:%Y-%m-%dT%H:%M:%S}", "duration=60", "users=root", "flags=maint"]
         nodes = "n1" if kind == "reservation" else "n1,n2"
-        slurm.run(["scontrol", "create", "reservation", "reservationname=ours", f"nodes={nodes}", *said])
+        slurm.run(["scontrol", "create", "reservation", "reservationname=ours", f"nodes={nodes}", *said, *more])
     elif update:
         program = ["sacctmgr", "-i", "modify"] if kind in ("qos", "account") else ["scontrol", "update"]
         slurm.run([*program, *update.split()])
@@ -188,11 +190,19 @@ def test_a_preempted_job_that_the_profile_would_requeue_is_lost(plan, slurm, mon
 
 
 @pytest.mark.soak
-def test_a_job_that_outlasts_its_reservation_is_killed_at_its_end(plan, slurm, monkeypatch, tmp_path):
-    """Not when its time limit, and the signal before it, are near: what it did since its last checkpoint is lost."""
-    with changed(slurm, "reservation 1"):
-        found, job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, "reservation=ours")
-        assert "when Slurm kills its jobs; " in found["R005"]
+@pytest.mark.parametrize(
+    "check, flags, asked", [("R005", "", "reservation=ours"), ("V001", "flags=magnetic", "nodes=1")]
+)
+def test_a_job_that_outlasts_its_reservation_is_killed_at_its_end(
+    plan, slurm, monkeypatch, tmp_path, check, flags, asked
+):
+    """Not when its time limit, and the signal before it, are near: what it did since its last checkpoint is lost.
+
+    A reservation that is MAGNETIC takes jobs in that do not name it.
+    """
+    with changed(slurm, f"reservation 1 {flags}"):
+        found, job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, asked)
+        assert "when Slurm kills " in found[check]
         wait_until(lambda: state_of(slurm, job).startswith("RUNNING"), "its start", 30)
         wait_until(lambda: not state_of(slurm, job).startswith("RUNNING"), "its end", 150)
         assert slurm.job(job)["TimeLimit"] == "00:10:00"
