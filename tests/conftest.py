@@ -1,11 +1,18 @@
 """Settings of every test: long trials only on request, no warnings that nobody here can act on; tables at the end."""
 
+import os
+import sys
+
 import pytest
 
 from tests.inputs import ORIGINS, Inputs
 
 TABLES = pytest.StashKey[list[str]]()  # lines that tests want printed; left by a session's end
 _SENT = "tables"
+
+# Python keeps what it compiles, whatever the shell around says: else each process of each test compiles all our modules.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session", params=ORIGINS)
