@@ -10,7 +10,7 @@ from tests.inputs import ORIGINS, Inputs
 TABLES = pytest.StashKey[list[str]]()  # lines that tests want printed; left by a session's end
 _SENT = "tables"
 
-# Python keeps what it compiles, whatever the shell around says: else each process of each test compiles all our modules.
+# Python keeps what it compiles, whatever the shell around says: else each process of a test compiles all our modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
