@@ -218,6 +218,24 @@ def test_a_folder_of_logs_that_cannot_be_made_is_a_job_without_a_word(plan, slur
     assert slurm.job(job)["ExitCode"] == "0:53"
 
 
+def test_a_run_that_slurm_does_not_find_again_is_a_job_without_a_word(plan, slurm, tmp_path):
+    """It reads "%j" in a name as the id of the job, and drops a backslash."""
+    for name in ("50%j", "lo\\st"):
+        (tmp_path / name).mkdir()
+        job = slurm.sbatch([f"--output={tmp_path / name}/log", "--wrap=true"])
+        wait_until(lambda job=job: slurm.job(job)["JobState"] == "FAILED", "its end", 60)
+        assert slurm.job(job)["ExitCode"] == "0:53" and not list((tmp_path / name).iterdir())
+        with pytest.raises(UserMistake) as refused:
+            make_plan(load_pipeline(tmp_path / "one.yaml", []), RunFolder(tmp_path / name), find_cluster("slurm"))
+        assert [problem.check for problem in refused.value.problems] == ["F003"]
+
+
+def test_an_array_longer_than_slurms_is_refused_by_sbatch(slurm):
+    """`verify` asks for it (tests/slurm/test_verify.py), and a plan shares the elements of longer ones out ("P004")."""
+    with pytest.raises(SlurmError, match="Invalid job array specification"):
+        slurm.sbatch(["--array=0-4001", "--output=/dev/null", "--wrap=true"])
+
+
 def test_a_disk_without_room_for_the_checkpoints_is_refused_until_it_is_waived(plan, monkeypatch, tmp_path):
     monkeypatch.setattr(PhaseKind, "costs", lambda self, config, placement: {"bytes": 2.0**60, "seconds": 7200.0})
     line = refused(plan)["D001"]
@@ -247,8 +265,10 @@ def test_refusals_and_unknown_ids_are_not_waived_and_all_is_told_at_once(plan):
 
 def test_every_check_is_broken_somewhere():
     """What is refused by pipeline or profile alone needs no cluster: tests of it are elsewhere."""
-    files = ("launchers/test_preflight.py", "launchers/test_plan_verb.py", "launchers/test_submit_limit.py",
+    files = ("launchers/test_preflight.py", "launchers/test_submit_limit.py", "launchers/test_plan_verb.py",
              "launchers/test_profile_verbs.py", "launchers/test_containers.py", "launchers/test_plan.py",
              "slurm/test_verify.py")  # fmt: skip
     texts = [(ROOT / "tests" / name).read_text() for name in files]
     assert [check for check in CHECKS if not any(f'"{check}"' in text or f"[{check}]" in text for text in texts)] == []
+    on_slurm = "".join(texts[:2])
+    assert [check for check in CHECKS if not CHECKS[check].beyond_slurm and f'"{check}"' not in on_slurm] == []
