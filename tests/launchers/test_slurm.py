@@ -29,6 +29,8 @@ def test_a_run_on_slurm_seals_the_same_as_a_local_run(toy, tmp_path):
     assert "2 nodes × 2 ranks" in afterok("plan", pipeline, *two_ranks, "--run", run, env=env).stdout
     afterok("run", pipeline, "cluster=local", "--run", tmp_path / "local")
     assert seal_digests(run) == seal_digests(tmp_path / "local") and len(seal_digests(run)) == 3
+    array = Ledger(run / "ledger.jsonl").jobs()[0].job
+    assert phase_status(run, "numbers", env=env)["job"] in {f"{array}_{index}" for index in range(3)}
     before = len(Ledger(run / "ledger.jsonl").jobs())
     assert "nothing to submit" in afterok("run", pipeline, *two_ranks, "--run", run, env=env).stdout
     assert len(Ledger(run / "ledger.jsonl").jobs()) == before
