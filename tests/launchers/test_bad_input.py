@@ -45,7 +45,7 @@ BAD = {  # phase: (the malformed line, what is said of it)
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """A run whose phases each read other rows: (its folder, that of the rows, the finished command, {phase: status})."""
+    """A run whose phases each read other rows: (its folder, that of the rows, the command, {phase: status})."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "no_tokenizer").mkdir()
     rows = {name: b"\n".join([*LINES[:4], bad, *LINES[4:]]) + b"\n" for name, (bad, _) in BAD.items()}
