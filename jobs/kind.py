@@ -20,7 +20,8 @@ check(config, placement) -> [Problem]   what else can be refused before anything
 datasets(config) -> [spec]     the datasets of the hub that it reads from the local cache (records/hub.py); plan
                                says which are not there
 forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
-costs(config, placement) -> facts       what is known of "seconds", and of "bytes" of checkpoints at the least
+costs(config, placement) -> facts       what is known of "seconds" of one element, and of the "bytes" that it leaves,
+                               at the least: checkpoints, weights (megatron_ext/preflight/costs.py)
 remarks(config, placement) -> [text]    what `plan` and `submit` say of the phase, such as what a recipe came to
 parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
@@ -102,7 +103,7 @@ class PhaseKind:
         return forecast(declared.legal(config), placement) if forecast else {}
 
     def costs(self, config: Any, placement: Placement) -> dict[str, float]:
-        """Return what of "seconds" of one element, and "bytes" of its checkpoints, is known before it runs."""
+        """Return what is known of "seconds" of one element, and of the "bytes" that it leaves, before it runs."""
         costs = getattr(self.module, "costs", None)
         return costs(declared.legal(config), placement) if costs else {}
 

@@ -1,7 +1,8 @@
 """What a phase of a rehearsal runs in place of its own work: a sleep of its planned time, scaled.
 
 All else is as ever: the job, its size, its dependencies, the lease, checkpoints, stops, restarts, the merging of
-elements, the seal. The seal says that it is a rehearsal's, and its key is another than the real phase's.
+elements, the seal. One process a node sleeps for all its ranks, so that many nodes fit on a small machine. The seal
+says that it is a rehearsal's, and its key is another than the real phase's.
 """
 
 import sys

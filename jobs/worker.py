@@ -50,7 +50,7 @@ from jobs.sealing import Sealer, TakenOver
 from jobs.secrets import Secrets, commands_among, read_values, reveal
 from jobs.task import Task
 from jobs.upstream import NotNeeded, Upstream, UpstreamNotSealed
-from slurm.client import Slurm, SlurmError
+from slurm.client import Slurm, SlurmError, job_element
 from slurm.printed import ENDED_STATES
 from slurm.profile.environments import environment_of
 from slurm.profile.files import load
@@ -115,10 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     except (UserMistake, TornFile) as mistake:
         print(f"afterok: {mistake}", file=sys.stderr)
         return EXIT_MISTAKE
-    rank = rank_from_environment(os.environ, phase.ranks)
+    rank = rank_from_environment(os.environ, phase.processes)
     if rank is None:
         command = _command(run=run, phase=phase.name, index=index, number=number, requeue=args.requeue)
-        return spawn_ranks(command, phase.ranks, phase.gpus_per_node)
+        return spawn_ranks(command, phase.processes, phase.gpus_per_node)
     os.environ.update(torch_environment(rank, phase.gpus_per_node))
     worker = Worker(run=run, number=number, phases=phases, phase=phase, index=index, rank=rank, requeue=args.requeue)
     return worker.work()
@@ -142,9 +142,12 @@ def _command(run: RunFolder, phase: str, index: int | None, number: int, requeue
 
 
 def slurm_says_ended(job: str) -> bool:
-    """Return True only when Slurm itself lists the job as ended; silence proves nothing."""
+    """Return True only when Slurm itself lists the job, or element of an array, as ended; silence proves nothing.
+
+    Leases of before name an element by its raw id.
+    """
     try:
-        return any(job == row.job_id and row.state in ENDED_STATES for row in Slurm().queue())
+        return any(job in (row.element, row.job_id) and row.state in ENDED_STATES for row in Slurm().queue())
     except (SlurmError, UserMistake, OSError):
         return False
 
@@ -183,7 +186,7 @@ class Worker:
         self.artifact: Artifact = run.artifact(phase)
         self.requeue = requeue
         restart = restart_count(self.artifact, index, number, chained=bool(phase.links))
-        self.owner = Owner.me(number, restart, os.environ.get("SLURM_JOB_ID", ""))
+        self.owner = Owner.me(number, restart, job_element(os.environ))
         self.started = time.time()
         self.lease: Lease | None = None
         self.upstream = Upstream(run, phases, phase, index)

@@ -1,6 +1,6 @@
 """Reads the command line, and tells of mistakes.
 
-What each verb does stands in launchers/verbs.py, and for `profile` in launchers/profile_verbs.py.
+What each verb does stands in launchers/verbs.
 """
 
 import runpy
@@ -20,7 +20,8 @@ from data_tools.base.durable import TornFile
 from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES
-from launchers import bundle_verb, plan_verbs, profile_verbs, score_verbs, verbs
+from launchers.verbs import bundles, clusters, plans, profiles, runs, scores
+from launchers.verbs.said import EXIT_UNFINISHED, tell
 from slurm.client import SlurmError
 
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
@@ -66,22 +67,22 @@ def _main(argv: list[str] | None) -> int:
         return code
     except UserMistake as mistake:
         for problem in mistake.problems:
-            verbs.tell(problem)
+            tell(problem)
         return mistake.exit_code
     except SlurmError as error:
-        verbs.tell(error)
-        return verbs.EXIT_UNFINISHED
+        tell(error)
+        return EXIT_UNFINISHED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return verbs.EXIT_UNFINISHED
+        return EXIT_UNFINISHED
     except TornFile as error:
-        verbs.tell(error)
+        tell(error)
         return EXIT_MISTAKE
     except OSError as error:
         refused = disk_problem(error)
         if refused is None:
             raise
-        verbs.tell(refused)
+        tell(refused)
         return EXIT_MISTAKE
 
 
@@ -125,9 +126,9 @@ def _hours(text: str) -> float:
 
 def _add_pipeline_verbs(verb: AddVerb) -> None:
     """Add the verbs that take a pipeline file: plan, submit and run."""
-    plan = verb("plan", plan_verbs.do_plan, "show what would run, what is reused, and why; submits nothing")
-    submit = verb("submit", verbs.do_submit, "submit what is missing and return at once")
-    run = verb("run", verbs.do_run, "submit what is missing, follow it to the end, and print a summary")
+    plan = verb("plan", plans.do_plan, "show what would run, what is reused, and why; submits nothing")
+    submit = verb("submit", runs.do_submit, "submit what is missing and return at once")
+    run = verb("run", runs.do_run, "submit what is missing, follow it to the end, and print a summary")
     plan.add_argument("pipeline", type=Path, nargs="?", help=PIPELINE_HELP)
     for sub in (submit, run):
         sub.add_argument("pipeline", type=Path, help=PIPELINE_HELP)
@@ -168,7 +169,7 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
     )
     submit.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
 
-    explain = verb("explain", verbs.do_explain, "say what a phase kind does, and what each of its settings means")
+    explain = verb("explain", runs.do_explain, "say what a phase kind does, and what each of its settings means")
     explain.add_argument(
         "phase", nargs="?", default="", metavar="PHASE", help="such as sft, or my.module (default: list them)"
     )
@@ -191,7 +192,7 @@ def _add_preflight(sub: argparse.ArgumentParser) -> None:
 
 def _add_submission_verbs(verb: AddVerb) -> None:
     """Add the verbs that change a run: resubmit, bundle and repair."""
-    resubmit = verb("resubmit", verbs.do_resubmit, "a new attempt at one phase; what waits on it is rewired")
+    resubmit = verb("resubmit", runs.do_resubmit, "a new attempt at one phase; what waits on it is rewired")
     resubmit.add_argument("run", help=RUN_HELP.partition(" (")[0])
     resubmit.add_argument("phase", metavar="PHASE")
     resubmit.add_argument(
@@ -206,7 +207,7 @@ def _add_submission_verbs(verb: AddVerb) -> None:
     resubmit.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
     _add_preflight(resubmit)
 
-    bundle = verb("bundle", bundle_verb.do_bundle, "write a submission as plain files, for a node with sh and sbatch")
+    bundle = verb("bundle", bundles.do_bundle, "write a submission as plain files, for a node with sh and sbatch")
     bundle.add_argument(
         "what", metavar="RUN|PIPELINE", help="a run, of which what is missing is bundled, or a pipeline"
     )
@@ -217,27 +218,27 @@ def _add_submission_verbs(verb: AddVerb) -> None:
     bundle.add_argument("--run", type=Path, metavar="DIR", help="of a pipeline: the run's folder, which the jobs see")
     _add_preflight(bundle)
 
-    repair = verb("repair", verbs.do_repair, "finish a submission whose submitter was killed")
+    repair = verb("repair", runs.do_repair, "finish a submission whose submitter was killed")
     repair.add_argument("run", nargs="?", help=RUN_HELP)
 
 
 def _add_looking_verbs(verb: AddVerb) -> None:
     """Add the verbs that look at runs and change nothing: status, why, ls, logs, inspect and scores."""
-    status = verb("status", verbs.do_status, "show the state of each phase of a run")
+    status = verb("status", runs.do_status, "show the state of each phase of a run")
     status.add_argument("run", nargs="?", help=RUN_HELP)
     status.add_argument(
         "-w", "--watch", action="store_true", help="look again until nothing is active; Ctrl-C only stops looking"
     )
 
-    why = verb("why", verbs.do_why, "say why phases failed, or do not start, and what to do")
+    why = verb("why", runs.do_why, "say why phases failed, or do not start, and what to do")
     why.add_argument("words", nargs="*", metavar="[RUN] [PHASE]", help=f"{RUN_HELP}; and one phase (default: all)")
 
-    runs = verb("ls", verbs.do_ls, "list runs")
-    runs.add_argument(
+    listing = verb("ls", runs.do_ls, "list runs")
+    listing.add_argument(
         "folder", nargs="?", type=Path, default=Path("runs"), help="the folder they are in (default: ./runs)"
     )
 
-    logs = verb("logs", verbs.do_logs, "print the log of a phase", reports=False)
+    logs = verb("logs", runs.do_logs, "print the log of a phase", reports=False)
     logs.add_argument("run", nargs="?", help=RUN_HELP)
     logs.add_argument("phase", metavar="PHASE[:INDEX]", help="which phase, and which of its elements")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the phase ends")
@@ -249,7 +250,7 @@ def _add_looking_verbs(verb: AddVerb) -> None:
     )
 
     inspect = verb(
-        "inspect", verbs.do_inspect, "show a phase's token store or packs: balance, lengths, text with its loss mask"
+        "inspect", runs.do_inspect, "show a phase's token store or packs: balance, lengths, text with its loss mask"
     )
     inspect.add_argument("run", nargs="?", help=RUN_HELP)
     inspect.add_argument("phase", metavar="PHASE", help="a materialize or pack phase")
@@ -262,17 +263,17 @@ def _add_looking_verbs(verb: AddVerb) -> None:
         "--tokens", type=int, default=400, metavar="N", help="at most so many of a document (default: 400)"
     )
 
-    scores = verb("scores", score_verbs.do_scores, "show a run's evaluations side by side, with intervals and gains")
-    scores.add_argument("run", nargs="?", help=RUN_HELP)
-    scores.add_argument(
+    compared = verb("scores", scores.do_scores, "show a run's evaluations side by side, with intervals and gains")
+    compared.add_argument("run", nargs="?", help=RUN_HELP)
+    compared.add_argument(
         "phases", nargs="*", metavar="PHASE", help="only these; the others are compared with the first (default: all)"
     )
-    scores.add_argument("--svg", type=Path, metavar="FILE", help="also draw them")
+    compared.add_argument("--svg", type=Path, metavar="FILE", help="also draw them")
 
 
 def _add_cancel(verb: AddVerb) -> None:
     """Add the verb that ends jobs."""
-    cancel = verb("cancel", verbs.do_cancel, "cancel a run's jobs, or those of some phases")
+    cancel = verb("cancel", runs.do_cancel, "cancel a run's jobs, or those of some phases")
     cancel.add_argument("run", nargs="?", help=RUN_HELP)
     cancel.add_argument("phases", nargs="*", metavar="PHASE", help="only these phases")
 
@@ -289,10 +290,10 @@ def _add_cluster_verbs(cluster: argparse.ArgumentParser) -> None:
     run_in = actions.add_parser("exec", help="run a command with the cluster's environment")
     run_in.add_argument("command", nargs=argparse.REMAINDER, help="for example: squeue, or afterok run PIPELINE")
     for action, function in (
-        (up, verbs.do_cluster_up),
-        (down, verbs.do_cluster_down),
-        (state, verbs.do_cluster_status),
-        (run_in, verbs.do_cluster_exec),
+        (up, clusters.do_cluster_up),
+        (down, clusters.do_cluster_down),
+        (state, clusters.do_cluster_status),
+        (run_in, clusters.do_cluster_exec),
     ):
         action.set_defaults(verb=function)
         action.add_argument("--prefix", type=Path, help="its folder (default: ~/.cache/afterok/cluster)")
@@ -316,10 +317,10 @@ def _add_profile_verbs(profile: argparse.ArgumentParser) -> None:
         action.add_argument("overrides", nargs="*", metavar="cluster.KEY=VALUE", help="values laid on top")
         action.add_argument("--profile", metavar="NAME", default="", help="its name or file (default: this cluster's)")
     for action, function in (
-        (listed, profile_verbs.do_list),
-        (explain, profile_verbs.do_explain),
-        (draft, profile_verbs.do_init),
-        (verify, profile_verbs.do_verify),
+        (listed, profiles.do_list),
+        (explain, profiles.do_explain),
+        (draft, profiles.do_init),
+        (verify, profiles.do_verify),
     ):
         action.set_defaults(verb=function)
         if action is not draft:

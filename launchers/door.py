@@ -7,7 +7,7 @@ Before, the variables of `sbatch --export=…` are seen to: what Slurm lost of t
 only held a comma together are taken off. The planner refuses those that the pipeline does not declare.
 
 Where the plan is for this machine, `submit` stays until all of it has ended, as `run` does, and `resubmit` is refused:
-their driver would end with this job (launchers/verbs.py).
+their driver would end with this job (launchers/verbs/runs.py).
 """
 
 import runpy
@@ -20,7 +20,7 @@ import sys
 
 from data_tools.mistake import EXIT_MISTAKE
 from launchers import cli
-from launchers.verbs import tell
+from launchers.verbs.said import tell
 from slurm import exported
 
 DOORS = {"pipeline": "submit", "phase": "resubmit"}  # to the verb that each leads to

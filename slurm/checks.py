@@ -26,6 +26,8 @@ class Check:
     says: str
     severity: str = REFUSAL
     passes_by: bool = False  # a fact of this moment: no disagreement of a profile with its cluster
+    beyond_slurm: bool = False  # Slurm knows nothing of it, and starts such a job, which fails by itself; of the others
+    # tests/launchers/test_preflight.py shows what a real Slurm does: refuse it late, or take it and never start it
 
 
 CHECKS: Mapping[str, Check] = {
@@ -51,25 +53,27 @@ CHECKS: Mapping[str, Check] = {
     "R005": Check("the reservation lasts as long and has as many nodes as the job"),
     "L001": Check("the licence exists, as often"),
     "V001": Check("no maintenance and no other reservation is in the way of the time limit", WARNING, passes_by=True),
-    "F001": Check("scratch and shared folders are the same on all nodes"),
-    "F002": Check("the node-local folder is there, and may be written"),
+    "F001": Check("scratch and shared folders are the same on all nodes", beyond_slurm=True),
+    "F002": Check("the node-local folder is there, and may be written", beyond_slurm=True),
     "F003": Check("the run lies where all nodes see it, under a name that Slurm can use"),
-    "F004": Check("a container sees the inputs, secrets and folders that its phase reads"),
+    "F004": Check("a container sees the inputs, secrets and folders that its phase reads", beyond_slurm=True),
     "F005": Check("the folders of logs can be made and written"),
-    "N001": Check("the network interface and the HCA are there"),
-    "E001": Check("modules, setup and python of the role work, and the worker starts"),
-    "E002": Check("the variables that jobs get of the submitter's environment are set, and none is a secret"),
-    "H001": Check("the hub's datasets are in a cache on this machine", NOTE),
-    "H002": Check("jobs look for the hub's files where they were found", WARNING),
-    "D001": Check("the disk has room for what the phases will leave", WARNING, passes_by=True),
-    "A001": Check("the profile sets nothing that afterok sets itself, and names what there is"),
-    "A002": Check("the admin's policy allows it"),
-    "S001": Check("role, partition, time and gres can be read, and sizes are not too small"),
-    "S002": Check("the time limit leaves a job that is asked to stop the time to do so"),
-    "I001": Check("the inputs are there"),
-    "K001": Check("the phase's own settings go together, and fit what it runs on"),
-    "K002": Check("elements that follow one another one by one are as many"),
-    "B001": Check("the time limits of all phases cost at most --budget"),
+    "N001": Check("the network interface and the HCA are there", beyond_slurm=True),
+    "E001": Check("modules, setup and python of the role work, and the worker starts", beyond_slurm=True),
+    "E002": Check(
+        "the variables that jobs get of the submitter's environment are set, and none is a secret", beyond_slurm=True
+    ),
+    "H001": Check("the hub's datasets are in a cache on this machine", NOTE, beyond_slurm=True),
+    "H002": Check("jobs look for the hub's files where they were found", WARNING, beyond_slurm=True),
+    "D001": Check("the disk has room for what the phases will leave", WARNING, passes_by=True, beyond_slurm=True),
+    "A001": Check("the profile sets nothing that afterok sets itself, and names what there is", beyond_slurm=True),
+    "A002": Check("the admin's policy allows it", beyond_slurm=True),
+    "S001": Check("role, partition, time and gres can be read, and sizes are not too small", beyond_slurm=True),
+    "S002": Check("the time limit leaves a job that is asked to stop the time to do so", beyond_slurm=True),
+    "I001": Check("the inputs are there", beyond_slurm=True),
+    "K001": Check("the phase's own settings go together, and fit what it runs on", beyond_slurm=True),
+    "K002": Check("elements that follow one another one by one are as many", beyond_slurm=True),
+    "B001": Check("the time limits of all phases cost at most --budget", beyond_slurm=True),
 }
 
 

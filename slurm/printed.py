@@ -48,6 +48,11 @@ class QueueRow:
     dependency: str  # as Slurm prints it, "" when there is none (left)
     nodelist: str
 
+    @property
+    def element(self) -> str:
+        """Return its name for scontrol and scancel: "12", or "12_3" of one element of an array."""
+        return self.job_id if self.array_index is None else f"{self.array_job_id}_{self.array_index}"
+
 
 @dataclass(frozen=True)
 class AccountingRow:

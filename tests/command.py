@@ -1,5 +1,6 @@
 """Runs `afterok` as a user does: its own process, from the checkout's root, nothing mocked."""
 
+import functools
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tests.forks import Forks
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -17,18 +20,27 @@ def afterok(
     *args: Any, env: dict | None = None, check: int | None = 0, timeout: float = 120
 ) -> subprocess.CompletedProcess:
     """The finished process; asserts its exit code unless `check` is None."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launchers.cli", *map(str, args)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env={**os.environ, **(env or {})},
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
+    words, env, forks = [str(word) for word in args], {**os.environ, **(env or {})}, _forks()
+    if forks.may_run(env):
+        done = forks.run(words, env, timeout)
+    else:
+        done = subprocess.run(
+            [sys.executable, "-m", "launchers.cli", *words],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            env=env,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
     if check is not None:
         assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@functools.cache
+def _forks() -> Forks:
+    return Forks()
 
 
 def afterok_json(*args: Any, **kwargs: Any) -> Any:

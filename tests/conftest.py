@@ -1,6 +1,7 @@
 """Settings of every test: long trials only on request, no warnings that nobody here can act on; tables at the end."""
 
 import os
+import sys
 
 import pytest
 
@@ -8,6 +9,10 @@ from tests.inputs import ORIGINS, Inputs
 
 TABLES = pytest.StashKey[list[str]]()  # lines that tests want printed; left by a session's end
 _SENT = "tables"
+
+# Python keeps what it compiles, whatever the shell around says: else each process of a test compiles all our modules.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session", params=ORIGINS)
@@ -17,9 +22,6 @@ def inputs(request):
 
 
 def pytest_configure(config):
-    os.environ.pop(
-        "PYTHONDONTWRITEBYTECODE", None
-    )  # images set it: thousands of processes would each compile our modules
     config.addinivalue_line("markers", "soak: many trials of one fault; run with -m soak")
     config.addinivalue_line("markers", "rehearsal: the GPU path with stand-ins; run with -m rehearsal, as .ci/run does")
     for noise in (

@@ -40,9 +40,7 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
         "ranks requeue secrets replay sealing upstream health rehearsal", "bare worker",
     ),
     "launchers": (
-        "planning", "causes", "backends", "submission", "observe", "verbs",
-        "bundle_verb plan_verbs profile_verbs score_verbs", "cli", "door",
-        "console",
+        "planning", "causes", "backends", "submission", "observe", "verbs", "cli", "door", "console",
     ),
 }  # fmt: skip
 MOST_LINES = 450  # of a file

@@ -40,7 +40,7 @@ SEAL = "seal.json"
 LEDGER = "ledger.jsonl"
 LEASE = re.compile(r"([^.]+)\.a(\d+)\.r(\d+)\.g(\d+)")
 # What changes in a run while it goes on, below its folder: folders' times tell of every file made in them.
-CHANGING = ("*/attempts", "*/*/leases", "*/*/seals", f"*/*/{SEAL}")
+CHANGING = ("local/*", "*/attempts", "*/*/leases", "*/*/seals", f"*/*/{SEAL}")
 
 
 def element_name(element: int | str) -> str:

@@ -90,8 +90,13 @@ class FrozenPhase:
 
     @property
     def ranks(self) -> int:
-        """The processes of one element."""
+        """The ranks of one element."""
         return self.ranks_per_node * self.nodes
+
+    @property
+    def processes(self) -> int:
+        """The processes of one element: one for each rank, or in a rehearsal one a node, which sleeps for its ranks."""
+        return self.nodes if self.rehearsal else self.ranks
 
     @property
     def own_settings(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@
  "submission", "restart", "job", "environment", "sealed_at", …, "sum"}
 """
 
+import functools
 import importlib.metadata
 import platform
 import socket
@@ -35,6 +36,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     return files
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
     """Return what a seal says of the machine and the libraries that it was made with."""
     versions = {}

@@ -10,10 +10,18 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import export_hf
 from megatron_ext.entrypoints.export_hf import Config
+from megatron_ext.preflight import facts
+from megatron_ext.preflight.costs import weights
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return export_hf.check(config, placement.ranks, placement)
+
+
+def costs(config: Config, placement: Placement) -> dict[str, float]:
+    if config.adapter == "peft" or config.quantization:  # less, and how much is not known
+        return {}
+    return weights(facts.model_config(config.model, placement)[0], config.dtype, shares=placement.elements)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import import_hf
 from megatron_ext.entrypoints.import_hf import Config
+from megatron_ext.preflight.costs import weights
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
@@ -18,6 +19,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 def forecast(config: Config, placement: Placement) -> dict[str, Any]:
     return import_hf.forecast(config, placement.forecasts)
+
+
+def costs(config: Config, placement: Placement) -> dict[str, float]:
+    return weights(forecast(config, placement).get("hf_config"), config.dtype, shares=placement.elements)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import init_model
 from megatron_ext.entrypoints.init_model import Config
+from megatron_ext.preflight.costs import weights
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
@@ -15,6 +16,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 def forecast(config: Config, placement: Placement) -> dict[str, Any]:
     return init_model.forecast(config)
+
+
+def costs(config: Config, placement: Placement) -> dict[str, float]:
+    return weights(init_model.forecast(config)["hf_config"], config.dtype)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

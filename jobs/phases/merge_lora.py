@@ -12,6 +12,7 @@ from megatron_ext.entrypoints import merge_lora
 from megatron_ext.entrypoints.merge_lora import Config
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.preflight import facts
+from megatron_ext.preflight.costs import weights
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
@@ -20,6 +21,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 def forecast(config: Config, placement: Placement) -> dict[str, Any]:
     return facts.forecast(config.model, LoraConfig(), placement)
+
+
+def costs(config: Config, placement: Placement) -> dict[str, float]:
+    return weights(facts.model_config(config.model, placement)[0], shares=placement.elements)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

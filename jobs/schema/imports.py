@@ -71,9 +71,14 @@ def _walk(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.level, f"{module}.{alias.name}" if module else alias.name
             if module:
                 yield node.level, module
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+        elif isinstance(node, ast.Call) and _called(node).endswith("import_module") and node.args:
             if written := _written(node.args[0]):
                 yield 0, written
+
+
+def _called(call: ast.Call) -> str:
+    """Return the last name of what is called: `import_module` of `importlib.import_module(...)`."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
 def _written(argument: ast.expr) -> str:
@@ -90,19 +95,20 @@ def beside(root: Path) -> list[Path]:
     """Return the modules beside a user's module or package that it imports, and those that these import.
 
     Only what Python itself would import from there: installed packages are installed where the job runs, too. A file in
-    which no name from beside stands is not parsed: parsing a large package takes seconds.
+    which no name from beside stands behind an `import` is not parsed: parsing a large package takes seconds.
     """
     if root.parent.name in ("site-packages", "dist-packages"):
         return []
-    names = {place.name.removesuffix(".py") for place in root.parent.iterdir()}
+    places_beside = [place for place in root.parent.iterdir() if place.suffix == ".py" or place.is_dir()]
+    names = {name for place in places_beside if "." not in (name := place.name.removesuffix(".py"))}
     names -= {root.stem, *PACKAGES}
-    mentioned = re.compile("|".join(sorted(map(re.escape, names))).encode())
+    mentioned = _mentioned(names)
     places: dict[str, Path] = {}
     waiting = [root] if names else []
     while waiting:
         code = waiting.pop()
         for file in [code] if code.is_file() else sorted(code.rglob("*.py")):
-            if not mentioned.search(_text(file)):
+            if not _mentions(file, _changed(file), mentioned):
                 continue
             for first in {module.split(".")[0] for module in imported(file, PurePath(file.name))} & names:
                 place = _place_beside(root, first)
@@ -112,12 +118,24 @@ def beside(root: Path) -> list[Path]:
     return sorted(places.values())
 
 
-def _text(file: Path) -> bytes:
-    """Return a file's bytes; of one that cannot be read, none."""
+def _mentioned(names: Iterable[str]) -> re.Pattern[bytes]:
+    """Return a pattern that is found in every file without continued lines that imports one of `names`."""
+    name = rb"(?<![\w\x80-\xff])(?:" + "|".join(sorted(map(re.escape, names))).encode() + rb")(?![\w\x80-\xff])"
+    return re.compile(rb"import_module.*?" + name + rb"|\b(?:import|from)\b[^\n]*?" + name, re.DOTALL)
+
+
+@functools.cache
+def _mentions(file: Path, changed: int, names: re.Pattern[bytes]) -> bool:
+    """Return whether a pattern is found in a file, its continued lines joined; not in one that cannot be read."""
     try:
-        return file.read_bytes()
+        return names.search(re.sub(rb"\\\r?\n", b" ", file.read_bytes())) is not None
     except OSError:
-        return b""
+        return False
+
+
+def _changed(file: Path) -> int:
+    """Return when a file changed last, in nanoseconds; 0 of a link that leads nowhere."""
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def _place_beside(root: Path, name: str) -> Path | None:

@@ -32,7 +32,7 @@ from launchers.causes.evidence import Diagnosis, Evidence
 from launchers.causes.states import FAILED, UNKNOWN
 from launchers.causes.traces import lease_times, log_tail, requested
 from launchers.planning import chain
-from slurm.client import Slurm, SlurmError
+from slurm.client import Slurm, SlurmError, job_element
 from slurm.printed import format_indices, parse_minutes
 from slurm.profile.files import load
 
@@ -127,7 +127,7 @@ def _record(life: Life, code: int | None, diagnosis: Diagnosis) -> None:
             exit_code=retry.EXIT_FAILED if code is None else code,
             message=f"{diagnosis.what}: {diagnosis.evidence}",
             host=here,
-            job=os.environ.get("SLURM_JOB_ID", ""),
+            job=job_element(os.environ),
             started=started,
             ended=ended,
             key=life.phase.key,

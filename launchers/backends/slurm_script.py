@@ -90,13 +90,13 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
         "wckey": None,
         "stderr_to_stdout": True,
         "use_srun": False,
-        "setup": script_setup(profile, run.code_folder(number), ranks=frozen.ranks, role=resources.role),
+        "setup": script_setup(profile, run.code_folder(number), ranks=frozen.processes, role=resources.role),
         "additional_parameters": extra,
     }
 
 
 def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> str:
-    """Return the last lines of the script: srun of our worker on all ranks of each element, and what ended it.
+    """Return the last lines of the script: srun of our worker's processes for each element, and what ended it.
 
     In a chain the array's index is a link, and all links work on the one element. Elements that share a task run one
     after the other; the task fails if one fails, and ends where one was asked to stop.
@@ -112,6 +112,8 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
         "--unbuffered",
         f"--cpus-per-task={resources.cpus_per_task}",
     ]
+    if frozen.rehearsal:
+        srun += [f"--ntasks={frozen.processes}", "--ntasks-per-node=1"]
     if profile.srun.mpi:
         srun.append(f"--mpi={profile.srun.mpi}")
     srun += [*inside.srun, *profile.srun.extra]

@@ -3,44 +3,42 @@
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
 from data_tools.base.printing import set_in
 from jobs.artifacts.run_folder import RunFolder
 from launchers.causes.states import COMPLETED, NO_SEAL, UNKNOWN
 from launchers.causes.waiting import remedy_if_stuck
+from launchers.observe.runs import last_change
 from launchers.observe.show import console, format_seconds, progress_text, status_table
 from launchers.observe.status import PhaseStatus, RunStatus, run_status
-from launchers.planning.ledger import Ledger
 
-LOCAL_POLL_S = SLURM_POLL_S = 2.0  # a look at a run of tens of phases takes tens of milliseconds
-NEWS_POLL_S = 0.1
+POLL_S = 2.0  # between two looks at a run of which nothing is heard
+FILES_POLL_S = 0.25  # between two looks at whether a file of the run has changed, after which the queue is asked sooner
 PROGRESS_LINE_S = 15.0  # between two progress lines of one phase in a plain log
 SETTLE_S = 10.0  # how long a job may be gone before its seal must be visible: shared filesystems lag
 
 
-def poll_interval(run: RunFolder) -> float:
-    """Return the seconds between two looks at a run: a queue is asked less often than a file."""
-    slurm = any(event["event"] == "submission" and event["backend"] == "slurm" for event in Ledger(run.ledger).events())
-    return SLURM_POLL_S if slurm else LOCAL_POLL_S
-
-
-def follow(run: RunFolder, poll_s: float = LOCAL_POLL_S, quiet: bool = False) -> RunStatus:
+def follow(run: RunFolder, quiet: bool = False) -> RunStatus:
     """Return the last status, once nothing is active any more. KeyboardInterrupt is the caller's."""
     if sys.stdout.isatty() and not quiet:
         from rich.live import Live
 
         with Live(console=console(), refresh_per_second=4, transient=True) as live:
-            return _watch(run, poll_s, lambda status: live.update(status_table(status)))
+            return _watch(run, lambda status: live.update(status_table(status)))
     lines = _Lines(quiet)
-    return _watch(run, poll_s, lines.show)
+    return _watch(run, lines.show)
 
 
-def _watch(run: RunFolder, poll_s: float, show: Callable[[RunStatus], None]) -> RunStatus:
-    """Look at a run every `poll_s` seconds and show it, until it has ended and its seals had time to appear."""
+def _watch(run: RunFolder, show: Callable[[RunStatus], None]) -> RunStatus:
+    """Look at a run every POLL_S seconds and show it, until it has ended and its seals had time to appear.
+
+    A change of the run's files is seen at once. The queue may tell of it a moment later, so that the next looks follow
+    soon, and then less and less so.
+    """
     ended_since: float | None = None
+    pause_s = POLL_S
     while True:
+        changed = last_change(run)
         status = run_status(run)
         show(status)
         if status.finished:
@@ -52,23 +50,17 @@ def _watch(run: RunFolder, poll_s: float, show: Callable[[RunStatus], None]) -> 
                 return status
         else:
             ended_since = None
-        _wait_for_news(run, poll_s)
+        pause_s = FILES_POLL_S if _changes(run, changed, pause_s) else min(2 * pause_s, POLL_S)
 
 
-def _wait_for_news(run: RunFolder, longest_s: float) -> None:
-    """Return when a local driver has written something, at the latest after `longest_s` seconds."""
-    end, last = time.monotonic() + longest_s, _written(run)
-    while (left_s := end - time.monotonic()) > 0 and _written(run) == last:
-        time.sleep(min(NEWS_POLL_S, left_s))
-
-
-def _written(run: RunFolder) -> list[tuple[Path, int, int]]:
-    """Return the files of state of the run's local drivers, each with what a write of it changes."""
-    found = []
-    for path in run.local_files("state.json"):
-        with suppress(OSError):
-            found.append((path, path.stat().st_ino, path.stat().st_mtime_ns))
-    return found
+def _changes(run: RunFolder, changed: float, limit_s: float) -> bool:
+    """Wait until a run has changed since `changed`; return False where it did not within `limit_s` seconds."""
+    deadline = time.monotonic() + limit_s
+    while last_change(run) <= changed:
+        if (left_s := deadline - time.monotonic()) <= 0:
+            return False
+        time.sleep(min(FILES_POLL_S, left_s))
+    return True
 
 
 class _Lines:

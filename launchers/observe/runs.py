@@ -82,7 +82,7 @@ def _line(run: RunFolder) -> RunLine:
         state="nothing submitted",
         sealed=0,
         phases=0,
-        changed=_changed(run),
+        changed=last_change(run),
     )
     if numbers:
         phases = run.frozen(numbers[-1])
@@ -111,7 +111,7 @@ def _state(run: RunFolder, sealed: int, phases: int) -> str:
     return f"{done}, failed: {', '.join(failed)}" if failed else f"{done}, nothing is active"
 
 
-def _changed(run: RunFolder) -> float:
+def last_change(run: RunFolder) -> float:
     """Return when a run changed last, in seconds since the epoch.
 
     Folders' times tell of every file made in them; logs that grow are not looked at.

@@ -121,7 +121,8 @@ def _logs(run: RunFolder, jobs: Sequence[Job]) -> list[Problem]:
 
 
 def _space(run: RunFolder, jobs: Sequence[Job], costs: dict[str, dict[str, float]]) -> list[Problem]:
-    """Return that the disk has no room for the checkpoints of all phases; those that lie there already are counted."""
+    """Return that the disk has no room for what all phases leave; checkpoints that lie there already are counted."""
+    jobs = [job for job in jobs if not job.planned.frozen.rehearsal]  # which leaves nothing
     wanted = {job.phase.name: costs[job.phase.name].get("bytes", 0.0) * len(job.planned.missing) for job in jobs}
     for job in jobs:
         if wanted[job.phase.name]:
@@ -134,8 +135,8 @@ def _space(run: RunFolder, jobs: Sequence[Job], costs: dict[str, dict[str, float
         return []
     each = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in wanted.items() if size)
     message = (
-        f"{needed / GIB:,.1f} GiB of checkpoints at the least ({each}), and {free / GIB:,.1f} GiB are free where "
-        f"{run.path} lies; free some, keep fewer (keep_checkpoints), or choose another folder with --run DIR"
+        f"{needed / GIB:,.1f} GiB of checkpoints and weights at the least ({each}), and {free / GIB:,.1f} GiB are free "
+        f"where {run.path} lies; free some, keep fewer (keep_checkpoints), or choose another folder with --run DIR"
     )
     return [Problem("", message, "D001")]
 

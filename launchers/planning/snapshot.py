@@ -49,8 +49,10 @@ def find_code(extra: Iterable[Path] = ()) -> Code:
         UserMistake: a Python file that is a link out of its package, or more than MOST_BYTES.
     """
     code, problems = Code(), []
-    for root in dict.fromkeys([*(package_root(name) for name in PACKAGES), *extra]):
-        problems += _add(code, root)
+    roots = list(dict.fromkeys([*(package_root(name) for name in PACKAGES), *extra]))
+    tracked = _tracked([root for root in roots if not root.is_file()])
+    for root in roots:
+        problems += _add(code, root, tracked.get(root, set()))
     sizes = {path: path.lstat().st_size for path in code.files.values()}
     if sum(sizes.values()) > MOST_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
@@ -68,12 +70,16 @@ def find_code(extra: Iterable[Path] = ()) -> Code:
     return code
 
 
-def _add(code: Code, root: Path) -> list[Problem]:
-    """Add what belongs to the snapshot of one package or module; problems are links that Python would follow."""
+def _add(code: Code, root: Path, tracked: set[str]) -> list[Problem]:
+    """Add what belongs to the snapshot of one package or module; problems are links that Python would follow.
+
+    Args:
+        tracked: the files below it that git tracks.
+    """
     if root.is_file():
         code.files[root.name] = root.resolve()
         return []
-    tracked, problems = _tracked(root), []
+    problems = []
     for path in _walk(root):
         name = path.relative_to(root).as_posix()
         data = name in tracked if tracked else path.suffix in DATA
@@ -118,10 +124,24 @@ def _stays_inside(link: Path, root: Path) -> bool:
     return not os.path.isabs(os.readlink(link)) and os.path.realpath(link).startswith(inside)
 
 
-def _tracked(root: Path) -> set[str]:
-    """Return the files below `root` that git tracks, relative to it; none outside a checkout or without git."""
+def _tracked(roots: list[Path]) -> dict[Path, set[str]]:
+    """Return the files below each of `roots` that git tracks, relative to it; none outside a checkout or without git.
+
+    Git is asked once for all folders that lie beside one another, and by itself for one that may be its own checkout.
+    """
+    tracked: dict[Path, set[str]] = {root: set() for root in roots}
+    for parent in dict.fromkeys(root.parent for root in roots):
+        for name in _listed(parent, [root.name for root in roots if root.parent == parent]):
+            first, _, rest = name.partition("/")
+            tracked[parent / first] |= {rest} - {""}
+    return {root: names or _listed(root, []) for root, names in tracked.items()}
+
+
+def _listed(folder: Path, names: list[str]) -> set[str]:
+    """Return the files that git tracks in a folder, or below `names` in it; none outside a checkout or without git."""
     try:
-        listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, timeout=30)
+        command = ["git", "--literal-pathspecs", "-C", str(folder), "ls-files", "-z", "--", *names]
+        listed = subprocess.run(command, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return set()
     return set(os.fsdecode(listed.stdout).split("\0")) - {""} if listed.returncode == 0 else set()

@@ -15,7 +15,7 @@ from slurm.printed import format_minutes
 from slurm.profile.places import gpus_of, items
 from slurm.profile.schema import Resources
 from slurm.verify import named
-from slurm.verify.live import Limit, Live, LiveNode, minutes_of, user_groups, user_name
+from slurm.verify.live import Limit, Live, LiveNode, minutes_of, tres_of, user_groups, user_name
 
 NEVER_STARTS = "Slurm would take the job and never start it"
 CLOCK = "%Y-%m-%dT%H:%M:%S"  # as scontrol prints times
@@ -201,6 +201,7 @@ def _nodes(asked: Asked, now: datetime | None) -> Iterator[Problem]:
         yield asked.problem("P011", "nodes", f"{message}: the job would wait for them; ask for less, or wait")
     elif now is not None and not wants.reservation:
         yield from _reserved(asked, up, now)
+        yield from _drawn(asked, now)
 
 
 def _sizes(asked: Asked, nodes: list[LiveNode]) -> Iterator[Problem]:
@@ -258,10 +259,13 @@ def _reservation(asked: Asked, now: datetime | None) -> Iterator[Problem]:
             yield asked.problem("R004", "reservation", message)
         if "FLEX" in keys.get("Flags", ""):
             continue
-        nodes = keys.get("NodeCnt", "")
+        nodes, cpus = keys.get("NodeCnt", ""), tres_of(keys.get("TRES", "")).get("cpu")
         if nodes.isdigit() and int(nodes) and wants.nodes > int(nodes):
             message = f"{wants.nodes}, but the reservation {name} has {nodes}: {NEVER_STARTS}; ask for at most that"
             yield asked.problem("R005", "nodes", message)
+        elif cpus and (total := asked.total["cpu"]) > cpus:
+            message = f"{total} CPUs in all, but the reservation {name} has {cpus}: {NEVER_STARTS}; ask for no more"
+            yield asked.problem("R005", "cpus_per_task", message)
         start, end = _moment(keys.get("StartTime", "")), _moment(keys.get("EndTime", ""))
         over = _overrun(asked.live.configuration.get("ResvOverRun", "0"))
         if now is None or end is None or asked.minutes is None or over is None:
@@ -281,7 +285,9 @@ def _overrun(text: str) -> int | None:
 
 def _not_let_into(asked: Asked, name: str, keys: dict[str, str]) -> str:
     """Return why a reservation is not for this user or the job's account, "" where it is for both (scontrol(1))."""
-    users, accounts = _listed(keys.get("Users", "")), _listed(keys.get("Accounts", ""))
+    users, accounts, groups = (_listed(keys.get(key, "")) for key in ("Users", "Accounts", "Groups"))
+    if groups and not set(groups) & set(user_groups()):
+        return f"{name} is for the groups {', '.join(groups)}, and yours are {', '.join(user_groups())}; leave it out"
     if users and user_name() not in users:
         return f"{name} is for {', '.join(users)}, and you are {user_name()}; ask its owner, or leave it out"
     if accounts and asked.account not in accounts:
@@ -300,14 +306,16 @@ def _reserved(asked: Asked, nodes: list[LiveNode], now: datetime) -> Iterator[Pr
     minutes = asked.minutes
     if minutes is None:
         minutes = 366 * 24 * 60  # a job without limit runs into all there is
+    cpus = asked.wants.ranks_per_node * asked.wants.cpus_per_task
     taken: dict[str, tuple[datetime, str]] = {}  # node -> the first reservation that keeps it
     for name, keys in asked.live.reservations.items():
         start, end = _moment(keys.get("StartTime", "")), _moment(keys.get("EndTime", ""))
         if start is None or end is None or end <= now:
-            continue  # no flag lets a job in that does not name it: IGNORE_JOBS and FLEX neither (seen with 22.05)
-        if (start - now).total_seconds() / 60 >= minutes:
+            continue  # IGNORE_JOBS and FLEX let no job in that does not name it (seen with 22.05)
+        if (start - now).total_seconds() / 60 >= minutes or _draws_in(asked, name, now):
             continue
-        for node in named.nodes_in(keys.get("Nodes", ""), [node.name for node in nodes]):
+        too_full = [node.name for node in nodes if _left(asked, node, keys) < cpus]
+        for node in named.nodes_in(keys.get("Nodes", ""), too_full):
             taken[node] = min(taken.get(node, (start, name)), (start, name))
     free = len(nodes) - len(taken)
     if free >= asked.wants.nodes:
@@ -325,6 +333,40 @@ def _reserved(asked: Asked, nodes: list[LiveNode], now: datetime) -> Iterator[Pr
         f"{said}, and {kind} {name} has {len(taken)} of the {len(nodes)} nodes that fit from {keys['StartTime']} to "
         f"{keys['EndTime']}: the job would wait for its end; {remedy}",
     )
+
+
+def _draws_in(asked: Asked, name: str, now: datetime) -> bool:
+    """Return whether a reservation that has begun takes jobs of this user that do not name it (seen with 22.05)."""
+    keys = asked.live.reservations[name]
+    start = _moment(keys.get("StartTime", ""))
+    begun = start is not None and start <= now
+    return begun and "MAGNETIC" in keys.get("Flags", "") and not _not_let_into(asked, name, keys)
+
+
+def _drawn(asked: Asked, now: datetime) -> Iterator[Problem]:
+    """Yield the reservations that take the job though it names none, and end before it does."""
+    over = _overrun(asked.live.configuration.get("ResvOverRun", "0"))
+    for name, keys in asked.live.reservations.items():
+        end = _moment(keys.get("EndTime", ""))
+        if end is None or end <= now or over is None or not _draws_in(asked, name, now):
+            continue
+        left = math.floor((end - now).total_seconds() / 60) + over
+        if asked.minutes is None or asked.minutes > left:
+            said = "no time limit" if asked.minutes is None else format_minutes(asked.minutes)
+            message = f"{said}, and the reservation {name} (MAGNETIC) takes your jobs in and ends at {keys['EndTime']}"
+            remedy = f"ask for at most {format_minutes(left)}, or wait" if left > 0 else "wait"
+            yield asked.problem("V001", "time", f"{message}, when Slurm kills them; {remedy} for its end")
+
+
+def _left(asked: Asked, node: LiveNode, keys: dict[str, str]) -> int:
+    """Return how many CPUs of one of its nodes a reservation leaves at the most: it may be of some cores only."""
+    reserved = tres_of(keys.get("TRES", "")).get("cpu")
+    if reserved is None:
+        return 0
+    others = [each for each in asked.live.nodes if each.name != node.name]
+    elsewhere = set(named.nodes_in(keys.get("Nodes", ""), [each.name for each in others]))
+    on_others = sum(each.cpus for each in others if each.name in elsewhere)
+    return node.cpus - max(min(reserved - on_others, node.cpus), 0)
 
 
 def _moment(text: str) -> datetime | None:

@@ -63,7 +63,9 @@ def test_modules_beside_a_users_module_go_along_installed_ones_do_not(tmp_path, 
         tmp_path,
         {
             "mine/__init__.py": "",
-            "mine/score.py": "import helper, numpy, yaml, absent, jobs",
+            "mine/score.py": "import numpy, yaml, \\\n    helper, absent, jobs\nunused = 'a word'",
+            "mine/late.py": "from importlib import import_module\n\nlater = import_module(\n    'later.x')",
+            "later.py": "",
             "helper.py": "from tools.x import y",
             "tools/__init__.py": "",
             "tools/x.py": "y = 1",
@@ -72,4 +74,4 @@ def test_modules_beside_a_users_module_go_along_installed_ones_do_not(tmp_path, 
         },
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert beside(tmp_path / "mine") == [tmp_path / "helper.py", tmp_path / "tools"]
+    assert beside(tmp_path / "mine") == [tmp_path / name for name in ("helper.py", "later.py", "tools")]

@@ -1,5 +1,6 @@
 """A run on this machine: the graph, arrays and states of Slurm, from local processes that outlive the terminal."""
 
+import contextlib
 import json
 import os
 import signal
@@ -31,13 +32,31 @@ def toy(tmp_path):
     return write_toy(tmp_path), tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory):
+    """A run that has ended well, to be left as it is: (its pipeline, its folder, the finished command)."""
+    folder = tmp_path_factory.mktemp("sealed")
+    pipeline = write_toy(folder)
+    return pipeline, folder / "run", afterok("run", pipeline, "--run", folder / "run")
+
+
+@contextlib.contextmanager
+def put_back(*paths):
+    """Give files back what they hold now."""
+    held = {path: path.read_bytes() for path in paths}
+    try:
+        yield
+    finally:
+        for path, data in held.items():
+            path.write_bytes(data)
+
+
 def seal_paths(run):
     return sorted(str(path.relative_to(run)) for path in run.glob("*/*/seal.json"))
 
 
-def test_a_pipeline_runs_to_its_end_and_a_second_run_submits_nothing(toy):
-    pipeline, run = toy
-    done = afterok("run", pipeline, "--run", run)
+def test_a_pipeline_runs_to_its_end_and_a_second_run_submits_nothing(sealed):
+    pipeline, run, done = sealed
     assert "total 12" in done.stdout and "summary" in done.stdout
     assert states(run) == {"numbers": "COMPLETED", "total": "COMPLETED", "again": "COMPLETED"}
     seals = {path: (run / path).read_bytes() for path in seal_paths(run)}
@@ -47,11 +66,10 @@ def test_a_pipeline_runs_to_its_end_and_a_second_run_submits_nothing(toy):
     assert RunFolder(run).submissions() == [1]
 
 
-def test_plan_says_what_is_reused_and_why_the_rest_runs(toy):
-    pipeline, run = toy
-    fresh = {p["phase"]: p for p in afterok_json("plan", pipeline, "--run", run)["phases"]}
-    assert {p["action"] for p in fresh.values()} == {"run"} and not run.exists()
-    afterok("run", pipeline, "--run", run)
+def test_plan_says_what_is_reused_and_why_the_rest_runs(sealed, tmp_path):
+    pipeline, run, _ = sealed
+    fresh = {p["phase"]: p for p in afterok_json("plan", pipeline, "--run", tmp_path / "run")["phases"]}
+    assert {p["action"] for p in fresh.values()} == {"run"} and not (tmp_path / "run").exists()
     plan = {p["phase"]: p for p in afterok_json("plan", pipeline, "params.factor=3", "--run", run)["phases"]}
     assert plan["numbers"]["action"] == "reuse"
     assert plan["total"]["action"] == "rerun" and plan["total"]["reasons"] == ["total.with.factor 2 → 3"]
@@ -73,15 +91,15 @@ def test_the_key_follows_an_input_files_content_not_its_name(toy, tmp_path):
     assert plan[0]["action"] == "rerun" and "numbers.with.file" in plan[0]["reasons"][0]
 
 
-def test_code_changes_are_reported_or_rerun_as_the_pipeline_says(toy, tmp_path):
-    pipeline, run = toy
-    afterok("run", pipeline, "--run", run)
+def test_code_changes_are_reported_or_rerun_as_the_pipeline_says(sealed):
+    pipeline, run, _ = sealed
     code = durable.read_checked(run / "submissions/1/code.json")
     code["files"]["jobs/task.py"] = code["files"]["launchers/cli.py"] = "0" * 64  # which no phase imports
-    durable.write_checked(run / "submissions/1/code.json", code)
-    plan = afterok_json("plan", pipeline, "--run", run)["phases"]
-    assert plan[0]["action"] == "reuse" and plan[0]["code_changed"] == ["jobs/task.py"]
-    plan = afterok_json("plan", pipeline, "on_code_change=rerun", "--run", run)["phases"]
+    with put_back(run / "submissions/1/code.json"):
+        durable.write_checked(run / "submissions/1/code.json", code)
+        reported = afterok_json("plan", pipeline, "--run", run)["phases"]
+        plan = afterok_json("plan", pipeline, "on_code_change=rerun", "--run", run)["phases"]
+    assert reported[0]["action"] == "reuse" and reported[0]["code_changed"] == ["jobs/task.py"]
     assert plan[0]["action"] == "rerun" and "code changed: jobs/task.py" in plan[0]["reasons"]
 
 
@@ -154,9 +172,8 @@ def test_cancel_stops_what_runs_and_what_waits(toy):
     assert afterok("cancel", run).stdout.strip().endswith("nothing is active")
 
 
-def test_a_phase_that_is_sealed_while_status_looks_is_completed(toy, monkeypatch):
-    pipeline, run = toy
-    afterok("run", pipeline, "--run", run)
+def test_a_phase_that_is_sealed_while_status_looks_is_completed(sealed, monkeypatch):
+    _, run, _ = sealed
     seal, asked = RunFolder.seal, []
 
     def not_yet(self, phase, key):
@@ -228,25 +245,23 @@ def test_the_worker_runs_the_same_by_hand_and_a_sealed_element_exits_0_at_once(t
     assert again.returncode == 2 and "has elements 0 to 2, not 7" in again.stderr
 
 
-def test_a_phase_whose_upstream_has_no_seal_does_not_run_whatever_started_it(toy):
-    pipeline, run = toy
-    afterok("run", pipeline, "--run", run)
-    for seal in [*run.glob("total/*/seal.json"), *run.glob("numbers/*/seal.json")]:
-        seal.unlink()
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.worker", str(run), "total"], cwd=ROOT, text=True, capture_output=True
-    )
-    assert done.returncode == 4 and "needs numbers, which has no seal" in done.stderr
-    assert not list(run.glob("total/*/seal.json"))
+def test_a_phase_whose_upstream_has_no_seal_does_not_run_whatever_started_it(sealed):
+    _, run, _ = sealed
+    with put_back(*run.glob("total/*/seal.json"), *run.glob("numbers/*/seal.json")):
+        for seal in [*run.glob("total/*/seal.json"), *run.glob("numbers/*/seal.json")]:
+            seal.unlink()
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.worker", str(run), "total"], cwd=ROOT, text=True, capture_output=True
+        )
+        assert done.returncode == 4 and "needs numbers, which has no seal" in done.stderr
+        assert not list(run.glob("total/*/seal.json"))
 
 
-def test_what_runs_is_the_code_at_submission(toy, tmp_path):
-    pipeline, run = toy
-    afterok("submit", pipeline, "numbers.with.seconds=0.1", "--run", run)
+def test_what_runs_is_the_code_at_submission(sealed):
+    _, run, _ = sealed
     snapshot = run / "submissions/1/code"
     assert (snapshot / "tests/toy/numbers.py").read_bytes() == (ROOT / "tests/toy/numbers.py").read_bytes()
     assert (snapshot / "jobs/worker.py").exists()
-    wait_for("the end", lambda: set(states(run).values()) == {"COMPLETED"})
 
 
 def test_logs_are_found_by_phase_and_element_and_followed_to_the_end(toy):

@@ -1,11 +1,13 @@
 """What plan makes of a pipeline's settings: paths by field, keys by what matters."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 from typing import get_type_hints
 
 import pytest
 
+from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import RunFolder
 from jobs.kind import find_kind, inputs, kind_names
 from jobs.schema.pipeline import load_pipeline
@@ -160,3 +162,44 @@ def test_all_datasets_that_are_not_on_this_machine_are_noted_once_with_their_com
     assert found == ["open-thoughts/OpenThoughts-114k", "HuggingFaceH4/MATH-500", "some/set", "Maxwell-Jia/AIME_2024"]
     assert "`hf download some/set --repo-type dataset --revision v1`" in plan.notes[2]
     assert plan.as_json()["notes"] == plan.notes and {problem.check for problem in plan.told} == {"H001"}
+
+
+LARGE = """
+name: large
+phases:
+  init:
+    uses: init_model
+    with: {alphabet_task: calculator, layers: 64, hidden: 1048576, heads: 4, kv_groups: 4, ffn: 1048576, tied: true}
+  model: {uses: import_hf, with: {source: "${phases.init.out}", dtype: bfloat16}}
+  tuned:
+    uses: sft
+    with: {model: "${phases.model.out}", store: store, packs: packs, steps: 5, lora: {rank: 1, targets: [q_proj]}}
+  merged: {uses: merge_lora, with: {model: "${phases.tuned.out}"}}
+  exported: {uses: export_hf, array: 3, with: {model: "${phases.merged.out}", dtype: float16}}
+"""
+
+
+def test_the_weights_of_every_phase_count_against_the_disk(tmp_path, monkeypatch):
+    """Also where each is made of the one before, and nothing is there yet; a rehearsal leaves nothing."""
+    for name in ("store", "packs"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserMistake) as refused:
+        plan_of(tmp_path, LARGE)
+    (line,) = [str(problem) for problem in refused.value.problems if problem.check == "D001"]
+    sizes = {name: float(size.replace(",", "")) for name, size in re.findall(r"(\w+) ([\d,.]+)(?=[,)])", line)}
+    assert "tuned" in sizes
+    weights = 64 * 7 * 2**40  # matrices alone: q, k, v, o and three of the MLP, each 2^20 x 2^20
+    for name, width in (("init", 4), ("model", 2), ("merged", 4), ("exported", 2)):  # merged: as config.json has it
+        assert sizes[name] * 2**30 == pytest.approx(weights * width, rel=1e-4), (name, sizes)
+    rehearsed = load_pipeline(tmp_path / "p.yaml", [])
+    rehearsed.rehearsed = 0.001
+    make_plan(rehearsed, RunFolder(tmp_path / "rehearsal"), find_cluster("local"))
+
+
+WRITE_WEIGHTS = {"export_hf", "export_nanochat", "grpo", "import_hf", "init_model", "merge_lora", "sft"}
+
+
+def test_every_kind_is_known_to_write_weights_or_not_to():
+    """Of the others no size is known before they ran: rows, tokens and samples."""
+    assert {name for name in kind_names() if hasattr(find_kind(name).module, "costs")} == WRITE_WEIGHTS

@@ -55,8 +55,10 @@ CASES = [
     ("Q003", "account main set grptres=node=1", "nodes=2", "AssocGrpNodeLimit"),
     ("R004", "", "reservation=cours", REFUSES),
     ("R005", "reservation 60", "reservation=ours nodes=2", REFUSES),
+    ("R005", "reservation 60 corecnt=2", "reservation=ours cpus_per_task=4", "PENDING"),
     ("L001", "", "licenses=lustre:1", REFUSES),
     ("V001", "maintenance 5", "nodes=1", "ReqNodeNotAvail"),
+    ("V001", "reservation 5 flags=magnetic", "nodes=1", "RUNNING"),  # and it is killed when the reservation ends
 ]
 UNDO = {
     "partition": "scontrol update partition=batch maxnodes=UNLIMITED maxcpuspernode=UNLIMITED state=UP allowqos=ALL "
@@ -95,13 +97,13 @@ def changed(slurm, update):
     """Change the cluster for a while: a partition, a node, a QOS, an account, or a reservation in so many minutes."""
     kind = re.split("[= ]", update)[0]
     if kind in ("reservation", "maintenance"):
-        minutes = int(update.split()[1])
-        upkeep = datetime.now() + timedelta(minutes=minutes)
+        minutes, *more = update.split()[1:]
+        upkeep = datetime.now() + timedelta(minutes=int(minutes))
         said = ["starttime=now", f"duration={minutes}", f"users={user_name()}"]
         if kind == "maintenance":
             said = [f"starttime={upkeep:%Y-%m-%dT%H:%M:%S}", "duration=60", "users=root", "flags=maint"]
         nodes = "n1" if kind == "reservation" else "n1,n2"
-        slurm.run(["scontrol", "create", "reservation", "reservationname=ours", f"nodes={nodes}", *said])
+        slurm.run(["scontrol", "create", "reservation", "reservationname=ours", f"nodes={nodes}", *said, *more])
     elif update:
         program = ["sacctmgr", "-i", "modify"] if kind in ("qos", "account") else ["scontrol", "update"]
         slurm.run([*program, *update.split()])
@@ -188,11 +190,19 @@ def test_a_preempted_job_that_the_profile_would_requeue_is_lost(plan, slurm, mon
 
 
 @pytest.mark.soak
-def test_a_job_that_outlasts_its_reservation_is_killed_at_its_end(plan, slurm, monkeypatch, tmp_path):
-    """Not when its time limit, and the signal before it, are near: what it did since its last checkpoint is lost."""
-    with changed(slurm, "reservation 1"):
-        found, job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, "reservation=ours")
-        assert "when Slurm kills its jobs; " in found["R005"]
+@pytest.mark.parametrize(
+    "check, flags, asked", [("R005", "", "reservation=ours"), ("V001", "flags=magnetic", "nodes=1")]
+)
+def test_a_job_that_outlasts_its_reservation_is_killed_at_its_end(
+    plan, slurm, monkeypatch, tmp_path, check, flags, asked
+):
+    """Not when its time limit, and the signal before it, are near: what it did since its last checkpoint is lost.
+
+    A reservation that is MAGNETIC takes jobs in that do not name it.
+    """
+    with changed(slurm, f"reservation 1 {flags}"):
+        found, job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, asked)
+        assert "when Slurm kills " in found[check]
         wait_until(lambda: state_of(slurm, job).startswith("RUNNING"), "its start", 30)
         wait_until(lambda: not state_of(slurm, job).startswith("RUNNING"), "its end", 150)
         assert slurm.job(job)["TimeLimit"] == "00:10:00"
@@ -208,10 +218,31 @@ def test_a_folder_of_logs_that_cannot_be_made_is_a_job_without_a_word(plan, slur
     assert slurm.job(job)["ExitCode"] == "0:53"
 
 
+def test_a_run_that_slurm_does_not_find_again_is_a_job_without_a_word(plan, slurm, tmp_path):
+    """It reads "%j" in a name as the id of the job, and drops a backslash."""
+    for name in ("50%j", "lo\\st"):
+        (tmp_path / name).mkdir()
+        job = slurm.sbatch([f"--output={tmp_path / name}/log", "--wrap=true"])
+        wait_until(lambda job=job: slurm.job(job)["JobState"] == "FAILED", "its end", 60)
+        assert slurm.job(job)["ExitCode"] == "0:53" and not list((tmp_path / name).iterdir())
+        with pytest.raises(UserMistake) as refused:
+            make_plan(load_pipeline(tmp_path / "one.yaml", []), RunFolder(tmp_path / name), find_cluster("slurm"))
+        assert [problem.check for problem in refused.value.problems] == ["F003"]
+
+
+def test_an_array_longer_than_slurms_is_refused_by_sbatch(slurm):
+    """`verify` asks for it (tests/slurm/test_verify.py), and a plan shares the elements of longer ones out ("P004")."""
+    with pytest.raises(SlurmError, match="Invalid job array specification"):
+        slurm.sbatch(["--array=0-4001", "--output=/dev/null", "--wrap=true"])
+
+
 def test_a_disk_without_room_for_the_checkpoints_is_refused_until_it_is_waived(plan, monkeypatch, tmp_path):
     monkeypatch.setattr(PhaseKind, "costs", lambda self, config, placement: {"bytes": 2.0**60, "seconds": 7200.0})
     line = refused(plan)["D001"]
-    assert "1,073,741,824.0 GiB of checkpoints at the least (counter 1,073,741,824.0)" in line and "keep fewer" in line
+    assert (
+        "1,073,741,824.0 GiB of checkpoints and weights at the least (counter 1,073,741,824.0)" in line
+        and "keep fewer" in line
+    )
     made = plan("gpus_per_node=2", "nodes=2", "time=3:00:00", waive=["D001"])
     assert [problem.check for problem in made.waived] == ["D001"] and made.notes[0].endswith("[D001]")
     # GPU-hours: 2 nodes x 2 GPUs, 4 links of 3 hours at most, 2 hours planned
@@ -234,8 +265,10 @@ def test_refusals_and_unknown_ids_are_not_waived_and_all_is_told_at_once(plan):
 
 def test_every_check_is_broken_somewhere():
     """What is refused by pipeline or profile alone needs no cluster: tests of it are elsewhere."""
-    files = ("launchers/test_preflight.py", "launchers/test_plan_verb.py", "launchers/test_submit_limit.py",
+    files = ("launchers/test_preflight.py", "launchers/test_submit_limit.py", "launchers/test_plan_verb.py",
              "launchers/test_profile_verbs.py", "launchers/test_containers.py", "launchers/test_plan.py",
              "slurm/test_verify.py")  # fmt: skip
     texts = [(ROOT / "tests" / name).read_text() for name in files]
     assert [check for check in CHECKS if not any(f'"{check}"' in text or f"[{check}]" in text for text in texts)] == []
+    on_slurm = "".join(texts[:2])
+    assert [check for check in CHECKS if not CHECKS[check].beyond_slurm and check not in on_slurm] == []

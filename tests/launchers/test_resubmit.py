@@ -12,8 +12,18 @@ from tests.command import MIDDLE, afterok, afterok_json, one_line, states, wait_
 
 @pytest.fixture
 def failed(tmp_path, dev_cluster):
-    """A run whose phase `mid` failed while three dependents wait."""
-    run, env = tmp_path / "run", dev_cluster.env()
+    return fail(tmp_path / "run", dev_cluster)
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory, dev_cluster):
+    """Like `failed`, and left as it is by the tests that use it."""
+    return fail(tmp_path_factory.mktemp("failed") / "run", dev_cluster)
+
+
+def fail(run, dev_cluster):
+    """Return a run whose phase `mid` failed while three dependents wait, and the cluster's environment."""
+    env = dev_cluster.env()
     afterok("run", MIDDLE, "mid.with.die_on_rank=0", "--run", run, env=env, check=1)
     assert states(run, env=env) == {
         "first": "COMPLETED",
@@ -64,8 +74,8 @@ def test_resubmitting_without_a_change_revives_the_same_jobs(failed):
     assert {p: j for p, j in jobs_of(run).items() if p != "mid"} == {p: j for p, j in before.items() if p != "mid"}
 
 
-def test_a_dry_run_shows_the_calls_and_makes_none(failed):
-    run, env = failed
+def test_a_dry_run_shows_the_calls_and_makes_none(looked_at):
+    run, env = looked_at
     before = (run / "ledger.jsonl").read_bytes()
     jobs = jobs_of(run)
     shown = afterok("resubmit", run, "mid", "mid.with.factor=7", "--dry-run", env=env).stdout
@@ -138,8 +148,8 @@ def test_a_local_run_is_resubmitted_too(tmp_path):
     finish(run, {})
 
 
-def test_wrong_names_are_refused_with_the_nearest(failed):
-    run, env = failed
+def test_wrong_names_are_refused_with_the_nearest(looked_at):
+    run, env = looked_at
     assert "did you mean mid?" in one_line(afterok("resubmit", run, "midd", env=env, check=2))
     assert "did you mean factor?" in one_line(afterok("resubmit", run, "mid", "mid.with.facto=2", env=env, check=2))
     for wrong in ("a-b", "9-3", "", "1%2"):  # a range of nothing must not mean everything

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from data_tools.mistake import UserMistake
-from launchers import score_verbs
 from launchers.observe import runs, scores
+from launchers.verbs.scores import do_scores
 from tests.data_tools.test_evaluations import gsm8k, written
 
 
@@ -62,10 +62,10 @@ def test_a_run_without_a_sealed_evaluation_says_so_and_its_summary_leaves_the_ta
 def test_the_verb_prints_and_draws(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "find_run", lambda name: run)
     words = {"run": None, "phases": [], "json": False, "svg": tmp_path / "scores.svg"}
-    assert score_verbs.do_scores(Namespace(**words)) == 0
+    assert do_scores(Namespace(**words)) == 0
     assert "gsm8k" in capsys.readouterr().out and "<svg" in (tmp_path / "scores.svg").read_text()
-    assert score_verbs.do_scores(Namespace(**{**words, "json": True})) == 0
+    assert do_scores(Namespace(**{**words, "json": True})) == 0
     assert '"measure": "accuracy"' in capsys.readouterr().out
     for place in (tmp_path / "none" / "scores.svg", tmp_path):
         with pytest.raises(UserMistake, match="--svg .*name a file in a folder"):
-            score_verbs.do_scores(Namespace(**{**words, "svg": place}))
+            do_scores(Namespace(**{**words, "svg": place}))

@@ -17,20 +17,32 @@ def toy(tmp_path, dev_cluster):
     return write_toy(tmp_path), tmp_path / "run", dev_cluster.env()
 
 
+TWO_RANKS = ["total.resources.ranks_per_node=2", "total.resources.nodes=2"]
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory, dev_cluster):
+    """A run that has ended well, to be left as it is: (its pipeline, its folder, the environment, the command)."""
+    folder = tmp_path_factory.mktemp("sealed")
+    pipeline, run, env = write_toy(folder), folder / "run", dev_cluster.env()
+    done = afterok("run", pipeline, *TWO_RANKS, "--run", run, env=env | {"PLANTED_SECRET": "s3cr3t-value"})
+    return pipeline, run, env, done
+
+
 def seal_digests(run):
     return {str(path.relative_to(run).parent): read_seal(path).digest for path in run.glob("*/*/seal.json")}
 
 
-def test_a_run_on_slurm_seals_the_same_as_a_local_run(toy, tmp_path):
-    pipeline, run, env = toy
-    two_ranks = ["total.resources.ranks_per_node=2", "total.resources.nodes=2"]
-    done = afterok("run", pipeline, *two_ranks, "--run", run, env=env)
+def test_a_run_on_slurm_seals_the_same_as_a_local_run(sealed, tmp_path):
+    pipeline, run, env, done = sealed
     assert "total 12" in done.stdout
-    assert "2 nodes × 2 ranks" in afterok("plan", pipeline, *two_ranks, "--run", run, env=env).stdout
+    assert "2 nodes × 2 ranks" in afterok("plan", pipeline, *TWO_RANKS, "--run", run, env=env).stdout
     afterok("run", pipeline, "cluster=local", "--run", tmp_path / "local")
     assert seal_digests(run) == seal_digests(tmp_path / "local") and len(seal_digests(run)) == 3
+    array = Ledger(run / "ledger.jsonl").jobs()[0].job
+    assert phase_status(run, "numbers", env=env)["job"] in {f"{array}_{index}" for index in range(3)}
     before = len(Ledger(run / "ledger.jsonl").jobs())
-    assert "nothing to submit" in afterok("run", pipeline, *two_ranks, "--run", run, env=env).stdout
+    assert "nothing to submit" in afterok("run", pipeline, *TWO_RANKS, "--run", run, env=env).stdout
     assert len(Ledger(run / "ledger.jsonl").jobs()) == before
 
 
@@ -65,19 +77,19 @@ def test_a_failed_element_leaves_its_dependents_waiting_and_submit_sends_only_wh
     assert "#SBATCH --array=1\n" in (run / "submissions/2/scripts/numbers.sh").read_text()
 
 
-def test_a_phase_checks_its_inputs_itself_when_slurm_lets_it_start(toy):
+def test_a_phase_checks_its_inputs_itself_when_slurm_lets_it_start(sealed):
     """An unknown or purged parent id counts as satisfied: a script sent by hand, without dependency, must not pass."""
-    pipeline, run, env = toy
-    afterok("run", pipeline, "--run", run, env=env)
-    for phase in ("numbers", "total"):
-        next(run.glob(f"{phase}/*/seal.json")).unlink()
+    _, run, env, _ = sealed
+    aside = [path.rename(path.with_suffix(".aside")) for path in run.glob("[nt]*/*/seal.json")]
     script = (run / "submissions/1/scripts/total.sh").read_text()
     bare = "\n".join(line for line in script.splitlines() if "--dependency" not in line)
     (run / "bare.sh").write_text(bare.replace("total/logs/a1.0.out", "total/logs/bare.out"))
     Slurm(env).sbatch(["--dependency=afterok:888888", str(run / "bare.sh")])
     log = run / "total/logs/bare.out"
     wait_for("the refusal", lambda: log.exists() and "needs numbers, which has no seal" in log.read_text())
-    assert not list(run.glob("total/*/seal.json"))
+    assert len(aside) == 2 and not list(run.glob("total/*/seal.json"))
+    for path in aside:
+        path.rename(path.with_suffix(".json"))
 
 
 def test_submitting_from_inside_a_job_does_not_inherit_its_shape(toy, tmp_path):
@@ -106,9 +118,8 @@ def test_cancel_and_logs_reach_slurms_jobs(toy):
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"CANCELLED"})
 
 
-def test_nothing_of_the_submitters_environment_reaches_a_job_unless_forwarded(toy, tmp_path):
-    pipeline, run, env = toy
-    afterok("run", pipeline, "--run", run, env=env | {"PLANTED_SECRET": "s3cr3t-value"})
+def test_nothing_of_the_submitters_environment_reaches_a_job_unless_forwarded(sealed):
+    _, run, env, _ = sealed
     found = subprocess.run(
         ["grep", "-rl", "--exclude-dir=code", "s3cr3t-value", str(run)], capture_output=True, text=True
     ).stdout

@@ -15,6 +15,7 @@ from slurm.verify.named import nodes_in
 from tests.slurm.test_verify import live
 
 NOW = datetime(2026, 11, 30, 12, 0, 0)
+BEGUN = "2026-11-30T11:00:00"  # before NOW
 GOOD = Resources(
     role="train", partition="gpu", nodes=2, ranks_per_node=8, gpus_per_node=8, gpu=None, gpu_mem_gib=None,
     cpus_per_task=12, mem_gib=1000, time_minutes=600, account="llm", qos="high", constraint="sxm", extra_sbatch={},
@@ -95,10 +96,19 @@ CASES = [
      {"cluster": reserved(NodeCnt="1"), "reservation": "upkeep", "time_minutes": 60}, "the reservation upkeep has 1"),
     ("R005", "time", {"cluster": reserved(), "reservation": "upkeep"}, "10:00:00, but the reservation upkeep ends at "
      "2026-11-30T20:00:00, when Slurm kills its jobs; ask for at most 2:00:00"),
+    ("R005", "cpus_per_task", {"cluster": reserved(TRES="cpu=100"), "reservation": "upkeep", "time_minutes": 60},
+     "192 CPUs in all, but the reservation upkeep has 100"),
+    ("R004", "reservation", {"cluster": reserved(Groups="hpc"), "reservation": "upkeep", "time_minutes": 60},
+     "upkeep is for the groups hpc"),
     ("L001", "licenses", {"licenses": "lustre:3,matlab"}, "lustre:3, matlab: Slurm has not that many; it has lustre:2"),
     ("V001", "time", {"cluster": reserved()}, "10:00:00, and the maintenance upkeep has 2 of the 2 nodes that fit from "
      "2026-11-30T18:00:00 to 2026-11-30T20:00:00: the job would wait for its end; ask for at most 6:00:00"),
     ("V001", "time", {"cluster": reserved(nodes="h1", Flags="SPEC_NODES")}, "the reservation upkeep has 1 of the 2"),
+    ("V001", "time", {"cluster": reserved(nodes="h1", TRES="cpu=1")}, "the maintenance upkeep has 1 of the 2"),
+    ("V001", "time", {"cluster": reserved(start=BEGUN, Flags="MAGNETIC", Users="somebody")}, "the job would wait for"),
+    ("V001", "time", {"cluster": reserved(start=BEGUN, Flags="MAGNETIC", Users="ada")}, "10:00:00, and the reservation "
+     "upkeep (MAGNETIC) takes your jobs in and ends at 2026-11-30T20:00:00, when Slurm kills them; ask for at most "
+     "8:00:00, or wait for its end"),
 ]  # fmt: skip
 
 
@@ -119,10 +129,13 @@ def test_each_check_finds_what_is_asked_wrongly(monkeypatch, check, key, said, w
         reserved(start="2026-11-30T22:00:00", end="2026-12-01T00:00:00"),  # begins as the job ends
         reserved(nodes="a1"),  # nodes that the job could not have
         reserved(nodes="(null)", Flags=""),  # of licences alone
+        reserved(nodes="h1", TRES="cpu=9"),  # of some cores: those of h2 and 87 of h1 are left
+        reserved(nodes="h[1-2]", TRES="cpu=105"),  # where all of one's are taken, 87 of the other's are left at most
+        reserved(start=BEGUN, end="2026-12-01T00:00:00", Flags="SPEC_NODES,MAGNETIC"),  # takes the job in
     ],
 )
 def test_a_reservation_that_leaves_the_job_its_nodes_is_no_hindrance(cluster):
-    assert found(cluster) == []
+    assert found(cluster, cpus_per_task=10) == []
 
 
 @pytest.mark.parametrize("flags", ["MAINT,IGNORE_JOBS,SPEC_NODES,ALL_NODES", "FLEX", "MAGNETIC", "IGNORE_JOBS,OVERLAP"])

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from data_tools.mistake import EXIT_MISTAKE, Problem, UserMistake, nearest
-from launchers.verbs import print_json, tell
+from launchers.verbs.said import print_json, tell
 
 if TYPE_CHECKING:
     from slurm.detect import Cluster

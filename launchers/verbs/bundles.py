@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from data_tools.mistake import UserMistake
-from launchers.verbs import announce, plan_here, print_json
+from launchers.verbs.plans import plan_here
+from launchers.verbs.said import announce, print_json
 
 
 def do_bundle(args: argparse.Namespace) -> int:

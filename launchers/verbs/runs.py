@@ -1,73 +1,28 @@
-"""Does what the verbs of the command line say: a function a verb, from its parsed arguments to the exit code.
-
-Imports stay inside the verbs, so that --help and plan are quick.
-"""
+"""Does what the verbs say that submit, follow, show, repair and cancel runs."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data_tools.base.printing import set_in
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
 from data_tools.own_packages import environment
+from launchers.verbs.plans import make_plan_of, plan_here
+from launchers.verbs.said import EXIT_UNFINISHED, announce, print_json, tell
 
 if TYPE_CHECKING:
     from jobs.artifacts.run_folder import RunFolder
-    from jobs.schema.pipeline import Pipeline
     from launchers.observe.status import RunStatus
     from launchers.planning.plan import Plan
     from launchers.submission.submit import Submitted
     from slurm.detect import Cluster
-    from slurm.dev.cluster import DevCluster
 
-EXIT_UNFINISHED = 1
 EXIT_INTERRUPTED = 130
 
 
-# -- pipeline verbs -----------------------------------------------------------------------------------------------
-
-
-def make_plan_of(args: argparse.Namespace, only_plan: bool = False) -> "Plan":
-    """Return the plan of a command line; with `only_plan` a profile is enough where no Slurm is configured."""
-    from jobs.schema.pipeline import load_pipeline
-    from launchers.planning.planner import default_run_folder
-    from slurm.detect import find_cluster
-
-    pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
-    pipeline.rehearsed = _rehearsed(args)
-    run = default_run_folder(pipeline, args.run)
-    cluster = find_cluster(pipeline.cluster, pipeline.overrides, only_plan)
-    return plan_here(args, pipeline, run, cluster)
-
-
-def _rehearsed(args: argparse.Namespace) -> float:
-    """Return the share of its time that each phase sleeps, 0 where it is no rehearsal."""
-    rehearse, share = getattr(args, "rehearse", False), getattr(args, "rehearse_scale", None)
-    if share is not None and not rehearse:
-        raise UserMistake(
-            f"--rehearse-scale {share:g} without --rehearse would submit the real thing; say --rehearse too"
-        )
-    return (share or 0.001) if rehearse else 0.0
-
-
-def plan_here(
-    args: argparse.Namespace, pipeline: "Pipeline", run: "RunFolder", cluster: "Cluster", again: str = ""
-) -> "Plan":
-    """Make the plan, with what the command line waives; what is refused is printed with --json too, then raised."""
-    from launchers.planning.planner import make_plan
-    from slurm.checks import finding
-
-    pipeline.waive = list(dict.fromkeys([*pipeline.waive, *args.waive]))
-    verify = getattr(args, "verify", False)
-    try:
-        return make_plan(pipeline, run, cluster, verify=verify, again=again, budget=args.budget)
-    except UserMistake as mistake:
-        if args.json:
-            print_json({"refused": [finding(problem) for problem in mistake.problems]})
-        raise
+# -- pipelines ----------------------------------------------------------------------------------------------------
 
 
 def do_explain(args: argparse.Namespace) -> int:
@@ -85,19 +40,6 @@ def do_explain(args: argparse.Namespace) -> int:
         return print_json(explained.as_json())
     console().print(settings_table(explained))
     return 0
-
-
-def announce(plan: "Plan", quiet: bool = False) -> None:
-    """Say which cluster and profile a plan is for, and what leaves the submitter's environment."""
-    if not quiet:
-        print(plan.cluster.where, flush=True)
-    for note in plan.notes:
-        tell(note)
-
-
-def tell(what: object) -> None:
-    """Print a message of ours; lines that came with what it quotes are set in, so that none looks like one of ours."""
-    print(set_in(f"afterok: {what}"), file=sys.stderr)
 
 
 def do_submit(args: argparse.Namespace) -> int:
@@ -200,7 +142,7 @@ def do_run(args: argparse.Namespace) -> int:
 
 def _follow(args: argparse.Namespace, plan: "Plan") -> int:
     """Submit a plan, follow it to its end, and print a summary."""
-    from launchers.observe.follow import LOCAL_POLL_S, SLURM_POLL_S, follow
+    from launchers.observe.follow import follow
     from launchers.observe.runs import as_typed
     from launchers.observe.scores import print_scores
     from launchers.observe.show import console, print_submitted, summary
@@ -215,8 +157,7 @@ def _follow(args: argparse.Namespace, plan: "Plan") -> int:
     for line in done.not_applied:
         tell(line)
     try:
-        poll = SLURM_POLL_S if plan.cluster.kind == "slurm" else LOCAL_POLL_S
-        status = follow(run, poll, quiet=args.json)
+        status = follow(run, quiet=args.json)
     except KeyboardInterrupt:
         print(
             f"\nthe jobs go on; look again with `afterok status {as_typed(run.path)}`, "
@@ -249,18 +190,18 @@ def _exit_code(status: "RunStatus", run: "RunFolder") -> int:
     return EXIT_UNFINISHED
 
 
-# -- run verbs ----------------------------------------------------------------------------------------------------
+# -- runs ---------------------------------------------------------------------------------------------------------
 
 
 def do_status(args: argparse.Namespace) -> int:
-    from launchers.observe.follow import follow, poll_interval
+    from launchers.observe.follow import follow
     from launchers.observe.runs import find_run
     from launchers.observe.status import run_status
 
     run = find_run(args.run)
     if args.watch:
         try:
-            status = follow(run, poll_interval(run), quiet=args.json)
+            status = follow(run, quiet=args.json)
         except KeyboardInterrupt:
             return 0
     else:
@@ -358,66 +299,4 @@ def do_cancel(args: argparse.Namespace) -> int:
     print(f"cancelled {', '.join(done.jobs)}" if done.jobs else f"{as_typed(run.path)}: nothing is active")
     for note in done.notes:
         tell(note)
-    return 0
-
-
-# -- the dev cluster ----------------------------------------------------------------------------------------------
-
-
-def _dev_cluster(args: argparse.Namespace) -> "DevCluster":
-    from slurm.dev import cluster as devcluster
-
-    return devcluster.DevCluster(args.prefix or devcluster.default_prefix())
-
-
-def do_cluster_up(args: argparse.Namespace) -> int:
-    from slurm.dev import cluster as devcluster
-
-    prefix = args.prefix or devcluster.default_prefix()
-    cluster = devcluster.up(prefix, args.nodes, args.gpus_per_node, accounting=args.dbd)
-    if args.json:
-        return print_json(cluster.status())
-    with_ = " with accounting" if args.dbd else ""
-    print(f"up: {args.nodes} nodes × {args.gpus_per_node} fake GPUs{with_} in {cluster.prefix}")
-    print("use it: `afterok run PIPELINE cluster=dev`, or `afterok cluster exec squeue`")
-    return 0
-
-
-def do_cluster_down(args: argparse.Namespace) -> int:
-    cluster = _dev_cluster(args)
-    cluster.down()
-    if args.json:
-        return print_json({"prefix": str(cluster.prefix), "up": False})
-    print(f"down: {cluster.prefix}")
-    return 0
-
-
-def do_cluster_status(args: argparse.Namespace) -> int:
-    status = _dev_cluster(args).status()
-    if args.json:
-        return print_json(status)
-    for key, value in status.items():
-        print(f"{key}: {value}")
-    return 0
-
-
-def do_cluster_exec(args: argparse.Namespace) -> int:
-    cluster = _dev_cluster(args)
-    if not cluster.is_up():
-        raise UserMistake(f"the dev cluster in {cluster.prefix} is not up; start it: afterok cluster up")
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not command:
-        raise UserMistake("name a command: afterok cluster exec squeue")
-    try:
-        os.execvpe(command[0], command, cluster.env())
-    except FileNotFoundError:
-        raise UserMistake(f"no command {command[0]!r} in PATH") from None
-
-
-# -- helpers ------------------------------------------------------------------------------------------------------
-
-
-def print_json(value: Any) -> int:
-    """Print the one JSON object of a verb, and return the exit code of success."""
-    print(json.dumps(value, indent=1, default=str))
     return 0

@@ -3,7 +3,7 @@
 import argparse
 
 from data_tools.mistake import UserMistake
-from launchers.verbs import print_json
+from launchers.verbs.said import print_json
 
 
 def do_scores(args: argparse.Namespace) -> int:

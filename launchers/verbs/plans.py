@@ -1,14 +1,59 @@
-"""Does what `afterok plan` says: a plan with its costs and predicted starts, a parallel plan, or Megatron's flags."""
+"""Makes the plan of a command line, and does what `afterok plan` says: a plan with its costs and predicted starts, a
+parallel plan, or Megatron's flags.
+"""
 
 import argparse
 import os
 from typing import TYPE_CHECKING
 
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
-from launchers.verbs import announce, make_plan_of, print_json, tell
+from launchers.verbs.said import announce, print_json, tell
 
 if TYPE_CHECKING:
+    from jobs.artifacts.run_folder import RunFolder
+    from jobs.schema.pipeline import Pipeline
     from launchers.planning.plan import Plan
+    from slurm.detect import Cluster
+
+
+def make_plan_of(args: argparse.Namespace, only_plan: bool = False) -> "Plan":
+    """Return the plan of a command line; with `only_plan` a profile is enough where no Slurm is configured."""
+    from jobs.schema.pipeline import load_pipeline
+    from launchers.planning.planner import default_run_folder
+    from slurm.detect import find_cluster
+
+    pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
+    pipeline.rehearsed = _rehearsed(args)
+    run = default_run_folder(pipeline, args.run)
+    cluster = find_cluster(pipeline.cluster, pipeline.overrides, only_plan)
+    return plan_here(args, pipeline, run, cluster)
+
+
+def _rehearsed(args: argparse.Namespace) -> float:
+    """Return the share of its time that each phase sleeps, 0 where it is no rehearsal."""
+    rehearse, share = getattr(args, "rehearse", False), getattr(args, "rehearse_scale", None)
+    if share is not None and not rehearse:
+        raise UserMistake(
+            f"--rehearse-scale {share:g} without --rehearse would submit the real thing; say --rehearse too"
+        )
+    return (share or 0.001) if rehearse else 0.0
+
+
+def plan_here(
+    args: argparse.Namespace, pipeline: "Pipeline", run: "RunFolder", cluster: "Cluster", again: str = ""
+) -> "Plan":
+    """Make the plan, with what the command line waives; what is refused is printed with --json too, then raised."""
+    from launchers.planning.planner import make_plan
+    from slurm.checks import finding
+
+    pipeline.waive = list(dict.fromkeys([*pipeline.waive, *args.waive]))
+    verify = getattr(args, "verify", False)
+    try:
+        return make_plan(pipeline, run, cluster, verify=verify, again=again, budget=args.budget)
+    except UserMistake as mistake:
+        if args.json:
+            print_json({"refused": [finding(problem) for problem in mistake.problems]})
+        raise
 
 
 def do_plan(args: argparse.Namespace) -> int:
