@@ -10,10 +10,17 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import export_hf
 from megatron_ext.entrypoints.export_hf import Config
+from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.preflight import facts
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return export_hf.check(config, placement.ranks, placement)
+
+
+def forecast(config: Config, placement: Placement) -> dict[str, Any]:
+    merged = config.adapter != "peft"  # whose folder has no config.json
+    return facts.forecast(config.model, LoraConfig(), placement) if merged else {}
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
@@ -22,13 +29,13 @@ def run(config: Config, task: Task) -> dict[str, Any]:
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
-    facts = export_hf.finish(config, parts, task.out)
-    changes = "".join(f", {count:,} tensors {change}" for change, count in facts["dtype_changes"].items())
-    size = sum(facts["bytes"].values())
-    if told := facts.get("quantized"):
+    made = export_hf.finish(config, parts, task.out)
+    changes = "".join(f", {count:,} tensors {change}" for change, count in made["dtype_changes"].items())
+    size = sum(made["bytes"].values())
+    if told := made.get("quantized"):
         changes += f", {told['matrices']:,} matrices of experts as MXFP4, {told['exact']:,} of them exactly, relative "
         changes += f"error {told['relative_error']:.2g}"
     return {
-        "headline": f"{len(facts['bytes'])} safetensors file(s), {size:,} bytes, {facts['dtype']}{changes}",
-        **facts,
+        "headline": f"{len(made['bytes'])} safetensors file(s), {size:,} bytes, {made['dtype']}{changes}",
+        **made,
     }

@@ -21,6 +21,7 @@ from jobs.task import Task
 from megatron_ext.entrypoints import export_hf, import_hf
 from megatron_ext.models.gpt_oss.config import Dims, Yarn, hf_config
 from tests.command import afterok, afterok_json
+from tests.megatron_ext.byte_bpe import byte_bpe
 
 PIPELINE = Path("jobs/pipelines/tes_grpo.yaml")
 HARMONY = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>"]
@@ -53,20 +54,8 @@ def answer(action: int) -> str:
 
 def tokenizer(folder: Path) -> Any:
     """Byte-level BPE of the prompts, with Harmony's tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     texts = [rendered(load, price, 1) for load in ("high", "low") for price in ("high", "low")] * 9
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        [*texts, *map(answer, range(4))],
-        trainers.BpeTrainer(vocab_size=400, special_tokens=HARMONY, initial_alphabet=alphabet, show_progress=False),
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|return|>", pad_token="<|endoftext|>")
-    fast.save_pretrained(folder)
-    return fast
+    return byte_bpe(folder, [*texts, *map(answer, range(4))], HARMONY, eos="<|return|>", pad="<|endoftext|>")
 
 
 def rendered(load: str, price: str, hour: int) -> str:
