@@ -15,6 +15,7 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
+import datetime
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,10 @@ class Config:
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
     """Return what can be refused before anything runs."""
     problems = hub.check(config.repo, config.push)
+    try:
+        datetime.date.fromisoformat(config.date or DAYS[0])
+    except ValueError:
+        problems.append(Problem("date", f"{config.date!r} is no date YYYY-MM-DD"))
     if config.ollama_base and not config.gguf:
         said = (
             "an adapter for Ollama is a GGUF file: give gguf a folder of export_gguf with the adapter, or leave it out"
@@ -125,7 +130,7 @@ def _description(config: Config, family: str, lineage: Sequence[Step]) -> str:
 
 
 def _copy(config: Config, out: Path) -> dict[str, str]:
-    """Put all files in place: hard links, or copies where the filesystem has none. Return what the card says of them."""
+    """Put all files in place: hard links, or copies where the filesystem has none. Return what the card says."""
     told = {}
     for path in files(Path(config.model)):
         if path.name not in NOT_TAKEN:
@@ -162,10 +167,7 @@ def _template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
         return "{{ .Prompt }}", "the tokenizer has no chat template, so prompts go to the model as they are"
     found = [turns.find(_rendering(config, tokenizer, day)) for day in DAYS]
     if found[0] is None:
-        return (
-            "",
-            "the tokenizer's chat template writes more than something around each turn, which Go has no words for",
-        )
+        return "", "the tokenizer's chat template does more than write something around each turn: none for Ollama"
     template = found[0].go_template(DAYS[0])
     if found[1] is None or found[1].go_template(DAYS[1]) != template:
         return "", "the tokenizer's chat template writes the day in a way of its own: pin it (date)"
@@ -192,9 +194,12 @@ def _modelfiles(
     stops = [tokenizer.decode([token]) for token in sorted(stop_ids(out, tokenizer))]
     sampling = modelfile.Sampling(config.temperature, config.top_p, config.top_k)
     more = [f"Template: {note}"] if note else []
+    merged = modelfile.MERGED_NOTE + (modelfile.GPT_OSS_NOTE if is_gpt_oss else "")
     about = {
-        MODELFILE: (export_gguf.MODEL, f"./{export_gguf.MODEL}", "", modelfile.MERGED_NOTE + modelfile.GPT_OSS_NOTE * is_gpt_oss),
-        ADAPTER_MODELFILE: (export_gguf.ADAPTER, config.ollama_base, f"./{export_gguf.ADAPTER}", modelfile.ADAPTER_NOTE),
+        MODELFILE: (export_gguf.MODEL, f"./{export_gguf.MODEL}", "", merged),
+        ADAPTER_MODELFILE: (
+            export_gguf.ADAPTER, config.ollama_base, f"./{export_gguf.ADAPTER}", modelfile.ADAPTER_NOTE,
+        ),
     }  # fmt: skip
     for name, (needed, origin, adapter, says) in about.items():
         if needed in told and origin:

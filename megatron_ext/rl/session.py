@@ -22,7 +22,7 @@ from data_tools.base import durable
 from data_tools.base.tables import write_table
 from data_tools.progress import Progress, Stop
 from data_tools.tasks.mix import counts_table
-from data_tools.tasks.outcome import Outcomes
+from data_tools.tasks.outcome import Outcomes, graded
 from megatron_ext.model_folders import model_folder
 from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.parallel.ranks import is_writer
@@ -123,11 +123,24 @@ def run(
             reference=reference_of(config, folder, trainer),
             evaluate=evaluated if len(held_out) else None,
             spell=lambda sample: texts.log(prompts.item(sample.item), sample),
+            judge=lambda drawn: judged(drawn, prompts, outcomes),
         )
     if config.completions and config.log_samples and is_writer():
         completions.write(keep / SAMPLES, keep / Path(config.completions).expanduser())
     digest = model_folder.write(out, trainer.model, folder, step=folder.step + trained.step)
     return trained, digest
+
+
+def judged(drawn: Sequence[Sample], prompts: MixPrompts, outcomes: Outcomes) -> dict[str, dict[str, Any]]:
+    """Return mean reward, regret and shares of the answers of a step's samples, for entries that know their best."""
+    by_entry: dict[str, list[dict[str, Any]]] = {}
+    for sample in drawn:
+        draw = prompts.item(sample.item)
+        if (best := outcomes.best(draw.entry, draw.item)) is not None:
+            answer = None if sample.is_truncated else sample.answer
+            told = {"prompt": sample.item, "reward": sample.reward, "answer": answer, "best": best}
+            by_entry.setdefault(draw.entry, []).append(told)
+    return {entry: told for entry in sorted(by_entry) if (told := graded(by_entry[entry]))}
 
 
 def _trainer(config: GrpoSettings, folder: ModelFolder) -> Trainer:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 MERGED_NOTE = "Every Ollama takes FROM a GGUF file of an architecture that it knows"
 GPT_OSS_NOTE = "; those of 2025-08 did not know llama.cpp's name of gpt-oss (ollama#11816)"
 ADAPTER_NOTE = (
-    "ADAPTER is for Ollama before 0.34.1, of Llama, Mistral, Gemma and Phi 3: from 0.34.1 on `ollama create` refuses it "
+    "ADAPTER is for Ollama before 0.34.1, of Llama, Mistral, Gemma and Phi 3: since then `ollama create` refuses it "
     "(ollama#14969), and before that it refused one of gpt-oss (ollama#13314). Use Modelfile there"
 )
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # --max-lora-rank of vLLM 0.29
