@@ -14,6 +14,7 @@ completions.py  all samples as one CSV file
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from megatron_ext.rl.prompts import (
     turns_of,
 )
 from megatron_ext.rl.rows import RolloutRow, log_probs
+from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.settings import GrpoSettings
 from megatron_ext.rl.step import ROLLOUTS, SAMPLES, GrpoTrained, train
 from megatron_ext.rl.updates import Reference
