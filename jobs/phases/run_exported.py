@@ -1,4 +1,4 @@
-"""An exported folder asked by transformers, or its GGUF by llama.cpp, on prompts of tasks, beside an evaluation of the base model."""
+"""An exported folder asked by transformers, or its GGUF by llama.cpp, on prompts of tasks, beside the base model."""
 
 from typing import Any
 

@@ -139,7 +139,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _rows(
-    model: Asked,
+    model: "Asked",
     draws: Sequence[Draw],
     prompts: Sequence[list[int]],
     samples: int,
