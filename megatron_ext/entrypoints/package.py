@@ -19,7 +19,7 @@ import datetime
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from data_tools.base import durable
 from data_tools.base.declared import setting
 from data_tools.base.inside import files, inside
 from data_tools.chats.prompts import PromptEncoder
-from data_tools.chats.tokenizer import Tokenizer, load_tokenizer, stop_ids
+from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer, stop_ids
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.entrypoints import export_gguf
@@ -52,7 +52,9 @@ class Config:
     gguf: list[str] = setting(list, "folders of export_gguf: of the model, of the adapter", input=True)
     results: list[str] = setting(list, "folders of evaluate or run_exported, for the card", input=True)
     name: str = setting("", 'what the model is called; "" is its model_type', free=True)
-    base: str = setting("", "name on the Hub of the model that it was trained from", free=True)
+    base: str = setting(
+        "", "name on the Hub of the model that it was trained from; of a folder the card says nothing", free=True
+    )
     ollama_base: str = setting("", "what Ollama calls that model, for FROM with an adapter: gpt-oss:20b", free=True)
     license: str = setting("", "license on the card, as the Hub spells it: apache-2.0", free=True)
     date: str = setting(
@@ -102,6 +104,8 @@ def run(
     if problems or wrong or family is None:
         raise UserMistake(problems + wrong)
     name = config.name or family.name
+    if is_path(config.base) or Path(config.base).exists():  # "" too
+        config = replace(config, base="")
     told = _copy(config, out)
     tokenizer = load_tokenizer(str(out))
     template, note = _template(config, tokenizer)
