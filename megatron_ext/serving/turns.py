@@ -8,7 +8,7 @@ tried: what was found has to render other conversations to the letter, else ther
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Messages = Sequence[Mapping[str, str]]
 Render = Callable[[Messages], str]  # up to where the model goes on
@@ -68,11 +68,12 @@ def find(render: Render) -> Turns | None:
         _, to_answer, from_answer, last = _cut(render(_talk(_FIRST, _ANSWER, _SECOND)), _FIRST, _ANSWER, _SECOND)
     except ValueError:
         return None
+    around = _around_system(render)
     after_user = os.path.commonprefix([to_answer, tail])
-    before_user = _common_end(before, from_answer)
+    before_user = _common_end(before, from_answer, *(around[1:] if around else ()))
     found = Turns(
         start=before.removesuffix(before_user),
-        system=_system(render, before_user),
+        system=(around[0], around[1].removesuffix(before_user)) if around else None,
         user=(before_user, after_user),
         assistant=(to_answer.removeprefix(after_user), from_answer.removesuffix(before_user)),
         goes_on=tail.removeprefix(after_user),
@@ -82,8 +83,7 @@ def find(render: Render) -> Turns | None:
     if not all(_agree(render, found, talk) for talk in _talks("two\nlines, {{ braces }} and é", bool(found.system))):
         return None
     edges = all(_agree(render, found, talk) for talk in _talks(" \n spaces around \n", bool(found.system)))
-    return Turns(found.start, found.system, user=found.user, assistant=found.assistant, goes_on=found.goes_on,
-                 keeps_edges=edges)  # fmt: skip
+    return replace(found, keeps_edges=edges)
 
 
 def _talk(*contents: str) -> list[dict[str, str]]:
@@ -107,18 +107,18 @@ def _cut(text: str, *marks: str) -> list[str]:
     return [*parts, text]
 
 
-def _common_end(one: str, other: str) -> str:
-    return os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+def _common_end(*texts: str) -> str:
+    return os.path.commonprefix([text[::-1] for text in texts])[::-1]
 
 
-def _system(render: Render, before_user: str) -> tuple[str, str] | None:
-    """Return what stands around a system message; None where the template refuses one, or leaves it out."""
+def _around_system(render: Render) -> tuple[str, str] | None:
+    """Return what stands before a system message, and from it to the user's; None where the template refuses one, or
+    leaves it out."""
     try:
-        system = {"role": "system", "content": _SYSTEM}
-        before, after, _ = _cut(render([system, *_talk(_FIRST)]), _SYSTEM, _FIRST)
+        before, after, _ = _cut(render([{"role": "system", "content": _SYSTEM}, *_talk(_FIRST)]), _SYSTEM, _FIRST)
     except ValueError:
         return None
-    return (before, after.removesuffix(before_user)) if after.endswith(before_user) else None
+    return before, after
 
 
 def _agree(render: Render, turns: Turns, messages: Messages) -> bool:
