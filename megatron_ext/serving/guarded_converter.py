@@ -1,4 +1,4 @@
-"""Run one of llama.cpp's converters, as `python guarded_converter.py SCRIPT ARGUMENTS`, with three changes.
+"""Run one of llama.cpp's converters, as `python guarded_converter.py SCRIPT ARGUMENTS`, with four changes.
 
 * No code of a model's folder runs: some converters ask transformers to trust it.
 * llama.cpp knows a byte-level BPE by the way it cuts text into words, of which it has a list. Its converter finds the
@@ -6,6 +6,8 @@
   looked up below: a vocabulary of one's own with the words of GPT-2, say, is as good as GPT-2's.
 * gpt-oss's converter puts scales with the MXFP4 blocks that it saw last. Where files were cut between the two, these
   are another layer's, and nothing is said. Its tensors are then put in the order of their names.
+* nemotron_h's converter finds the attention layers by words that transformers 5 writes otherwise, and would say that
+  there are none. It is given the pattern as a string.
 
 Exit code 2 and one line where a tokenizer has no counterpart in GGUF.
 """
@@ -13,9 +15,15 @@ Exit code 2 and one line where a tokenizer has no counterpart in GGUF.
 import json
 import runpy
 import sys
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_ext.models.nemotron_h.config import BLOCKS
 
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -101,6 +109,14 @@ def in_order(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     return tensors
 
 
+def with_pattern(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json, as transformers understands it, with the layers of nemotron_h as a string."""
+    layers = config.get("layers_block_type")
+    if config.get("model_type") != "nemotron_h" or not layers:
+        return config
+    return config | {"hybrid_override_pattern": "".join(BLOCKS[layer] for layer in layers)}
+
+
 def main() -> int:
     """Run the converter that the command line names."""
     script = Path(sys.argv[1])
@@ -113,6 +129,8 @@ def main() -> int:
         loader.from_pretrained = _untrusting(loader.from_pretrained)
     indexed = ModelBase.index_tensors
     ModelBase.index_tensors = lambda *args, **settings: in_order(indexed(*args, **settings))
+    load = ModelBase.load_hparams
+    ModelBase.load_hparams = staticmethod(lambda *args, **settings: with_pattern(load(*args, **settings)))
     TextModel.get_vocab_base_pre = _or_by_its_words(TextModel.get_vocab_base_pre)
     try:
         runpy.run_path(str(script), run_name="__main__")

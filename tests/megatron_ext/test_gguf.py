@@ -29,9 +29,9 @@ needs_converter = pytest.mark.skipif(
 )
 GPT_OSS = replace(tiny.GPT_OSS_DIMS, hidden=64, ffn=64, head_dim=16, vocabulary=ROWS, dtype="bfloat16")
 LLAMA = replace(tiny.DIMS, kind="llama", vocabulary=ROWS)
-HYBRID = tiny.hybrid("M*EM", vocabulary=ROWS, mamba_state=8)
+HYBRID = tiny.hybrid("M*EM", vocabulary=ROWS, mamba_state=8, mamba_head_dim=8)
 MODELS = {"qwen2": replace(tiny.DIMS, vocabulary=ROWS), "llama": LLAMA, "gpt_oss": GPT_OSS, "nemotron_h": HYBRID,
-          "dense nemotron_h": tiny.hybrid("M-*-", vocabulary=ROWS, mamba_state=8)}  # fmt: skip
+          "dense nemotron_h": tiny.hybrid("M-*-", vocabulary=ROWS, mamba_state=8, mamba_head_dim=8)}  # fmt: skip
 
 
 @pytest.fixture
@@ -170,7 +170,8 @@ def test_scales_that_files_part_from_their_blocks_stay_with_them(here, tmp_path)
         ("gpt_oss", replace(GPT_OSS, sliding=(False, True)), "layer_types says otherwise"),
         ("gpt_oss", replace(GPT_OSS, swiglu_limit=5.0), "swiglu_limit is 5"),
         ("gpt_oss", replace(GPT_OSS, tied=True), "tied embeddings"),
-        ("nemotron_h", tiny.NEMOTRON_H_DIMS, "the pattern is MEM*E-"),
+        ("nemotron_h", replace(tiny.NEMOTRON_H_DIMS, mamba_head_dim=8), "the pattern is MEM*E-"),
+        ("nemotron_h", tiny.hybrid("M*"), "multiples of 64 for Mamba's width, not 48"),
         ("nanochat", tiny.NANOCHAT_DIMS, "no models of the family nanochat"),
     ],
 )
