@@ -1,11 +1,15 @@
 """A GGUF file asked by llama.cpp, through the package xllamacpp.
 
-Its server is llama.cpp's own, which listens: on a socket in a folder of this process's, for nobody else. Prompts go in
-as token ids, so that llama.cpp's tokenizer has no say.
+Its server is llama.cpp's own, which listens: on a Unix socket in a folder of this process's, for nobody else. Prompts
+go in and completions come out as token ids, so that llama.cpp's tokenizer has no say. (The package's own functions
+return text, in which half a character is lost.)
 """
 
+import http.client
 import importlib.metadata
 import importlib.util
+import json
+import socket
 import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -40,8 +44,9 @@ class Way:
 class LlamaCpp:
     """A model in memory. `adapter` is a LoRA's GGUF file, or None."""
 
-    def __init__(self, model: Path, adapter: Path | None, positions: int, stops: Collection[int]):
+    def __init__(self, model: Path, adapter: Path | None, positions: int, stops: Collection[int], exact: bool = False):
         """Load it with room for `positions` tokens. `stops` end a completion, besides what the file says ends one.
+        `exact`: keys and values are fp32; llama.cpp's own choice is fp16.
 
         Raise UserMistake where llama.cpp does not take the file.
         """
@@ -50,8 +55,12 @@ class LlamaCpp:
         self._stops, self._folder = set(stops), tempfile.TemporaryDirectory()
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(model)
-        parameters.hostnames = [str(Path(self._folder.name) / "llama.sock")]
+        self._socket = str(Path(self._folder.name) / "llama.sock")
+        parameters.hostnames, parameters.verbosity = [self._socket], 1
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = positions, 1, False
+        if exact:
+            parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if adapter is not None:
             lora = xllamacpp.CommonAdapterLoraInfo()
             lora.path, lora.scale = str(adapter), 1.0
@@ -64,26 +73,47 @@ class LlamaCpp:
 
     def complete(self, prompt: Sequence[int], way: Way) -> Sampled:
         """Return one completion of a prompt's tokens."""
-        said: Any = self._server.handle_completions(
+        said = self._ask(
             {
                 "prompt": list(prompt),
                 "n_predict": way.most,
                 "temperature": way.temperature,
                 "top_p": way.top_p,
-                "top_k": 0,
-                "min_p": 0.0,
-                "repeat_penalty": 1.0,
-                "samplers": ["temperature", "top_p"],  # in this order, as transformers and our engine draw
+                "samplers": ["temperature", "top_p"],  # alone and in this order, as transformers and our engine draw
                 "seed": way.seed,
                 "cache_prompt": False,
                 "return_tokens": True,
-                "stream": False,
             }
         )
-        if "tokens" not in said:
-            raise RuntimeError(f"llama.cpp answered {str(said)[:500]}")
         tokens = said["tokens"]
         for place, token in enumerate(tokens):
             if token in self._stops:
                 return tokens[:place], "stop"
-        return tokens, "stop" if said.get("stop_type") == "eos" else "length"
+        if said["stop_type"] == "eos":  # at a token that ends a text for llama.cpp, by its name: <|endoftext|>
+            return tokens[:-1], "stop"
+        return tokens, "length"
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return what llama.cpp's own endpoint for completions answers (tools/server/README.md)."""
+        connection = _Connection(self._socket)
+        try:
+            connection.request("POST", "/completion", json.dumps(request), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read()
+        finally:
+            connection.close()
+        if response.status != http.client.OK:
+            raise RuntimeError(f"llama.cpp answered {response.status}: {text[:500]!r}")
+        return json.loads(text)
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str):
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self._path)

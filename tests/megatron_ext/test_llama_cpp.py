@@ -35,7 +35,7 @@ MODELS = {
     "gpt_oss": WHOLE_YARN,
     "nemotron_h": HYBRID,
 }
-RETURN = 4  # <|return|>, the tokenizer's end
+STOPS = {4, 5, 6}  # <|return|>, <|call|> and <|endoftext|>, as gpt-oss has them; <|end|>, which is 3, ends nothing
 NEW, PROMPTS = 12, 100
 ENGINE = EngineConfig(kv_gib=0.02, block_size=16, max_batch=32, token_budget=256)
 
@@ -49,7 +49,7 @@ def prompts(count: int = PROMPTS) -> list[tuple[int, ...]]:
 
 def ours(model: Any) -> list[list[int]]:
     """The greedy completions of our engine, without the token that ended them."""
-    engine = Engine(model, ENGINE, seed=0, stop_ids={RETURN})
+    engine = Engine(model, ENGINE, seed=0, stop_ids=STOPS)
     found = {}
     wanted = [Request(k, prompt, 1) for k, prompt in enumerate(prompts())]
     for sequence in engine.generate(wanted, Sampling(temperature=0, max_tokens=NEW)):
@@ -59,7 +59,7 @@ def ours(model: Any) -> list[list[int]]:
 
 
 def theirs(model: Path, adapter: Path | None = None) -> list[list[int]]:
-    asked = llama_cpp.LlamaCpp(model, adapter, 512, stops={RETURN})
+    asked = llama_cpp.LlamaCpp(model, adapter, 512, stops=STOPS, exact=True)
     return [asked.complete(prompt, llama_cpp.Way(0.0, 1.0, 0, most=NEW))[0] for prompt in prompts()]
 
 
