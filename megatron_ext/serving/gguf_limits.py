@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ext.models.registry import Family
 
 SWIGLU_LIMIT = 7.0  # the only one of LLM_FFN_SWIGLU_OAI_MOE
-MAMBA_WIDTH = 64  # conversion/granite.py
+MAMBA_WIDTH, VOCABULARY_MULTIPLE = 64, 8  # conversion/granite.py, conversion/nemotron.py
 WINDOW_PERIOD = 2  # every second layer has the window, the first one too
 
 
@@ -34,6 +34,9 @@ def refused(family: Family, dims: Any) -> list[str]:
         found.append(
             f"llama.cpp's converter takes multiples of {MAMBA_WIDTH} for Mamba's width, not {dims.mamba_inner}"
         )
+    if family.name == "nemotron_h" and dims.vocabulary % VOCABULARY_MULTIPLE:
+        said = f"llama.cpp's converter pads nemotron_h's tokens to a multiple of {VOCABULARY_MULTIPLE}, but no weights"
+        found.append(f"{said}, and vocab_size is {dims.vocabulary}")
     return found
 
 

@@ -9,6 +9,7 @@ import http.client
 import importlib.metadata
 import importlib.util
 import json
+import os
 import socket
 import tempfile
 from collections.abc import Collection, Sequence
@@ -57,6 +58,7 @@ class LlamaCpp:
         parameters.model.path = str(model)
         self._socket = str(Path(self._folder.name) / "llama.sock")
         parameters.hostnames, parameters.verbosity = [self._socket], 1
+        parameters.cpuparams.n_threads = len(os.sched_getaffinity(0))
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = positions, 1, False
         if exact:
             parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

