@@ -124,7 +124,7 @@ def run(
             progress=progress,
             reference=reference_of(config, folder, trainer),
             evaluate=evaluated if len(held_out) else None,
-            spell=lambda sample: texts.log(prompts.item(sample.item), sample),
+            spell=lambda drawn: texts.log(prompts.item(drawn.item), drawn),
             judge=lambda drawn: judged(drawn, prompts, outcomes),
         )
     if config.completions and config.log_samples and is_writer():

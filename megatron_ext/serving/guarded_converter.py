@@ -47,35 +47,37 @@ class NoCounterpart(Exception):
 
 def words_of(tokenizer: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of the words of a parsed tokenizer.json. Raise NoCounterpart where it has none."""
-    model, steps = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
+    model = tokenizer["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise NoCounterpart(f"its tokenizer is a {model.get('type')}, and GGUF has byte-level BPE (and SentencePiece)")
     if not model.get("merges"):
         raise NoCounterpart("its tokenizer merges nothing, and llama.cpp loads no vocabulary without merges")
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    kinds = [step.get("type") for step in steps]
-    name, whole_words = None, False
-    if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
-        if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-            name, whole_words = GPT2
-        elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-            cut = steps[0]
-            if cut.get("behavior") == "Isolated" and not cut.get("invert"):
-                name, whole_words = WORDS.get(cut["pattern"].get("Regex"), (None, False))
-    if name is None:
-        raise NoCounterpart(
-            f"llama.cpp has no words like those of its tokenizer's pre_tokenizer ({' and '.join(map(str, kinds))})"
-        )
+    name, whole_words = _cut(tokenizer.get("pre_tokenizer") or {})
     odd = [key for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if (normalizer := tokenizer.get("normalizer")) and normalizer.get("type") != "NFC":  # llama.cpp normalises nothing
         odd.append(f"normalizer {normalizer.get('type')}")
     if bool(model.get("ignore_merges")) != whole_words:
         odd.append("ignore_merges")
     if odd:
-        raise NoCounterpart(
-            f"its tokenizer cuts words as llama.cpp's {name}, but has {', '.join(odd)}, which that has not"
-        )
+        raise NoCounterpart(f"its tokenizer cuts words as llama.cpp's {name}, but has {', '.join(odd)}, unlike that")
     return name
+
+
+def _cut(steps: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return the entry of WORDS, or GPT2, that a pre_tokenizer is. Raise NoCounterpart where it is none."""
+    parts = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    kinds, last, found = [part.get("type") for part in parts], parts[-1], None
+    if kinds[-1:] == ["ByteLevel"] and not last.get("add_prefix_space"):
+        if len(parts) == 1 and last.get("use_regex", True):
+            found = GPT2
+        elif kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
+            cut = parts[0]
+            if cut.get("behavior") == "Isolated" and not cut.get("invert"):
+                found = WORDS.get(cut["pattern"].get("Regex"))
+    if found is None:
+        named = " and ".join(map(str, kinds))
+        raise NoCounterpart(f"llama.cpp has no words like those of its tokenizer's pre_tokenizer ({named})")
+    return found
 
 
 def _untrusting(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -177,7 +177,7 @@ class Hub:
         self.commits: list[dict[str, bytes]] = []
         self.created: dict[str, Any] = {}
         self.tokens: set[str | None] = set()
-        self.asked = 0
+        self.asked, self.address = 0, ""
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -186,7 +186,7 @@ class Hub:
     def answer(self, path: str, body: bytes) -> tuple[int, Any]:
         if path == "/api/repos/create":
             self.created = json.loads(body)
-            return 200, {"url": "http://hub/me/it", "id": "me/it", "name": "me/it"}
+            return 200, {"url": f"{self.address}/me/it", "id": "me/it", "name": "me/it"}
         if "/preupload/" in path:
             asked = [file["path"] for file in json.loads(body)["files"]]
             blobs = {name: sha1(b"blob %d\0" % len(data) + data).hexdigest() for name, data in self.files.items()}
@@ -199,7 +199,7 @@ class Hub:
             lines = [json.loads(line) for line in body.decode().splitlines()]
             files = [line["value"] for line in lines if line["key"] == "file"]
             self.commits.append({file["path"]: base64.b64decode(file["content"]) for file in files})
-            return 200, {"success": True, "commitOid": "c" * 40, "commitUrl": "http://hub/me/it/commit/c"}
+            return 200, {"success": True, "commitOid": "c" * 40, "commitUrl": f"{self.address}/me/it/commit/{'c' * 40}"}
         return 200, {"id": "me/it", "private": self.private, "sha": "c" * 40, "siblings": [], "tags": []}
 
 
@@ -233,7 +233,8 @@ def serve(monkeypatch) -> Iterator[Any]:
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        stand_in.address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("HF_ENDPOINT", stand_in.address)
         return stand_in
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
