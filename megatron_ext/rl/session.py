@@ -124,13 +124,12 @@ def run(
             progress=progress,
             reference=reference_of(config, folder, trainer),
             evaluate=evaluated if len(held_out) else None,
-            spell=lambda drawn: texts.log(prompts.item(drawn.item), drawn),
+            spell=lambda sample: texts.log(prompts.item(sample.item), sample),
             judge=lambda drawn: judged(drawn, prompts, outcomes),
         )
     if config.completions and config.log_samples and is_writer():
         completions.write(keep / SAMPLES, keep / Path(config.completions).expanduser())
-    digest = model_folder.write(out, trainer.model, folder, step=folder.step + trained.step)
-    return trained, digest
+    return trained, model_folder.write(out, trainer.model, folder, step=folder.step + trained.step)
 
 
 def judged(drawn: Sequence[Sample], prompts: MixPrompts, outcomes: Outcomes) -> dict[str, dict[str, Any]]:

@@ -263,7 +263,7 @@ def test_an_upload_is_private_by_the_profiles_token_and_goes_on_where_it_was_cut
     assert hub.upload(tmp_path / "out", "me/it", "again") == "c" * 40
     assert stand_in.files == wanted
     assert all(not sent & set(commit) for commit in stand_in.commits[1:])  # what was committed is not sent again
-    assert stand_in.created["private"] is True and stand_in.tokens == {"Bearer hf_of_the_profile"}
+    assert stand_in.created["visibility"] == "private" and stand_in.tokens == {"Bearer hf_of_the_profile"}
 
 
 def test_nothing_goes_to_a_public_repository_or_without_a_token(tmp_path, serve, monkeypatch):
