@@ -14,7 +14,6 @@ completions.py  all samples as one CSV file
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from data_tools.base import durable
 from data_tools.base.tables import write_table
 from data_tools.progress import Progress, Stop
 from data_tools.tasks.mix import counts_table
-from data_tools.tasks.outcome import Outcomes, graded
+from data_tools.tasks.outcome import Outcomes
 from megatron_ext.model_folders import model_folder
 from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.parallel.ranks import is_writer
@@ -35,13 +34,13 @@ from megatron_ext.rl.prompts import (
     MixPrompts,
     Texts,
     all_of,
+    judged,
     mix_scorer,
     prompts_of,
     stop_ids_of,
     turns_of,
 )
 from megatron_ext.rl.rows import RolloutRow, log_probs
-from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.settings import GrpoSettings
 from megatron_ext.rl.step import ROLLOUTS, SAMPLES, GrpoTrained, train
 from megatron_ext.rl.updates import Reference
@@ -130,18 +129,6 @@ def run(
     if config.completions and config.log_samples and is_writer():
         completions.write(keep / SAMPLES, keep / Path(config.completions).expanduser())
     return trained, model_folder.write(out, trainer.model, folder, step=folder.step + trained.step)
-
-
-def judged(drawn: Sequence[Sample], prompts: MixPrompts, outcomes: Outcomes) -> dict[str, dict[str, Any]]:
-    """Return mean reward, regret and shares of the answers of a step's samples, for entries that know their best."""
-    by_entry: dict[str, list[dict[str, Any]]] = {}
-    for sample in drawn:
-        draw = prompts.item(sample.item)
-        if (best := outcomes.best(draw.entry, draw.item)) is not None:
-            answer = None if sample.is_truncated else sample.answer
-            told = {"prompt": sample.item, "reward": sample.reward, "answer": answer, "best": best}
-            by_entry.setdefault(draw.entry, []).append(told)
-    return {entry: told for entry in sorted(by_entry) if (told := graded(by_entry[entry]))}
 
 
 def _trainer(config: GrpoSettings, folder: ModelFolder) -> Trainer:

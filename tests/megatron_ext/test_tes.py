@@ -159,6 +159,14 @@ def test_the_whole_pipeline_from_tables_to_mxfp4_again(released, tmp_path):
     same = [torch.equal(exported[name], before[name]) for name in before if name.endswith(untouched)]
     assert same and all(same)
     _check_completions(tmp_path / "run" / "grpo" / "keep")
+    lines = map(json.loads, (tmp_path / "run" / "grpo" / "keep" / "metrics.jsonl").read_text().splitlines())
+    outcomes = [line["outcomes"]["decisions"] for line in lines if "outcomes" in line]
+    assert len(outcomes) == 2 and all({"reward", "regret"} <= outcome.keys() for outcome in outcomes)
+    packaged = made["package"][1]
+    assert {"README.md", "serve_vllm.sh", "config.json", "model.safetensors"} <= {
+        file.name for file in packaged.iterdir()
+    }
+    assert "* run_exported" not in (packaged / "README.md").read_text()  # no seals here, so no names of phases
 
 
 def _check_completions(kept: Path) -> None:
