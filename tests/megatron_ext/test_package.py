@@ -3,6 +3,8 @@ and an upload that is private, asked for, and goes on where it was cut short."""
 
 import base64
 import json
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from hashlib import sha1
@@ -74,6 +76,43 @@ def test_a_template_that_writes_around_turns_is_found_to_the_letter(template, tm
     assert found is not None and found.system and found.keeps_edges
     for talk in TALKS:
         assert found.text(messages(talk)) == render(messages(talk))
+
+
+GO = """package main
+import ("encoding/json"; "os"; "text/template")
+type message struct { Role, Content string }
+type talk struct { System string; Messages []message }
+type given struct { Template string; Talks []talk }
+func main() {
+	var g given
+	if err := json.NewDecoder(os.Stdin).Decode(&g); err != nil { panic(err) }
+	day := template.FuncMap{"currentDate": func() string { return "2025-10-26" }}
+	parsed := template.Must(template.New("").Funcs(day).Parse(g.Template))
+	for _, t := range g.Talks {
+		if err := parsed.Execute(os.Stdout, t); err != nil { panic(err) }
+		os.Stdout.WriteString("\\x00")
+	}
+}
+"""  # as Ollama hands a conversation to its template: system messages joined, and all messages
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed")
+@pytest.mark.parametrize("template", [CHATML, harmony(), TRIMMED], ids=["chatml", "harmony", "trimmed"])
+def test_go_writes_what_the_tokenizers_template_writes(template, tmp_path):
+    at = folder(tmp_path / "hf", template)
+    found = turns.find(render_of(at, day="2001-02-03"))
+    (tmp_path / "main.go").write_text(GO)
+    talks = [
+        {"System": "".join(text for role, text in talk if role == "system"), "Messages": messages(talk)}
+        for talk in TALKS
+    ]
+    given = json.dumps({"Template": found.go_template("2001-02-03"), "Talks": talks})
+    ran = subprocess.run(
+        ["go", "run", "main.go"], input=given, capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    today = render_of(at, day="2025-10-26")
+    assert ran.stdout.split("\x00")[:-1] == [today(messages(talk)) for talk in TALKS]
 
 
 def test_other_templates_are_told_apart(tmp_path):
