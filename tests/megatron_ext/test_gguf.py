@@ -185,6 +185,14 @@ def test_nothing_else_is_refused_and_what_is_rounded_is_said():
     assert gguf_limits.differs(Family("gpt_oss"), whole) == []
 
 
+def test_the_layers_of_nemotron_h_are_told_as_its_converter_reads_them():
+    listed = ["linear_attention", "full_attention", "moe", "mlp"]
+    told = guarded_converter.with_pattern({"model_type": "nemotron_h", "layers_block_type": listed})
+    assert told["hybrid_override_pattern"] == "M*E-"
+    other = {"model_type": "granitemoehybrid", "layers_block_type": listed}
+    assert guarded_converter.with_pattern(other) == other
+
+
 def bpe(words: Any, **model: Any) -> dict[str, Any]:
     return {"model": {"type": "BPE", "merges": ["a b"], **model}, "pre_tokenizer": words}
 
