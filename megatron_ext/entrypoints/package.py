@@ -230,17 +230,25 @@ def _vllm(config: Config, out: Path, name: str, dtype: str, *, told: dict[str, s
 
 
 def _results(config: Config, lineage: Sequence[Step]) -> Mapping[str, Mapping[str, Any]]:
-    """Return the results of the evaluations by phase: RUN/PHASE/KEY/work/NAME/result.json."""
+    """Return the results of the evaluations by phase: RUN/PHASE/KEY/work/NAME/result.json. Outside of a run they go by
+    their folders' names."""
     phases = {step["key"]: step["phase"] for step in lineage}
-    found = {}
-    for folder in map(Path, config.results):
+    folders = [Path(folder) for folder in config.results]
+    known = [[phases[part] for part in folder.parts if part in phases] for folder in folders]
+    names = [found[-1] if found else folder.name for found, folder in zip(known, folders)]
+    if len(set(names)) < len(names):
+        names = [f"{folder.parent.name}/{name}" for name, folder in zip(names, folders)]
+    if len(set(names)) < len(names):
+        raise UserMistake(
+            Problem("results", f"{', '.join(names)}: rename folders, so that the card can tell them apart")
+        )
+    results = {}
+    for name, folder in zip(names, folders):
         try:
-            result = durable.read_json(folder / "result.json")
+            results[name] = durable.read_json(folder / "result.json")
         except (OSError, ValueError) as error:
             raise UserMistake(Problem("results", f"{folder} has no evaluation ({error})")) from None
-        keys = [part for part in folder.parts if part in phases]
-        found[phases[keys[-1]] if keys else folder.name] = result
-    return found
+    return results
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 It needs the extras gguf and llama_cpp."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.entrypoints import export_gguf
+from data_tools.tasks.mix import Entry, MixConfig
+from data_tools.tasks.task import Source
+from megatron_ext.entrypoints import export_gguf, run_exported
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request
@@ -89,3 +92,22 @@ def test_llama_cpp_answers_as_our_engine_does_with_an_adapter(name, alone, tmp_p
     adapter = exported(source, tmp_path / "adapter", adapter=str(tmp_path / "peft"))
     answers = ours(model)
     assert theirs(exported(source, tmp_path / "gguf"), adapter) == answers != plain
+
+
+def test_run_exported_asks_a_gguf_file_and_scores_what_it_answers(tmp_path):
+    source = folder(tmp_path / "hf", QUICK_START)
+    exported(source, tmp_path / "gguf")
+    rows = [{"prompt": f"hour {hour}", "reward_action_0": 0.25, "reward_action_1": 0.75} for hour in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = Entry(
+        task="bracketed_action", options={"on_invalid": "penalty"}, source=Source([str(tmp_path / "rows.jsonl")])
+    )
+    facts = {}
+    for name, more in {"transformers": {}, "llama_cpp": {"gguf": str(tmp_path / "gguf")}}.items():
+        (tmp_path / name).mkdir()
+        settings = run_exported.Config(str(source), mix=MixConfig({"rows": entry}), samples=2, verifiers=1, **more)
+        facts[name] = run_exported.run(settings, tmp_path / name, tmp_path / name)
+        lines = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        assert len(lines) == 4 and all(line["reward"] == 0.0 for line in lines)  # a random model decides nothing
+    assert facts["llama_cpp"]["prompts"] == 4 and "xllamacpp" in facts["llama_cpp"]["llama_cpp"]
+    assert facts["llama_cpp"]["reward"] == facts["transformers"]["reward"] == 0.0
