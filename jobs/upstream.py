@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from data_tools.mistake import UserMistake
 from jobs.artifacts import standing
 from jobs.artifacts.hash_cache import HashCache
 from jobs.artifacts.keys import content_digest
+from jobs.artifacts.layout import ArtifactLayout
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.artifacts.seal import Seal, read_seal
 from jobs.schema.pipeline import NEED_SEALS
@@ -89,6 +91,33 @@ class Upstream:
                 raise UpstreamNotSealed(f"needs {name}, whose element 0 has no seal any more; submit again")
             folders[name] = str(partner.folder)
         return folders
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """Return what the seals say of all phases that this one's inputs were made by, each after those it needs."""
+        found: dict[Path, dict[str, Any]] = {}
+
+        def visit(phase: str, key: str) -> None:
+            path = ArtifactLayout(self.run.artifact_folder(phase, key)).seal_path
+            if path in found:
+                return
+            seal = read_seal(path)
+            if seal is None:  # retired since: what was read of it is told by those that read it
+                return
+            said, needs = seal.content, seal.content.get("material", {}).get("upstream", {})
+            for need, its_key in needs.items():
+                visit(need, its_key)
+            found[path] = {
+                **{name: said.get(name) for name in ("phase", "uses", "key", "sealed_at")},
+                "digest": seal.digest,
+                "headline": seal.facts.get("headline", ""),
+                "settings": said.get("material", {}).get("settings", {}),
+                "needs": list(needs),
+                "packages": said.get("environment", {}).get("packages", {}),
+            }
+
+        for name in self.seals:
+            visit(name, self.phases[name].key)
+        return list(found.values())
 
     def is_outdated(self, seal: Seal) -> bool:
         """Return whether a seal of this element, or of the phase, speaks of other results than those that were read."""

@@ -417,6 +417,7 @@ class Worker:
             rank=self.rank.rank,
             world_size=self.rank.world_size,
             stop=SIGNALS.asked,
+            lineage=self.upstream.lineage,
         )
 
     def _seal(self, kind: PhaseKind, facts: dict[str, Any]) -> Ending:

@@ -11,16 +11,17 @@ from data_tools.chats.template import ChatTemplate, TemplateError
 from data_tools.chats.tokenizer import NEVER, Tokenizer
 from data_tools.mistake import UserMistake
 
-_DAY = datetime.date(2026, 1, 1)  # what templates are told today is, as in data_tools/chats/chat.py
+_DAY = "2026-01-01"  # what templates are told today is, as in data_tools/chats/chat.py
 
 
 class PromptEncoder:
     """Encodes prompts. `arguments` are for the template: enable_thinking, reasoning_effort, … `bos` says how a text
     begins: "" as transformers begins it (with a BOS, where the tokenizer adds one), NEVER as it stands. A template
-    writes its own."""
+    writes its own. `day`: what a template is told today is."""
 
-    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any] = {}, bos: str = ""):
+    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any] = {}, bos: str = "", day: str = _DAY):
         self.tokenizer, self.arguments, self.bos = tokenizer, arguments, bos
+        self.day = datetime.date.fromisoformat(day)
 
     def encode(self, prompt: str | list[dict]) -> list[int]:
         """Raise UserMistake for messages where there is no template, or it refuses them."""
@@ -47,4 +48,4 @@ class PromptEncoder:
             raise UserMistake(
                 f"tokenizer {self.tokenizer.name} has no chat template for prompts that are messages; {remedy}"
             )
-        return ChatTemplate(source, self.tokenizer.special_tokens, self.arguments, _DAY)
+        return ChatTemplate(source, self.tokenizer.special_tokens, self.arguments, self.day)

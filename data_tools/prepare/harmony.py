@@ -4,6 +4,9 @@
     <|start|>developer<|message|># Instructions … <|end|>        where there are instructions
     <|start|>user<|message|> … <|end|><|start|>assistant         the model goes on from here
 
+It is the text of gpt-oss's chat template. OpenAI's library openai-harmony gives the same tokens, but for two line
+breaks that the template has after the instructions (tests/data_tools/test_openai_harmony.py).
+
 Legacy prompts are lines `system: …` (several add up) and then `user: …`, each with the lines that follow it. After the
 first `user:` everything is the user's text, also a line that looks like a role; a prompt without roles is all user.
 """

@@ -1,4 +1,4 @@
-"""An exported Hugging Face folder asked by transformers on prompts of tasks, beside an evaluation of the base model."""
+"""An exported folder asked by transformers, or its GGUF by llama.cpp, on prompts of tasks, beside the base model."""
 
 from typing import Any
 
@@ -22,4 +22,5 @@ def datasets(config: Config) -> list[str]:
 def run(config: Config, task: Task) -> dict[str, Any]:
     facts = run_exported.run(config, task.out, task.keep, task.progress)
     kind = f" ({facts['quantized']})" if facts["quantized"] else ""
-    return {"headline": f"{headline(facts)}; by transformers in {facts['dtype']}{kind}", **facts}
+    by = facts["llama_cpp"] if config.gguf else f"transformers in {facts['dtype']}{kind}"
+    return {"headline": f"{headline(facts)}; by {by}", **facts}

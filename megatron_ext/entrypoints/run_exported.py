@@ -1,7 +1,7 @@
-"""An exported folder asked as whoever is given it will ask it: transformers generates, and the tasks score.
+"""An exported folder asked as whoever is given it will ask it: transformers or llama.cpp generates, the tasks score.
 
 Prompts, samples and measures are those of `evaluate` (accuracy.py), so that either can be compared with the other: what
-is exported beside the base model, or beside the model folder that it was made of. Its tokens are drawn by transformers'
+is exported beside the base model, or beside the model folder that it was made of. Its tokens are drawn by their
 noise, not by ours; greedy completions agree as far as roundings do.
 """
 
@@ -10,11 +10,12 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data_tools.base import durable
 from data_tools.base.declared import setting, with_default
@@ -26,10 +27,11 @@ from data_tools.progress import Progress, silent
 from data_tools.tasks.mix import Draw, Mix, MixConfig, check_mix, entries_of, verifiers
 from data_tools.tasks.outcome import Outcomes
 from data_tools.tasks.rewards import Score, Scorer
-from megatron_ext.entrypoints import evaluate
+from megatron_ext.entrypoints import evaluate, export_gguf
 from megatron_ext.parallel.plan import Site
 from megatron_ext.parallel.settings import DTYPES
 from megatron_ext.rollout.settings import Sampling
+from megatron_ext.serving import llama_cpp
 
 Sampled = tuple[list[int], str]  # a completion's tokens, and "stop" or "length"
 
@@ -39,6 +41,11 @@ class Config:
     """The config of the phase run_exported."""
 
     model: str = setting("", "Hugging Face folder, as export_hf writes it", needed=True, input=True)
+    gguf: str = setting(
+        "", "folder of export_gguf: its model is asked, by llama.cpp, with the tokenizer of `model`", input=True,
+        keyed="if_set",
+    )  # fmt: skip
+    gguf_adapter: str = setting("", "folder of export_gguf with an adapter for it", input=True, keyed="if_set")
     mix: MixConfig = setting(MixConfig, "the tasks whose prompts are asked, and how they are rewarded")
     dtype: str = setting("", 'type that is computed in; "" as config.json says', choices=("", *DTYPES))
     max_new_tokens: int = setting(16, "new tokens of a completion, at most", unit="tokens", least=1)
@@ -69,6 +76,12 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems = check_mix(config.mix, training=False)
     if config.compare_with and not config.samples:
         problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
+    if config.gguf:
+        problems += llama_cpp.check_installed()
+        if config.dtype:
+            problems.append(Problem("dtype", "llama.cpp computes as its file says: leave dtype out, or gguf"))
+    elif config.gguf_adapter:
+        problems.append(Problem("gguf_adapter", "has no effect without gguf: give the folder of the model's GGUF too"))
     if ranks != 1:
         problems.append(Problem("", f"run_exported runs on 1 rank, not {ranks}"))
     return problems
@@ -78,7 +91,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     """Generate and score. Write OUT/samples.jsonl, OUT/result.json and the tables, as `evaluate` does.
 
     Return the facts of accuracy.accuracy, `records`: Mix.counts, and what was asked: `dtype`, `quantized` (how
-    config.json says that the files are), `transformers`.
+    config.json says that the files are), `transformers`; or `llama_cpp`, with `gguf`.
     """
     problems = check(config, 1)
     if problems:
@@ -90,7 +103,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     draws = [mix.held_out(name, k) for name in mix.items for k in range(len(mix.items[name]))]
     encoder = PromptEncoder(tokenizer, config.chat_arguments, config.bos)
     prompts = [encoder.encode(draw.item.prompt) for draw in draws]
-    model = _Model(config, folder, tokenizer)
+    longest = max(map(len, prompts), default=0)
+    model: Asked = (_Gguf if config.gguf else _Model)(config, folder, tokenizer, longest + config.max_new_tokens)
     greedy: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     done = 0
@@ -112,8 +126,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     }
     evaluate.write_results(out, [*lines.values()], result)
     write_tables(keep, result, 0)
-    quantized = (file.get("quantization_config") or {}).get("quant_method")
-    return {**result, "dtype": model.dtype, "quantized": quantized, "transformers": model.version}
+    return {**result, **model.told(file)}
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -126,7 +139,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _rows(
-    model: "_Model",
+    model: "Asked",
     draws: Sequence[Draw],
     prompts: Sequence[list[int]],
     samples: int,
@@ -158,10 +171,58 @@ def _rows(
         }
 
 
+class Asked(Protocol):
+    """What generates."""
+
+    def text(self, tokens: list[int], finish: str) -> str:
+        """Return a completion's text without the token that ended it."""
+
+    def completions(self, prompts: Sequence[list[int]], samples: int) -> list[list[Sampled]]:
+        """Return for each prompt `samples` completions, or (0) the greedy one."""
+
+    def told(self, file: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the facts of what was asked, whose config.json is `file`."""
+
+
+class _Gguf:
+    """llama.cpp's model of a GGUF file."""
+
+    def __init__(self, config: Config, folder: Path, tokenizer: Tokenizer, positions: int):
+        model, adapter = Path(config.gguf) / export_gguf.MODEL, Path(config.gguf_adapter) / export_gguf.ADAPTER
+        for key, path in {"gguf": model, "gguf_adapter": adapter}.items():
+            if getattr(config, key) and not path.is_file():
+                raise UserMistake(Problem(key, f"{path.parent} has no {path.name}; export_gguf makes one"))
+        stops = stop_ids(folder, tokenizer)
+        self._model = llama_cpp.LlamaCpp(model, adapter if config.gguf_adapter else None, positions, stops)
+        self._config, self._tokenizer = config, tokenizer
+
+    def text(self, tokens: list[int], finish: str) -> str:
+        return self._tokenizer.decode(tokens)
+
+    def completions(self, prompts: Sequence[list[int]], samples: int) -> list[list[Sampled]]:
+        config, found = self._config, []
+        for prompt in prompts:
+            ways = [
+                llama_cpp.Way(config.temperature, config.top_p, seed_of(config.seed, prompt, k), config.max_new_tokens)
+                for k in range(samples)
+            ] or [llama_cpp.Way(0.0, 1.0, 0, most=config.max_new_tokens)]
+            found.append([self._model.complete(prompt, way) for way in ways])
+        return found
+
+    def told(self, file: Mapping[str, Any]) -> dict[str, Any]:
+        return {"dtype": "gguf", "quantized": None, "llama_cpp": self._model.version}
+
+
+def seed_of(seed: int, prompt: Sequence[int], sample: int) -> int:
+    """Return llama.cpp's seed, 32 bits, of a sample: of no other prompt or sample."""
+    said = f"{seed} {sample} {' '.join(map(str, prompt))}"
+    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:4], "little")
+
+
 class _Model:
     """transformers' model of a folder, on the GPU where there is one."""
 
-    def __init__(self, config: Config, folder: Path, tokenizer: Tokenizer):
+    def __init__(self, config: Config, folder: Path, tokenizer: Tokenizer, positions: int):
         import torch
         import transformers
 
@@ -175,11 +236,9 @@ class _Model:
         torch.manual_seed(config.seed)
 
     def text(self, tokens: list[int], finish: str) -> str:
-        """Return a completion's text without the token that ended it."""
         return self._tokenizer.decode(tokens[:-1] if finish == "stop" else tokens)
 
     def completions(self, prompts: Sequence[list[int]], samples: int) -> list[list[Sampled]]:
-        """Return for each prompt `samples` completions, or (0) the greedy one."""
         import torch
 
         config, width = self._config, max(map(len, prompts))
@@ -203,6 +262,10 @@ class _Model:
             )
         ended = [self._ended(row) for row in found[:, width:].tolist()]
         return [ended[first : first + max(samples, 1)] for first in range(0, len(ended), max(samples, 1))]
+
+    def told(self, file: Mapping[str, Any]) -> dict[str, Any]:
+        quantized = (file.get("quantization_config") or {}).get("quant_method")
+        return {"dtype": self.dtype, "quantized": quantized, "transformers": self.version}
 
     def _ended(self, tokens: list[int]) -> Sampled:
         for place, token in enumerate(tokens):

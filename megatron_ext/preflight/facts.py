@@ -98,14 +98,14 @@ class Training:
         return gib * GIB if gib else None
 
 
-def model_config(folder: str, site: Site) -> tuple[dict[str, Any] | None, str]:
-    """Return (config.json of a model folder, where it is).
+def model_config(folder: str, site: Site, file: str = "hf/config.json") -> tuple[dict[str, Any] | None, str]:
+    """Return (config.json of a model folder, where it is); of a Hugging Face folder it is the `file` config.json.
 
     It is the file, or what its phase will write; None where neither is known.
     """
-    path = Path(folder) / "hf" / "config.json"
+    path = Path(folder) / file
     try:
-        return durable.read_json(inside(Path(folder), "hf/config.json")), str(path)
+        return durable.read_json(inside(Path(folder), file)), str(path)
     except (OSError, ValueError, UserMistake):
         return site.forecasts.get(folder, {}).get("hf_config"), str(path)
 

@@ -12,7 +12,7 @@ from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer, stop_ids
 from data_tools.mistake import Problem, UserMistake
 from data_tools.tasks.mix import Draw, Entry, Mix, entries_of, turn_ends, verifiers
-from data_tools.tasks.outcome import Outcomes
+from data_tools.tasks.outcome import Outcomes, graded
 from data_tools.tasks.rewards import Scorer
 from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.rl.replica import Replica
@@ -113,6 +113,18 @@ class Listed(Encoded):
 def all_of(mix: Mix, names: Sequence[str], most: int | None = None) -> list[Draw]:
     """Return the first `most` prompts of each of these entries, entry after entry, in the order of their files."""
     return [mix.held_out(name, k) for name in names for k in range(len(mix.items[name][:most]))]
+
+
+def judged(drawn: Sequence[Sample], prompts: MixPrompts, outcomes: Outcomes) -> dict[str, dict[str, Any]]:
+    """Return mean reward, regret and shares of the answers of a step's samples, for entries that know their best."""
+    by_entry: dict[str, list[dict[str, Any]]] = {}
+    for sample in drawn:
+        draw = prompts.item(sample.item)
+        if (best := outcomes.best(draw.entry, draw.item)) is not None:
+            answer = None if sample.is_truncated else sample.answer
+            told = {"prompt": sample.item, "reward": sample.reward, "answer": answer, "best": best}
+            by_entry.setdefault(draw.entry, []).append(told)
+    return {entry: told for entry in sorted(by_entry) if (told := graded(by_entry[entry]))}
 
 
 class MixScorer:

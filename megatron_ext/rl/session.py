@@ -34,6 +34,7 @@ from megatron_ext.rl.prompts import (
     MixPrompts,
     Texts,
     all_of,
+    judged,
     mix_scorer,
     prompts_of,
     stop_ids_of,
@@ -123,11 +124,11 @@ def run(
             reference=reference_of(config, folder, trainer),
             evaluate=evaluated if len(held_out) else None,
             spell=lambda sample: texts.log(prompts.item(sample.item), sample),
+            judge=lambda drawn: judged(drawn, prompts, outcomes),
         )
     if config.completions and config.log_samples and is_writer():
         completions.write(keep / SAMPLES, keep / Path(config.completions).expanduser())
-    digest = model_folder.write(out, trainer.model, folder, step=folder.step + trained.step)
-    return trained, digest
+    return trained, model_folder.write(out, trainer.model, folder, step=folder.step + trained.step)
 
 
 def _trainer(config: GrpoSettings, folder: ModelFolder) -> Trainer:

@@ -8,7 +8,7 @@ What resumes: weights, optimizer and RNG from a checkpoint, the order of prompts
 the steps after it from the journal (rl/journal.py): every sample is trained once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,14 @@ ROLLOUTS, SAMPLES = "rollouts", "samples"
 
 Evaluate = Callable[[int], dict[str, Any]]  # from the step whose weights are evaluated, to what metrics say of them
 Spell = Callable[[Sample], dict[str, Any]]  # from a sample, to its texts for the log
+
+
+Judge = Callable[[Sequence[Sample]], dict[str, Any]]  # from a step's samples, to what metrics say of them by entry
+
+
+def nothing(drawn: Sequence[Sample]) -> dict[str, Any]:
+    """Say no more of a step's samples than their rewards."""
+    return {}
 
 
 def no_texts(sample: Sample) -> dict[str, Any]:
@@ -56,13 +64,17 @@ def train(
     reference: Reference | None = None,
     evaluate: Evaluate | None = None,
     spell: Spell = no_texts,
+    judge: Judge = nothing,
 ) -> GrpoTrained:
     """Train to the end of the schedule, as Loop.run does.
 
     `reference` gives the log-probs of rows for the KL term, on every rank. `evaluate(step)` is called on every rank;
-    it may raise Stopped on all of them. `spell` gives the texts of a sample for the log.
+    it may raise Stopped on all of them. `spell` gives the texts of a sample for the log, `judge` the `outcomes` of a
+    step's samples for the metrics.
     """
-    step = GrpoStep(trainer, collector, settings, keep, reference=reference, evaluate=evaluate, spell=spell)
+    step = GrpoStep(
+        trainer, collector, settings, keep, reference=reference, evaluate=evaluate, spell=spell, judge=judge
+    )
     loop = Loop(step, trainer, settings, keep, steps=settings.steps, identity=identity, progress=progress, stop=stop)
     return GrpoTrained(**vars(loop.run()), position=step.reached)
 
@@ -80,9 +92,10 @@ class GrpoStep:
         reference: Reference | None,
         evaluate: Evaluate | None,
         spell: Spell,
+        judge: Judge = nothing,
     ):
         self.trainer, self.collector, self.settings, self.keep = trainer, collector, settings, keep
-        self.reference, self.evaluate, self.spell = reference, evaluate, spell
+        self.reference, self.evaluate, self.spell, self.judge = reference, evaluate, spell, judge
         self.schedule = settings.rate_schedule()
         self.reached = Position()
         self.drawn: list[Sample] = []  # of the last step
@@ -118,6 +131,7 @@ class GrpoStep:
         if not made.is_finite:
             raise loop.non_finite(f"the gradient norm is {made.norm:g}", rate, remedy(made.measures, batch))
         line = report.measured(drawn, batch, kept, made)
+        line |= {"outcomes": told} if (told := self.judge(drawn)) else {}
         self.reached.count(drawn, batch, settings.rewarding, updates=made.updates, line=line)
         if settings.log_samples and dist.get_rank() == 0:
             report.write_samples(

@@ -21,6 +21,7 @@ from jobs.task import Task
 from megatron_ext.entrypoints import export_hf, import_hf
 from megatron_ext.models.gpt_oss.config import Dims, Yarn, hf_config
 from tests.command import afterok, afterok_json
+from tests.megatron_ext.byte_bpe import byte_bpe
 
 PIPELINE = Path("jobs/pipelines/tes_grpo.yaml")
 HARMONY = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>"]
@@ -53,20 +54,8 @@ def answer(action: int) -> str:
 
 def tokenizer(folder: Path) -> Any:
     """Byte-level BPE of the prompts, with Harmony's tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     texts = [rendered(load, price, 1) for load in ("high", "low") for price in ("high", "low")] * 9
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        [*texts, *map(answer, range(4))],
-        trainers.BpeTrainer(vocab_size=400, special_tokens=HARMONY, initial_alphabet=alphabet, show_progress=False),
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|return|>", pad_token="<|endoftext|>")
-    fast.save_pretrained(folder)
-    return fast
+    return byte_bpe(folder, [*texts, *map(answer, range(4))], HARMONY, eos="<|return|>", pad="<|endoftext|>")
 
 
 def rendered(load: str, price: str, hour: int) -> str:
@@ -170,6 +159,15 @@ def test_the_whole_pipeline_from_tables_to_mxfp4_again(released, tmp_path):
     same = [torch.equal(exported[name], before[name]) for name in before if name.endswith(untouched)]
     assert same and all(same)
     _check_completions(tmp_path / "run" / "grpo" / "keep")
+    lines = map(json.loads, (tmp_path / "run" / "grpo" / "keep" / "metrics.jsonl").read_text().splitlines())
+    outcomes = [line["outcomes"]["decisions"] for line in lines if "outcomes" in line]
+    assert len(outcomes) == 2 and all({"reward", "regret"} <= outcome.keys() for outcome in outcomes)
+    packaged = made["package"][1]
+    assert {"README.md", "serve_vllm.sh", "config.json", "model.safetensors"} <= {
+        file.name for file in packaged.iterdir()
+    }
+    card = (packaged / "README.md").read_text()  # there are no seals here, so results go by their folders
+    assert all(f"* {name}/out: " in card for name in ("base_tested", "test_adapter", "run_exported"))
 
 
 def _check_completions(kept: Path) -> None:

@@ -1,0 +1,316 @@
+"""The package phase: every file in place, Modelfiles that say what the tokenizer's template says, a card with lineage,
+and an upload that is private, asked for, and goes on where it was cut short."""
+
+import base64
+import json
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.chats.prompts import PromptEncoder
+from data_tools.chats.tokenizer import load_tokenizer
+from data_tools.mistake import UserMistake
+from megatron_ext.entrypoints import package
+from megatron_ext.serving import hub, modelfile, turns
+from tests.megatron_ext import tiny
+from tests.megatron_ext.byte_bpe import byte_bpe
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TRIMMED = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }};{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+NO_SYSTEM = "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }};{% endfor %}>"
+NUMBERED = "{% for m in messages %}{{ loop.index }}. {{ m.content }}\n{% endfor %}>"
+ITS_DAY = "{{ strftime_now('%d %B %Y') }} {% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}>"
+
+
+def harmony() -> str:
+    """gpt-oss's own chat template, as TRL ships it."""
+    return (resources.files("trl") / "chat_templates" / "gptoss.jinja").read_text()
+
+
+def folder(at: Path, template: str) -> Path:
+    """A small Hugging Face folder with a byte-level BPE and a chat template."""
+    tiny.hf_folder(at, tiny.dims(vocabulary=300))
+    byte_bpe(
+        at, ["the quick brown fox"] * 3, ["<|end|>", "<|return|>"], eos="<|return|>", pad="<|end|>", vocabulary=270
+    )
+    if template:
+        (at / "chat_template.jinja").write_text(template)
+    return at
+
+
+def render_of(at: Path, **settings: Any) -> turns.Render:
+    encoder = PromptEncoder(load_tokenizer(str(at)), **settings)
+    return lambda messages: encoder.text([dict(message) for message in messages])
+
+
+TALKS = [
+    [("user", "Hour 3?")],
+    [("system", "Answer [0] or [1]."), ("user", "Hour 3?")],
+    [("user", "a"), ("assistant", "[1]"), ("user", "b\n\nc")],
+    [("system", 'Say "so" in {{ braces }}.'), ("user", "ä 🦙"), ("assistant", "[0]"), ("user", "d")],
+]
+
+
+def messages(talk: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in talk]
+
+
+@pytest.mark.parametrize("template", [CHATML, harmony()], ids=["chatml", "harmony"])
+def test_a_template_that_writes_around_turns_is_found_to_the_letter(template, tmp_path):
+    render = render_of(folder(tmp_path / "hf", template))
+    found = turns.find(render)
+    assert found is not None and found.system and found.keeps_edges
+    for talk in TALKS:
+        assert found.text(messages(talk)) == render(messages(talk))
+
+
+GO = """package main
+import ("encoding/json"; "os"; "text/template")
+type message struct { Role, Content string }
+type talk struct { System string; Messages []message }
+type given struct { Template string; Talks []talk }
+func main() {
+	var g given
+	if err := json.NewDecoder(os.Stdin).Decode(&g); err != nil { panic(err) }
+	day := template.FuncMap{"currentDate": func() string { return "2025-10-26" }}
+	parsed := template.Must(template.New("").Funcs(day).Parse(g.Template))
+	for _, t := range g.Talks {
+		if err := parsed.Execute(os.Stdout, t); err != nil { panic(err) }
+		os.Stdout.WriteString("\\x00")
+	}
+}
+"""  # as Ollama hands a conversation to its template: system messages joined, and all messages
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed")
+@pytest.mark.parametrize("template", [CHATML, harmony(), TRIMMED], ids=["chatml", "harmony", "trimmed"])
+def test_go_writes_what_the_tokenizers_template_writes(template, tmp_path):
+    at = folder(tmp_path / "hf", template)
+    found = turns.find(render_of(at, day="2001-02-03"))
+    (tmp_path / "main.go").write_text(GO)
+    talks = [
+        {"System": "".join(text for role, text in talk if role == "system"), "Messages": messages(talk)}
+        for talk in TALKS
+    ]
+    given = json.dumps({"Template": found.go_template("2001-02-03"), "Talks": talks})
+    ran = subprocess.run(
+        ["go", "run", "main.go"], input=given, capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    today = render_of(at, day="2025-10-26")
+    assert ran.stdout.split("\x00")[:-1] == [today(messages(talk)) for talk in TALKS]
+
+
+def test_other_templates_are_told_apart(tmp_path):
+    def found(template: str) -> turns.Turns | None:
+        return turns.find(render_of(folder(tmp_path / str(len(list(tmp_path.iterdir()))), template)))
+
+    assert found(NUMBERED) is None
+    trimmed, without = found(TRIMMED), found(NO_SYSTEM)
+    assert trimmed is not None and not trimmed.keeps_edges
+    assert without is not None and without.system is None
+
+
+def made(tmp_path: Path, template: str, lineage: Any = (), **settings: Any) -> tuple[Path, dict[str, Any]]:
+    source = folder(tmp_path / "hf", template)
+    (source / "README.md").write_text("of the base model")
+    (source / "conversion.json").write_text('{"source": "/home/someone"}')
+    for name, file in (("whole", "model.gguf"), ("part", "adapter.gguf")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(b"GGUF")
+    out = tmp_path / "out"
+    out.mkdir()
+    both = [str(tmp_path / name) for name in ("whole", "part")]
+    config = package.Config(str(source), **{"gguf": both, "ollama_base": "gpt-oss:20b", **settings})
+    return out, package.run(config, out, tmp_path, lineage=lineage)
+
+
+def test_a_package_has_all_files_and_leaves_what_it_was_made_of_as_it_was(tmp_path):
+    result = {"tasks": ["held_out"], "held_out_prompts": 4, "held_out_accuracy": 0.5, "held_out_correct": 2,
+              "prompts": 4, "accuracy": 0.5, "correct": 2, "reward": 0.7}  # fmt: skip
+    evaluated = tmp_path / "run" / "tested" / "k2" / "work" / "a"
+    evaluated.mkdir(parents=True)
+    (evaluated / "result.json").write_text(json.dumps(result))
+    step = {"uses": "grpo", "digest": "d" * 64, "headline": "step 2 | reward 0.5", "settings": {"lr": 5e-5},
+            "needs": [], "sealed_at": 0.0, "packages": {"torch": "2.13.0"}}  # fmt: skip
+    lineage = [{**step, "phase": "grpo", "key": "k1"}, {**step, "phase": "tested", "uses": "evaluate", "key": "k2"}]
+    out, facts = made(
+        tmp_path,
+        CHATML,
+        lineage,
+        name="decider",
+        base="openai/gpt-oss-20b",
+        license="apache-2.0",
+        results=[str(evaluated)],
+    )
+    card = (out / "README.md").read_text()
+    assert 'base_model: "openai/gpt-oss-20b"' in card and 'license: "apache-2.0"' in card
+    assert "| grpo | grpo |  | dddddddddddd | step 2 \\| reward 0.5 |" in card and '"lr": 5e-05' in card
+    assert "* tested: accuracy 0.500 (2 of 4), reward 0.700" in card and "torch 2.13.0" in card
+    assert (tmp_path / "hf" / "README.md").read_text() == (out / "README.base.md").read_text() == "of the base model"
+    assert not (out / "conversion.json").exists()
+    assert set(facts["files"]) == {"*.safetensors", "model.gguf", "adapter.gguf", "Modelfile", "Modelfile.adapter",
+                                   "serve_vllm.sh"}  # fmt: skip
+    merged, adapter = ((out / name).read_text() for name in ("Modelfile", "Modelfile.adapter"))
+    assert "\nFROM ./model.gguf\n" in merged and "ADAPTER" not in merged.partition("FROM")[2]
+    assert "\nFROM gpt-oss:20b\nADAPTER ./adapter.gguf\n" in adapter and "ollama#14969" in adapter
+    for text in (merged, adapter):
+        assert '\nPARAMETER stop "<|return|>"\n' in text and "\nPARAMETER temperature 1\n" in text
+    serve = (out / "serve_vllm.sh").read_text()
+    assert 'exec vllm serve "$HERE" --served-model-name decider --dtype float32 "$@"' in serve
+
+
+def test_a_day_in_the_template_is_ollamas_unless_it_is_pinned(tmp_path):
+    for name, template, date, wanted in (
+        ("free", harmony(), "", 'Current date: " }}{{ currentDate }}{{ "\\n\\nReasoning'),
+        ("pinned", harmony(), "2026-01-01", "Current date: 2026-01-01\\n\\nReasoning"),
+        ("own", ITS_DAY, "2026-01-01", "01 January 2026"),
+    ):
+        (tmp_path / name).mkdir()
+        out, _ = made(tmp_path / name, template, date=date)
+        assert wanted in (out / "Modelfile").read_text(), name
+    (tmp_path / "lost").mkdir()
+    out, facts = made(tmp_path / "lost", ITS_DAY)
+    assert "TEMPLATE" not in (out / "Modelfile").read_text() and "pin it (date)" in facts["template"]
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"repo": "me/it"}, "push: is false, and nothing goes to me/it: set push: true, or leave repo out"),
+        ({"push": True}, "repo: push needs the repository's name"),
+        ({"push": True, "repo": "it"}, "repo: 'it' is no name of a repository"),
+        ({"date": "yesterday"}, "date: 'yesterday' is no date"),
+        ({"ollama_base": "gpt-oss:20b"}, "ollama_base: an adapter for Ollama is a GGUF file"),
+    ],
+)
+def test_what_cannot_be_packaged_is_refused(settings, said):
+    (problem,) = package.check(package.Config("hf", **settings), 1)
+    assert said in str(problem)
+
+
+def test_vllm_is_given_a_rank_that_it_has():
+    told = modelfile.vllm_command("decider", "bfloat16", 4096, base="openai/gpt-oss-20b", rank=4)
+    assert 'serve openai/gpt-oss-20b --enable-lora --lora-modules "decider=$HERE/adapter" --max-lora-rank 8' in told
+
+
+class Hub:
+    """A local stand-in for the Hub's HTTP interface: repositories of regular files, by their commits."""
+
+    def __init__(self, private: bool = True, refuse_commit: int = 0):
+        self.private, self.refuse_commit = private, refuse_commit
+        self.commits: list[dict[str, bytes]] = []
+        self.created: dict[str, Any] = {}
+        self.tokens: set[str | None] = set()
+        self.asked, self.address = 0, ""
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {name: data for commit in self.commits for name, data in commit.items()}
+
+    def answer(self, path: str, body: bytes) -> tuple[int, Any]:
+        if path == "/api/repos/create":
+            self.created = json.loads(body)
+            return 200, {"url": f"{self.address}/me/it", "id": "me/it", "name": "me/it"}
+        if "/preupload/" in path:
+            asked = [file["path"] for file in json.loads(body)["files"]]
+            blobs = {name: sha1(b"blob %d\0" % len(data) + data).hexdigest() for name, data in self.files.items()}
+            return 200, {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False,
+                                    "oid": blobs.get(name)} for name in asked]}  # fmt: skip
+        if "/commit/" in path:
+            self.asked += 1
+            if self.asked == self.refuse_commit:
+                return 403, {"error": "no more room"}
+            lines = [json.loads(line) for line in body.decode().splitlines()]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.commits.append({file["path"]: base64.b64decode(file["content"]) for file in files})
+            return 200, {"success": True, "commitOid": "c" * 40, "commitUrl": f"{self.address}/me/it/commit/{'c' * 40}"}
+        return 200, {"id": "me/it", "private": self.private, "sha": "c" * 40, "siblings": [], "tags": []}
+
+
+@pytest.fixture
+def serve(monkeypatch) -> Iterator[Any]:
+    """Start stand-ins, and let the client find them."""
+    from huggingface_hub import _upload_pipeline, constants
+
+    servers = []
+
+    def start(**settings: Any) -> Hub:
+        stand_in = Hub(**settings)
+
+        class Handler(BaseHTTPRequestHandler):
+            def _answer(self) -> None:
+                stand_in.tokens.add(self.headers.get("authorization"))
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                status, said = stand_in.answer(self.path.partition("?")[0], body)
+                text = json.dumps(said).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            do_GET = do_POST = _answer
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        servers.append(server)
+        stand_in.address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("HF_ENDPOINT", stand_in.address)
+        return stand_in
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(_upload_pipeline, "COMMIT_SIZE_SCALE", [2] * len(_upload_pipeline.COMMIT_SIZE_SCALE))
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_profile")
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def some_files(at: Path) -> dict[str, bytes]:
+    wanted = {f"{name}.json": name.encode() * 20 for name in "abcde"}
+    at.mkdir()
+    for name, data in wanted.items():
+        (at / name).write_bytes(data)
+    return wanted
+
+
+def test_an_upload_is_private_by_the_profiles_token_and_goes_on_where_it_was_cut_short(tmp_path, serve):
+    wanted, stand_in = some_files(tmp_path / "out"), serve(refuse_commit=2)
+    with pytest.raises(UserMistake, match="the token needs write access"):
+        hub.upload(tmp_path / "out", "me/it", "first")
+    sent = set(stand_in.files)
+    assert sent and sent < set(wanted)
+    assert hub.upload(tmp_path / "out", "me/it", "again") == "c" * 40
+    assert stand_in.files == wanted
+    assert all(not sent & set(commit) for commit in stand_in.commits[1:])  # what was committed is not sent again
+    assert stand_in.created["visibility"] == "private" and stand_in.tokens == {"Bearer hf_of_the_profile"}
+
+
+def test_nothing_goes_to_a_public_repository_or_without_a_token(tmp_path, serve, monkeypatch):
+    some_files(tmp_path / "out")
+    stand_in = serve(private=False)
+    with pytest.raises(UserMistake, match="me/it is public"):
+        hub.upload(tmp_path / "out", "me/it", "first")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserMistake, match="env.secrets"):
+        hub.upload(tmp_path / "out", "me/it", "first")
+    assert not stand_in.commits
