@@ -1,6 +1,7 @@
 """The layout of a run on disk: the one owner of its folders' names, its globs and its regular expressions.
 
     RUN/
+      report.html                      what `afterok report` wrote last, for people
       ledger.jsonl                     every submission and job, appended (launchers/planning/ledger.py)
       submit.lock                      who submits right now
       submissions/N/plan.json          the frozen plan: what each phase is, resolved
@@ -22,7 +23,7 @@
         leases/0003.a2.r0.g0           who works on an element: attempt, restart count, generation
         sealing/0003.a2.r0.g0.UNIQUE/  where that owner writes its seal before it is linked
         work/0003.a2.r0.g0/            what that owner writes; a seal names the folder that counts
-        checkpoints/step_N/, metrics.jsonl, tables/, progress/     survive attempts; not sealed content
+        checkpoints/step_N/, metrics.jsonl, samples/, tables/, progress/     survive attempts; not sealed content
         elements/0003/                 the same of one element, where a phase has several
 
 An element is named by its index, and `finish` stands for the merging of all. An attempt is the number of a submission.
@@ -114,6 +115,10 @@ class RunLayout:
     @property
     def ledger(self) -> Path:
         return self.path / LEDGER
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def submit_lock(self) -> Path:
@@ -259,3 +264,14 @@ def checkpoints_of(keep: Path) -> Iterator[Path]:
 def durable_checkpoints_of(keep: Path) -> Iterator[Path]:
     """Yield the manifests of the durable checkpoints in what an element keeps: each was written last."""
     return (keep / "checkpoints").glob("step_*/manifest.json")
+
+
+def metrics_of(keep: Path) -> Path:
+    """Return where a training writes its metrics, in what an element keeps."""
+    return keep / "metrics.jsonl"
+
+
+def sample_logs_of(keep: Path) -> dict[int, Path]:
+    """Return {step: the log of its samples} of a GRPO training, in what an element keeps."""
+    named = ((re.fullmatch(r"step_(\d+)\.jsonl", path.name), path) for path in (keep / "samples").glob("step_*"))
+    return {int(match[1]): path for match, path in sorted(named, key=lambda each: each[1].name) if match}

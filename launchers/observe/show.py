@@ -103,8 +103,8 @@ def plan_table(plan: "Plan", starts: "Mapping[str, str] | None" = None) -> "Tabl
 
 def _at_most(hours: "GpuHours") -> str:
     """Return "120.0 (planned 31.5)"; "no limit" where no time limit bounds them."""
-    bound = "no limit" if hours.bound is None else _hours(hours.bound)
-    return f"{bound} (planned {_hours(hours.planned)})" if hours.planned else bound
+    bound = "no limit" if hours.bound is None else format_hours(hours.bound)
+    return f"{bound} (planned {format_hours(hours.planned)})" if hours.planned else bound
 
 
 def hours_line(plan: "Plan") -> str:
@@ -112,8 +112,12 @@ def hours_line(plan: "Plan") -> str:
     if not any(phase.resources.gpus_per_node for phase in plan.to_run):
         return ""
     hours = plan.gpu_hours
-    bound = "no time limit bounds its GPU-hours" if hours.bound is None else f"at most {_hours(hours.bound)} GPU-hours"
-    planned = "" if hours.planned is None else f", {_hours(hours.planned)} as planned"
+    bound = (
+        "no time limit bounds its GPU-hours"
+        if hours.bound is None
+        else f"at most {format_hours(hours.bound)} GPU-hours"
+    )
+    planned = "" if hours.planned is None else f", {format_hours(hours.planned)} as planned"
     return f"{bound} by the time limits{planned}" if hours.bound is not None else f"{bound}{planned}"
 
 
@@ -203,7 +207,7 @@ def status_table(status: RunStatus) -> "Table":
     rows = []
     for phase in status.phases:
         detail = phase.message or progress_text(phase) or phase.reason or headline(phase.facts)
-        hours = [_hours(phase.gpu_hours), _hours(phase.gpu_hours_lost)] if gpus else []
+        hours = [format_hours(phase.gpu_hours), format_hours(phase.gpu_hours_lost)] if gpus else []
         rows.append(
             [
                 phase.phase,
@@ -229,7 +233,7 @@ def format_seconds(seconds: float | None) -> str:
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}m{rest:02d}s"
 
 
-def _hours(value: float | None) -> str:
+def format_hours(value: float | None) -> str:
     """Return 0.0031, 0.42, 7.10 or 1,234.5: few digits, but never 0.00 for what is not nothing."""
     if value is None:
         return ""

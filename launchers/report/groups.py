@@ -1,0 +1,186 @@
+"""Reads what GRPO sampled, group by group: prompt, samples, rewards, advantages, and who was masked and why.
+
+A training logs every sample of every step. The report shows some steps, and of each some prompts; what it leaves out
+is said, and `afterok inspect` shows any of them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jobs.artifacts.layout import sample_logs_of
+from jobs.artifacts.run_folder import FrozenPhase, RunFolder
+from launchers.causes.traces import keep_folder
+
+STEPS = 8  # of a phase
+GROUPS = 12  # of a step
+MOST_SAMPLES = 16  # of a group
+TEXT = 2_000  # characters of a prompt or a completion
+SCANNED = 16 << 20  # bytes of the log of one step that are looked through
+
+
+@dataclass(frozen=True)
+class SampleLine:
+    """One sample as its log tells it. `masked` says why it was not trained, "" where it was."""
+
+    number: int
+    completion: str
+    reward: float | None
+    advantage: float | None
+    masked: str
+    tokens: int
+    finish: str
+    answer: str
+    parts: dict[str, Any]
+    note: str
+    mean_difference: float | None  # of its log-probs in the rollout and in training, over its tokens
+    largest_difference: float | None
+
+
+@dataclass
+class Group:
+    """The samples of one prompt in one step."""
+
+    item: int
+    task: str
+    name: str
+    prompt: str
+    samples: list[SampleLine]
+    left_out: int = 0  # samples
+
+    @property
+    def rewards(self) -> list[float]:
+        """Return the rewards that are known."""
+        return [sample.reward for sample in self.samples if sample.reward is not None]
+
+    @property
+    def trained(self) -> int:
+        """Return how many of the samples shown were trained."""
+        return sum(not sample.masked for sample in self.samples)
+
+
+@dataclass
+class StepGroups:
+    """Some groups of one step."""
+
+    step: int
+    groups: list[Group]
+    more: bool  # groups of this step that are not shown
+
+
+@dataclass
+class SampledGroups:
+    """Some steps of one GRPO phase."""
+
+    phase: str
+    steps: list[StepGroups] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def groups_of(run: RunFolder, phase: FrozenPhase) -> SampledGroups | None:
+    """Return what the report shows of a phase's samples; None where it logged none."""
+    logs = sample_logs_of(keep_folder(run.artifact(phase).folder, phase, 0))
+    if not logs:
+        return None
+    found = SampledGroups(phase.name)
+    steps = sorted(logs)
+    shown = sorted({steps[place * (len(steps) - 1) // max(1, STEPS - 1)] for place in range(STEPS)})
+    for step in shown:
+        found.steps.append(_step(logs[step], step, _masks_truncated(phase), found.notes))
+    if len(shown) < len(steps):
+        numbers = ", ".join(map(str, shown))
+        found.notes.append(f"{phase.name}: samples of {len(shown)} of {len(steps):,} steps are shown: {numbers}")
+    if any(step.more for step in found.steps):
+        found.notes.append(f"{phase.name}: of each of these steps the first {GROUPS} prompts are shown")
+    return found
+
+
+def _masks_truncated(phase: FrozenPhase) -> bool:
+    settings = phase.material.get("settings", {})
+    return bool(settings.get("rewarding", {}).get("mask_truncated", True))
+
+
+def _step(path: Path, step: int, mask_truncated: bool, notes: list[str]) -> StepGroups:
+    groups: list[Group] = []
+    more = False
+    for item, lines in groupby(_lines(path, notes), key=lambda line: line.get("item")):
+        if len(groups) == GROUPS:
+            more = True
+            break
+        groups.append(_group(item, list(lines), mask_truncated))
+    return StepGroups(step, groups, more)
+
+
+def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a log, in which those of a prompt stand together; tell in `notes` what is no sample."""
+    read, bad = 0, 0
+    with open(path, "rb") as file:
+        for line in file:
+            read += len(line)
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if isinstance(value, dict) and isinstance(value.get("item"), int):
+                yield value
+            else:
+                bad += 1
+            if read > SCANNED:
+                notes.append(f"{path.name}: only its first {read:,} bytes were read")
+                break
+    if bad:
+        notes.append(f"{path.name}: {bad:,} lines are no samples, and were left out")
+
+
+def _group(item: int, lines: list[dict[str, Any]], mask_truncated: bool) -> Group:
+    first = lines[0]
+    return Group(
+        item=item,
+        task=str(first.get("entry", "")),
+        name=str(first.get("uid", "")),
+        prompt=cut(first.get("prompt")),
+        samples=[_sample(line, mask_truncated) for line in lines[:MOST_SAMPLES]],
+        left_out=max(0, len(lines) - MOST_SAMPLES),
+    )
+
+
+def _sample(line: Mapping[str, Any], mask_truncated: bool) -> SampleLine:
+    difference = line.get("logprob_difference") or {}
+    return SampleLine(
+        number=line.get("sample", 0),
+        completion=cut(line.get("completion")),
+        reward=_number(line.get("reward")),
+        advantage=_number(line.get("advantage")),
+        masked=why_masked(line, mask_truncated),
+        tokens=line.get("tokens", 0),
+        finish=str(line.get("finish", "")),
+        answer=cut(line.get("answer") or ""),
+        parts=dict(line.get("parts") or {}),
+        note=cut(line.get("note") or ""),
+        mean_difference=_number(difference.get("mean")),
+        largest_difference=_number(difference.get("max")),
+    )
+
+
+def why_masked(line: Mapping[str, Any], mask_truncated: bool) -> str:
+    """Return why a sample was not trained, "" where it was. The order is that in which the training counts them."""
+    if line.get("trained"):
+        return ""
+    if line.get("reward") is None:
+        return "unscorable"
+    if mask_truncated and line.get("finish") != "stop":
+        return "cut off"
+    return "equal rewards in its group"
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def cut(text: Any) -> str:
+    """Return a text, or the JSON of what is none, of at most TEXT characters; the end says how many there were."""
+    whole = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+    return whole if len(whole) <= TEXT else f"{whole[:TEXT]} … (cut: {len(whole):,} characters)"
