@@ -1,7 +1,7 @@
 """Tells the attempts at each phase: when it was sent, how long it waited, how long its elements worked, and how they
 ended.
 
-The time that a job waits counts from when all that it needs was sealed, since until then no queue could have started it.
+The time that a job waits counts from when all that it needs was sealed, since no queue could have started it before.
 """
 
 from collections import Counter

@@ -78,7 +78,7 @@ class Contents:
 
 
 def contents_of(run: RunFolder) -> Contents:
-    """Return what the report of a run tells now. UserMistake where nothing was submitted, or a file of it is damaged."""
+    """Return what the report of a run tells now. UserMistake where nothing was submitted, or a file is damaged."""
     now, look = time.time(), look_at(run)
     status = status_of(look)
     attempts = attempts_of(look, now)

@@ -1,7 +1,7 @@
 """Draws when the elements of each phase waited and worked, as rows of numbers that a page makes paths of.
 
-A row counts how many elements did what at a time. One element gives rectangles of its lives; of thousands, the height is
-how many ran at once, in the mean of each of `CELLS` equal stretches of time.
+A row counts how many elements did what at a time. One element gives rectangles of its lives; of thousands, the height
+is how many ran at once, in the mean of each of `CELLS` equal stretches of time.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The rows of a run from `start` to `end` (seconds since the epoch), and ticks as (percent, seconds since start)."""
+    """The rows of a run from `start` to `end`, in seconds since the epoch; ticks are (percent, seconds since start)."""
 
     start: float
     end: float
