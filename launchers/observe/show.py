@@ -112,13 +112,10 @@ def hours_line(plan: "Plan") -> str:
     if not any(phase.resources.gpus_per_node for phase in plan.to_run):
         return ""
     hours = plan.gpu_hours
-    bound = (
-        "no time limit bounds its GPU-hours"
-        if hours.bound is None
-        else f"at most {format_hours(hours.bound)} GPU-hours"
-    )
     planned = "" if hours.planned is None else f", {format_hours(hours.planned)} as planned"
-    return f"{bound} by the time limits{planned}" if hours.bound is not None else f"{bound}{planned}"
+    if hours.bound is None:
+        return f"no time limit bounds its GPU-hours{planned}"
+    return f"at most {format_hours(hours.bound)} GPU-hours by the time limits{planned}"
 
 
 def differences_table(found: "Sequence[Difference]", run: "RunFolder") -> "Table":

@@ -1,7 +1,7 @@
 """Places the phases of a run as a graph: each below all that it needs.
 
-A line that passes a phase's level takes a lane of its own there, so that none runs behind a box: all lines from one phase
-share theirs until they part.
+A line that passes a phase's level takes a lane of its own there, so that none runs behind a box: all lines from one
+phase share theirs until they part.
 """
 
 from collections.abc import Mapping
@@ -59,7 +59,7 @@ def graph_of(needs: Mapping[str, Mapping[str, str]]) -> Graph:
             levels[n].append((phase, n))
     width = max((sum(_width(place, level) + GAP[0] for place in places) for places in levels.values()), default=GAP[0])
     middle: dict[Place, float] = {}
-    for n, places in levels.items():
+    for places in levels.values():
         wanted = {place: _wanted(place, needs, level, middle, width) for place in places}
         middle |= _placed(sorted(places, key=wanted.__getitem__), wanted, level, width)
     edges = [
