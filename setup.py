@@ -27,6 +27,7 @@ setup(
     package_data={
         "data_tools": ["recipes/*.yaml"],
         "jobs": ["pipelines/*.yaml"],
+        "launchers": ["report/assets/*", "report/assets/uplot/*"],
         "slurm": ["profiles/*.yaml", "*.sbatch", "door.sh"],
     },
     install_requires=[
@@ -44,7 +45,7 @@ setup(
         "rich",
         "numba",  # data_tools/packs/best_fit.py
         "py3langid",  # data_tools/prepare/dolci.py
-        "jinja2>=3.1.6",  # chat templates; older versions have known ways out of the sandbox
+        "jinja2>=3.1.6",  # chat templates, `afterok report`; older versions have known ways out of the sandbox
         "pyarrow",  # Parquet
         "math-verify>=0.9,<0.10",  # data_tools/tasks/math_answers.py
         "zstandard",

@@ -20,7 +20,7 @@ from data_tools.base.durable import TornFile
 from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES
-from launchers import bundle_verb, plan_verbs, profile_verbs, score_verbs, verbs
+from launchers import bundle_verb, plan_verbs, profile_verbs, report_verb, score_verbs, verbs
 from slurm.client import SlurmError
 
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
@@ -222,7 +222,7 @@ def _add_submission_verbs(verb: AddVerb) -> None:
 
 
 def _add_looking_verbs(verb: AddVerb) -> None:
-    """Add the verbs that look at runs and change nothing: status, why, ls, logs, inspect and scores."""
+    """Add the verbs that look at runs and change nothing: status, why, ls, logs, inspect, scores and report."""
     status = verb("status", verbs.do_status, "show the state of each phase of a run")
     status.add_argument("run", nargs="?", help=RUN_HELP)
     status.add_argument(
@@ -268,6 +268,17 @@ def _add_looking_verbs(verb: AddVerb) -> None:
         "phases", nargs="*", metavar="PHASE", help="only these; the others are compared with the first (default: all)"
     )
     scores.add_argument("--svg", type=Path, metavar="FILE", help="also draw them")
+
+    report = verb("report", report_verb.do_report, "write a report of a run: one HTML file that needs no network")
+    report.epilog = "for example: afterok report runs/tiny --output /tmp/tiny.html"
+    report.add_argument("run", nargs="?", help=RUN_HELP)
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there (default: RUN/report.html)")
+    report.add_argument(
+        "-w",
+        "--watch",
+        action="store_true",
+        help="write it again until nothing is active; a browser that shows it follows; Ctrl-C only stops looking",
+    )
 
 
 def _add_cancel(verb: AddVerb) -> None:

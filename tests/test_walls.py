@@ -40,8 +40,8 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
         "ranks requeue secrets replay sealing upstream health rehearsal", "bare worker",
     ),
     "launchers": (
-        "planning", "causes", "backends", "submission", "observe", "verbs",
-        "bundle_verb plan_verbs profile_verbs score_verbs", "cli", "door",
+        "planning", "causes", "backends", "submission", "observe", "report",
+        "verbs", "bundle_verb plan_verbs profile_verbs report_verb score_verbs", "cli", "door",
         "console",
     ),
 }  # fmt: skip

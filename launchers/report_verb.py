@@ -1,0 +1,62 @@
+"""Does what `afterok report` says."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launchers.verbs import print_json
+
+if TYPE_CHECKING:
+    from launchers.report.contents import Contents
+
+WATCH_S = 10  # between two reports of a run that goes on, and how often a browser loads it again
+
+
+def do_report(args: argparse.Namespace) -> int:
+    """Write the report of a run; with --watch, again and again until nothing is active."""
+    from launchers.observe.runs import as_typed, find_run
+    from launchers.report.contents import contents_of
+    from launchers.report.page import write_report
+
+    run = find_run(args.run)
+    path = (args.output or run.report).absolute()
+    while True:
+        contents = contents_of(run)
+        going = args.watch and (contents.status.active or contents.status.may_answer)
+        size = write_report(contents, path, WATCH_S if going else 0)
+        if not going:
+            break
+        if not args.json:
+            print(f"{time.strftime('%H:%M:%S')} {as_typed(path)}: {_sealed(contents)}", flush=True)
+        try:
+            time.sleep(WATCH_S)
+        except KeyboardInterrupt:
+            size = write_report(contents, path)  # one that does not wait for the next
+            break
+    if args.json:
+        return print_json(_told(contents, path, size))
+    print(f"{as_typed(path)}: {_sealed(contents)}, {size:,} bytes; open it in a browser")
+    for note in contents.notes:
+        print(f"  {note}", file=sys.stderr)
+    return 0
+
+
+def _sealed(contents: "Contents") -> str:
+    done = sum(phase.state == "COMPLETED" for phase in contents.phases)
+    return f"{contents.state}, {done} of {len(contents.phases)} phases sealed"
+
+
+def _told(contents: "Contents", path: Path, size: int) -> dict[str, Any]:
+    return {
+        "run": contents.status.run,
+        "report": str(path),
+        "bytes": size,
+        "state": contents.state,
+        "phases": [phase.phase for phase in contents.phases],
+        "curves": {each.phase: [chart.metric for chart in each.charts] for each in contents.curves},
+        "groups": {each.phase: [step.step for step in each.steps] for each in contents.groups},
+        "evaluations": contents.scores.names if contents.scores else [],
+        "notes": contents.notes,
+    }
