@@ -116,7 +116,7 @@ def _step(path: Path, step: int, mask_truncated: bool, notes: list[str]) -> Step
 
 def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the samples of a log, in which those of a prompt stand together; tell in `notes` what is no sample."""
-    read, bad = 0, 0
+    read, bad = 0, False
     with open(path, "rb") as file:
         for line in file:
             read += len(line)
@@ -126,13 +126,12 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                 value = None
             if isinstance(value, dict) and isinstance(value.get("item"), int):
                 yield value
-            else:
-                bad += 1
+            elif not bad:
+                bad = True
+                notes.append(f"{path.name}: lines of it are no samples, and were left out")
             if read > SCANNED:
                 notes.append(f"{path.name}: only its first {read:,} bytes were read")
                 break
-    if bad:
-        notes.append(f"{path.name}: {bad:,} lines are no samples, and were left out")
 
 
 def _group(item: int, lines: list[dict[str, Any]], mask_truncated: bool) -> Group:
