@@ -172,7 +172,8 @@ def test_the_area_of_a_row_is_the_time_of_its_elements(tmp_path, elements):
 
 def test_each_phase_stands_below_what_it_needs_and_no_line_runs_behind_a_box():
     needs = {"a": {}, "b": {"a": "afterok"}, "c": {"a": "afterok"},
-             "d": {"b": "afterok", "c": "afterok", "a": "afterany"}, "e": {"d": "afterok", "a": "afterok"}, "lone": {}}  # fmt: skip
+             "d": {"b": "afterok", "c": "afterok", "a": "afterany"},
+             "e": {"d": "afterok", "a": "afterok"}, "lone": {}}  # fmt: skip
     graph = graph_of(needs)
     place = {node.phase: node for node in graph.nodes}
     assert set(place) == set(needs) and len(graph.edges) == 7
