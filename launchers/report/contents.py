@@ -118,8 +118,8 @@ def _failures(look: Look, notes: list[str]) -> list[Failure]:
     except UserMistake as mistake:  # its cluster does not answer: the status says so, too
         notes.append(f"why phases failed is not told: {mistake.problems[0].message}")
         return []
-    return [Failure(finding, _end_of_log(finding) if finding.diagnosis.cause.is_trouble else "")
-            for finding in report.findings]  # fmt: skip
+    troubles = [finding for finding in report.findings if finding.diagnosis.cause.is_trouble]
+    return [Failure(finding, _end_of_log(finding)) for finding in troubles]
 
 
 def _end_of_log(finding: Finding) -> str:

@@ -108,6 +108,7 @@ def test_a_run_of_each_state_says_so_and_has_the_sections_that_it_can_have(pages
     assert f"– {state}" in page
     sections = set(re.findall(r'<section id="(\w+)"', page))
     assert sections >= {"phases", "graph", "timeline", "hours", "lineage", "data"}
+    assert ("why" in sections) == (state == "failed")
     grpo = {"groups", "mismatch", "evaluations"}
     assert sections & grpo == (grpo if state == "finished" else set())
     assert ("ValueError: plain" in text) == (state == "failed") == ("the end of" in text)

@@ -3,7 +3,7 @@
 (() => {
   const told = JSON.parse(document.getElementById("charts").textContent);
   const drawn = new Map(); // element -> uPlot
-  const HEIGHT = 180; // pixels
+  const HEIGHT = 170; // pixels
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -26,7 +26,7 @@
       height: HEIGHT,
       scales: { x: { time: false } },
       cursor: { sync: { key: chart.group }, points: { size: 6 } },
-      axes: [axis, { ...axis, size: 62, space: 26, values: (_, splits) => splits.map(short) }],
+      axes: [{ ...axis, size: 34 }, { ...axis, size: 62, space: 26, values: (_, splits) => splits.map(short) }],
       series: [
         { label: "step" },
         ...chart.series.map((each, number) => ({
