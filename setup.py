@@ -1,5 +1,6 @@
 """One distribution, console script `afterok`. The tested versions of everything are pinned in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,7 +9,7 @@ HERE = Path(__file__).parent
 
 setup(
     name="afterok",
-    version="0.1.0",
+    version=re.findall(r'^VERSION = "(.*?)"', (HERE / "data_tools/own_packages.py").read_text(), re.MULTILINE)[0],
     description="Slurm-native toolkit for post-training language models with Megatron-core",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
@@ -59,6 +60,7 @@ setup(
         ],
         "vllm": ["vllm>=0.29,<0.31"],
         "wandb": ["wandb>=0.31", "tensorboard>=2.20"],  # trackers that a training reports to when asked
+        "plot": ["matplotlib>=3.10,<3.13"],  # `afterok plot`
         "fast": ["gigatoken>=0.10,<0.11"],  # Hugging Face's token ids, found many times faster
         "test": [
             "pytest",
@@ -67,6 +69,8 @@ setup(
             "gigatoken>=0.10,<0.11",
             "wandb>=0.31",
             "tensorboard>=2.20",
+            "matplotlib>=3.10,<3.13",
+            "shtab>=1.7,<2",  # tests/shell_completion.py makes what `afterok completion` prints
             "peft==0.21.2",
             "trl==1.16.0",
             # what holds the style: .ci/run calls all three, tests/test_walls.py counts with radon

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import argparse
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import Protocol
 from data_tools.base.durable import TornFile
 from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
-from data_tools.own_packages import PACKAGES
-from launchers import bundle_verb, plan_verbs, profile_verbs, report_verb, score_verbs, verbs
+from data_tools.own_packages import PACKAGES, VERSION
+from launchers import bundle_verb, plan_verbs, profile_verbs, result_verbs, score_verbs, verbs
 from slurm.client import SlurmError
 
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
@@ -87,6 +88,7 @@ def _main(argv: list[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="afterok", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"afterok {VERSION}, Python {platform.python_version()}")
     words = parser.add_subparsers(dest="name", metavar="VERB", required=True)
 
     def verb(name: str, function: Verb, help: str, reports: bool = True) -> argparse.ArgumentParser:
@@ -222,7 +224,7 @@ def _add_submission_verbs(verb: AddVerb) -> None:
 
 
 def _add_looking_verbs(verb: AddVerb) -> None:
-    """Add the verbs that look at runs and change nothing: status, why, ls, logs, inspect, scores and report."""
+    """Add the verbs that look at runs and change nothing: status, why, ls, logs, inspect, scores, report, plot and path."""
     status = verb("status", verbs.do_status, "show the state of each phase of a run")
     status.add_argument("run", nargs="?", help=RUN_HELP)
     status.add_argument(
@@ -269,7 +271,7 @@ def _add_looking_verbs(verb: AddVerb) -> None:
     )
     scores.add_argument("--svg", type=Path, metavar="FILE", help="also draw them")
 
-    report = verb("report", report_verb.do_report, "write a report of a run: one HTML file that needs no network")
+    report = verb("report", result_verbs.do_report, "write a report of a run: one HTML file that needs no network")
     report.epilog = "for example: afterok report runs/tiny --output /tmp/tiny.html"
     report.add_argument("run", nargs="?", help=RUN_HELP)
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there (default: RUN/report.html)")
@@ -279,6 +281,18 @@ def _add_looking_verbs(verb: AddVerb) -> None:
         action="store_true",
         help="write it again until nothing is active; a browser that shows it follows; Ctrl-C only stops looking",
     )
+
+    plot = verb("plot", result_verbs.do_plot, "draw the curves of a run's metrics into one SVG, PNG or PDF file")
+    plot.epilog = "for example: afterok plot runs/tiny sft grpo --metric loss --metric reward --output curves.png"
+    plot.add_argument("run", nargs="?", help=RUN_HELP)
+    plot.add_argument("phases", nargs="*", metavar="PHASE", help="only these (default: all that wrote metrics)")
+    plot.add_argument("--metric", action="append", default=[], metavar="NAME", help="only this one; may be said again")
+    plot.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there (default: RUN/curves.svg)")
+
+    path = verb("path", result_verbs.do_path, "print where the sealed result of a phase lies, such as a model")
+    path.epilog = "for example: cp -r $(afterok path runs/tiny exported) my_model"
+    path.add_argument("run", nargs="?", help=RUN_HELP)
+    path.add_argument("phase", metavar="PHASE", help="a sealed phase")
 
 
 def _add_cancel(verb: AddVerb) -> None:

@@ -41,7 +41,7 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
     ),
     "launchers": (
         "planning", "causes", "backends", "submission", "observe", "report",
-        "verbs", "bundle_verb plan_verbs profile_verbs report_verb score_verbs", "cli", "door",
+        "verbs", "bundle_verb plan_verbs profile_verbs result_verbs score_verbs", "cli", "door",
         "console",
     ),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The layout of a run on disk: the one owner of its folders' names, its globs and its regular expressions.
 
     RUN/
-      report.html                      what `afterok report` wrote last, for people
+      report.html, curves.svg          what `afterok report` and `afterok plot` wrote last, for people
       ledger.jsonl                     every submission and job, appended (launchers/planning/ledger.py)
       submit.lock                      who submits right now
       submissions/N/plan.json          the frozen plan: what each phase is, resolved
@@ -119,6 +119,10 @@ class RunLayout:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.svg"
 
     @property
     def submit_lock(self) -> Path:

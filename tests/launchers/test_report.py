@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_tools.mistake import UserMistake
-from launchers import report_verb
+from launchers import result_verbs
 from launchers.report import curves
 from launchers.report.contents import contents_of
 from launchers.report.graph import BOX, graph_of
@@ -264,7 +264,7 @@ def test_what_is_not_shown_of_samples_is_said(tmp_path):
 
 def told_by(run: PlantedRun, capsys, **words) -> str:
     args = Namespace(run=str(run.run.path), output=None, watch=False, json=False)
-    assert report_verb.do_report(Namespace(**{**vars(args), **words})) == 0
+    assert result_verbs.do_report(Namespace(**{**vars(args), **words})) == 0
     return capsys.readouterr().out
 
 
@@ -290,9 +290,9 @@ def test_watching_loads_the_page_again_until_nothing_is_active(tmp_path, capsys,
             planted.tasks.clear()
             planted.going("sft", state="FAILED")
 
-    monkeypatch.setattr(report_verb.time, "sleep", sleep)
+    monkeypatch.setattr(result_verbs.time, "sleep", sleep)
     told = told_by(planted, capsys, watch=True)
-    again = f'http-equiv="refresh" content="{report_verb.WATCH_S}"'
+    again = f'http-equiv="refresh" content="{result_verbs.WATCH_S}"'
     assert len(texts) == 2 and all(again in text for text in texts) and told.count("in progress") == 2
     assert again not in (tmp_path / "report.html").read_text()
     planted.tasks.clear()
@@ -301,7 +301,7 @@ def test_watching_loads_the_page_again_until_nothing_is_active(tmp_path, capsys,
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report_verb.time, "sleep", interrupt)
+    monkeypatch.setattr(result_verbs.time, "sleep", interrupt)
     told_by(planted, capsys, watch=True)
     assert again not in (tmp_path / "report.html").read_text()
 
@@ -309,10 +309,10 @@ def test_watching_loads_the_page_again_until_nothing_is_active(tmp_path, capsys,
 def test_a_run_without_anything_is_refused_in_a_line(tmp_path):
     (tmp_path / "ledger.jsonl").touch()
     with pytest.raises(UserMistake, match="nothing was submitted there yet"):
-        report_verb.do_report(Namespace(run=str(tmp_path), output=None, watch=False, json=False))
+        result_verbs.do_report(Namespace(run=str(tmp_path), output=None, watch=False, json=False))
 
 
 def test_the_charts_library_is_the_one_that_is_named():
-    uplot = Path(report_verb.__file__).parent / "report" / "assets" / "uplot"
+    uplot = Path(result_verbs.__file__).parent / "report" / "assets" / "uplot"
     assert "uPlot (v1.6.32)" in (uplot / "uPlot.iife.min.js").read_text()[:200]
     assert "MIT License" in (uplot / "LICENSE").read_text()

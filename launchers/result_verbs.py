@@ -1,4 +1,4 @@
-"""Does what `afterok report` says."""
+"""Does what the verbs say that show what came of a run: report, plot and path."""
 
 import argparse
 import sys
@@ -40,6 +40,43 @@ def do_report(args: argparse.Namespace) -> int:
     print(f"{as_typed(path)}: {_sealed(contents)}, {size:,} bytes; open it in a browser")
     for note in contents.notes:
         print(f"  {note}", file=sys.stderr)
+    return 0
+
+
+def do_plot(args: argparse.Namespace) -> int:
+    """Draw the curves of a run into a file."""
+    from launchers.observe.runs import as_typed, find_run
+    from launchers.report.curves import curves_of
+    from launchers.report.figure import chosen, draw
+
+    run = find_run(args.run)
+    phases = run.frozen(run.newest_submission()).values()
+    curves = [found for phase in phases if (found := curves_of(run, phase)) is not None]
+    charts = chosen(curves, args.phases, args.metric)
+    path = (args.output or run.curves).absolute()
+    size = draw(charts, path)
+    notes = [note for each in curves for note in each.notes]
+    if args.json:
+        drawn = [{"phase": phase, "metric": chart.metric} for phase, chart in charts]
+        return print_json({"run": str(run.path), "file": str(path), "bytes": size, "charts": drawn, "notes": notes})
+    print(f"{as_typed(path)}: {len(charts)} curves of {', '.join(dict.fromkeys(phase for phase, _ in charts))}")
+    for note in notes:
+        print(f"  {note}", file=sys.stderr)
+    return 0
+
+
+def do_path(args: argparse.Namespace) -> int:
+    """Print where the sealed result of a phase lies."""
+    from launchers.observe.runs import find_run
+    from launchers.observe.sealed import find_sealed
+
+    run = find_run(args.run)
+    phase, seal = find_sealed(run, args.phase)
+    if args.json:
+        files = {name: entry["size"] for name, entry in seal.content["files"].items()}
+        told = {"run": str(run.path), "phase": phase.name, "kind": phase.uses, "key": phase.key}
+        return print_json({**told, "path": str(seal.folder), "files": files})
+    print(seal.folder)
     return 0
 
 
