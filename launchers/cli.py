@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pipeline_verbs(verb)
     _add_submission_verbs(verb)
     _add_looking_verbs(verb)
+    _add_result_verbs(verb)
     _add_cancel(verb)
     _add_cluster_verbs(
         words.add_parser("cluster", help="a private real Slurm on this machine, for rehearsal and tests")
@@ -224,7 +225,7 @@ def _add_submission_verbs(verb: AddVerb) -> None:
 
 
 def _add_looking_verbs(verb: AddVerb) -> None:
-    """Add the verbs that look at runs and change nothing: status, why, ls, logs, inspect, scores, report, plot and path."""
+    """Add the verbs that look at runs and change nothing: status, why, ls, logs and inspect."""
     status = verb("status", verbs.do_status, "show the state of each phase of a run")
     status.add_argument("run", nargs="?", help=RUN_HELP)
     status.add_argument(
@@ -264,6 +265,9 @@ def _add_looking_verbs(verb: AddVerb) -> None:
         "--tokens", type=int, default=400, metavar="N", help="at most so many of a document (default: 400)"
     )
 
+
+def _add_result_verbs(verb: AddVerb) -> None:
+    """Add the verbs that show what came of a run: scores, report, plot and path."""
     scores = verb("scores", score_verbs.do_scores, "show a run's evaluations side by side, with intervals and gains")
     scores.add_argument("run", nargs="?", help=RUN_HELP)
     scores.add_argument(
