@@ -56,7 +56,7 @@ def draw(charts: Sequence[tuple[str, Chart]], path: Path) -> int:
     columns = min(COLUMNS, len(charts))
     figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * lines), layout="constrained")
     places = figure.subplots(lines, columns, squeeze=False).flat
-    for place, (phase, chart) in zip(places, charts):
+    for (phase, chart), place in zip(charts, places):  # the charts first: they end first
         drawn = [
             place.plot(each.steps, [math.nan if value is None else value for value in each.values], linewidth=1)[0]
             for each in chart.series

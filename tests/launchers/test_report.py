@@ -1,10 +1,11 @@
-"""`afterok report`: what it tells of runs of every state, what it leaves out, and that nothing in a run is markup."""
+"""`afterok report`, `plot` and `path`: what they tell and leave out, and that nothing in a run becomes markup."""
 
 import base64
 import hashlib
 import json
 import math
 import re
+import sys
 from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -316,3 +317,60 @@ def test_the_charts_library_is_the_one_that_is_named():
     uplot = Path(result_verbs.__file__).parent / "report" / "assets" / "uplot"
     assert "uPlot (v1.6.32)" in (uplot / "uPlot.iife.min.js").read_text()[:200]
     assert "MIT License" in (uplot / "LICENSE").read_text()
+
+
+# -- plot and path ----------------------------------------------------------------------------------------------------
+
+
+def plotted(planted: PlantedRun, capsys, **words) -> str:
+    args = {"run": str(planted.run.path), "phases": [], "metric": [], "output": None, "json": False}
+    assert result_verbs.do_plot(Namespace(**{**args, **words})) == 0
+    return capsys.readouterr().out
+
+
+def test_curves_are_plotted_as_the_ending_of_the_file_says(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra plot, which is not shared")
+    planted = finished(tmp_path / "run", "$\\frac{\x1b]0;x")
+    found = json.loads(plotted(planted, capsys, json=True))
+    drawn = [(each["phase"], each["metric"]) for each in found["charts"]]
+    times = ["step_s", "hours"]
+    assert drawn == [("sft", m) for m in ["loss", *times]] + [("grpo", m) for m in ["reward", *times]]
+    text = (tmp_path / "run" / "curves.svg").read_text()
+    assert text.count('<g id="axes_') == 6 and found["bytes"] == (tmp_path / "run" / "curves.svg").stat().st_size
+    deep = "$\\frac{\x1b]0;x/deep"
+    assert "1 curves of sft" in plotted(planted, capsys, phases=["sft"], metric=[deep], output=tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("words, said", [
+    ({"phases": ["stf"]}, "'stf' is no phase with metrics .*did you mean sft"),
+    ({"metric": ["los"]}, "--metric 'los'.*did you mean loss"),
+    ({"output": Path("x.gif")}, "the ending says the format; known: svg, png, pdf"),
+    ({"output": Path("x")}, "the ending says the format"),
+])  # fmt: skip
+def test_what_cannot_be_plotted_is_refused_in_a_line(tmp_path, capsys, words, said):
+    with pytest.raises(UserMistake, match=said):
+        plotted(finished(tmp_path), capsys, **words)
+
+
+def test_a_run_without_metrics_and_a_machine_without_matplotlib_say_so(tmp_path, capsys, monkeypatch):
+    with pytest.raises(UserMistake, match="no phase of the run has written metrics yet"):
+        plotted(failed(tmp_path / "a"), capsys)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserMistake, match=r"pip install 'afterok\[plot\]'"):
+        plotted(finished(tmp_path / "b"), capsys)
+
+
+def test_the_path_of_a_sealed_phase_is_printed_and_of_no_other(tmp_path, capsys):
+    planted = failed(tmp_path)
+    args = Namespace(run=str(tmp_path), phase="data", json=False)
+    assert result_verbs.do_path(args) == 0
+    place = Path(capsys.readouterr().out.strip())
+    assert (place / "balance.json").is_file()
+    assert result_verbs.do_path(Namespace(**{**vars(args), "json": True})) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["path"] == str(place) and found["kind"] == "materialize" and found["key"] == planted.phases["data"].key
+    assert found["files"] == {"balance.json": (place / "balance.json").stat().st_size}
+    for phase, said in (("dat", "did you mean data"), ("sft", "sft is not sealed yet; see `afterok status")):
+        with pytest.raises(UserMistake, match=said):
+            result_verbs.do_path(Namespace(run=str(tmp_path), phase=phase, json=False))
