@@ -61,6 +61,7 @@ setup(
         "vllm": ["vllm>=0.29,<0.31"],
         "wandb": ["wandb>=0.31", "tensorboard>=2.20"],  # trackers that a training reports to when asked
         "plot": ["matplotlib>=3.10,<3.13"],  # `afterok plot`
+        "shell": ["shtab>=1.12,<2"],  # `afterok completion`
         "fast": ["gigatoken>=0.10,<0.11"],  # Hugging Face's token ids, found many times faster
         "test": [
             "pytest",
@@ -70,7 +71,7 @@ setup(
             "wandb>=0.31",
             "tensorboard>=2.20",
             "matplotlib>=3.10,<3.13",
-            "shtab>=1.7,<2",  # tests/shell_completion.py makes what `afterok completion` prints
+            "shtab>=1.12,<2",
             "peft==0.21.2",
             "trl==1.16.0",
             # what holds the style: .ci/run calls all three, tests/test_walls.py counts with radon

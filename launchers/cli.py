@@ -22,6 +22,7 @@ from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES, VERSION
 from launchers import bundle_verb, plan_verbs, profile_verbs, result_verbs, score_verbs, verbs
+from launchers.completion import SHELLS
 from slurm.client import SlurmError
 
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_looking_verbs(verb)
     _add_result_verbs(verb)
     _add_cancel(verb)
+    _add_completion(verb, parser)
     _add_cluster_verbs(
         words.add_parser("cluster", help="a private real Slurm on this machine, for rehearsal and tests")
     )
@@ -304,6 +306,14 @@ def _add_cancel(verb: AddVerb) -> None:
     cancel = verb("cancel", verbs.do_cancel, "cancel a run's jobs, or those of some phases")
     cancel.add_argument("run", nargs="?", help=RUN_HELP)
     cancel.add_argument("phases", nargs="*", metavar="PHASE", help="only these phases")
+
+
+def _add_completion(verb: AddVerb, parser: argparse.ArgumentParser) -> None:
+    """Add the verb that writes the completion of all verbs."""
+    completion = verb("completion", result_verbs.do_completion, "print a shell's completion of afterok", reports=False)
+    completion.epilog = "for example, in ~/.bashrc: source <(afterok completion bash)"
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(parser=parser)
 
 
 def _add_cluster_verbs(cluster: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Does what the verbs say that show what came of a run: report, plot and path."""
+"""Does what the verbs say that show what came of a run: report, plot and path; and completion."""
 
 import argparse
 import sys
@@ -77,6 +77,14 @@ def do_path(args: argparse.Namespace) -> int:
         told = {"run": str(run.path), "phase": phase.name, "kind": phase.uses, "key": phase.key}
         return print_json({**told, "path": str(seal.folder), "files": files})
     print(seal.folder)
+    return 0
+
+
+def do_completion(args: argparse.Namespace) -> int:
+    """Print the completion of the command line for a shell."""
+    from launchers.completion import script_for
+
+    print(script_for(args.shell, args.parser))
     return 0
 
 

@@ -40,7 +40,7 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
         "ranks requeue secrets replay sealing upstream health rehearsal", "bare worker",
     ),
     "launchers": (
-        "planning", "causes", "backends", "submission", "observe", "report",
+        "planning", "causes", "backends", "submission", "observe", "report completion",
         "verbs", "bundle_verb plan_verbs profile_verbs result_verbs score_verbs", "cli", "door",
         "console",
     ),
