@@ -16,6 +16,7 @@
       PHASE/logs/aN.INDEX.out          one log an element and attempt
       PHASE/attempts/0003.a2.r0.json   how that life of element 3 ended; 0003.a2.r0.skipped.json of a twin that left
       PHASE/attempts/environment/      SLURM_* as each attempt on Slurm found it
+      PHASE/latest                     link to what is sealed under the newest submission's key, for people
       PHASE/retired/KEY.1              what PHASE/KEY was before it was run anew
       PHASE/KEY/
         seal.json                      the phase's seal, linked last; its presence is the only sign of success
@@ -176,6 +177,10 @@ class RunLayout:
 
     def phase_folder(self, phase: str) -> Path:
         return self.path / phase
+
+    def latest_link(self, phase: str) -> Path:
+        """Return the link to the sealed content of a phase, which is for people: no code reads it."""
+        return self.phase_folder(phase) / "latest"
 
     def artifact_folder(self, phase: str, key: str) -> Path:
         return self.path / phase / key

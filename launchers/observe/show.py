@@ -4,9 +4,11 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.base.printing import clean, raw
+from jobs.artifacts.layout import RunLayout
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
 from launchers.observe.runs import RunLine, as_typed
 from launchers.observe.status import PhaseStatus, RunStatus
@@ -254,6 +256,12 @@ def runs_table(runs: list[RunLine]) -> "Table":
     return table(["run", "pipeline", "submissions", "state", "last change"], rows)
 
 
+def _files(status: RunStatus, phase: PhaseStatus) -> str:
+    """Return where a sealed phase's files are: by the link that is for people, where it leads there."""
+    link = RunLayout(Path(status.run)).latest_link(phase.phase)
+    return str(link) if link.exists() and link.resolve() == Path(phase.folder).resolve() else phase.folder
+
+
 def headline(facts: dict[str, Any]) -> str:
     """Return the numbers of a phase worth one line: its own `headline`, else its first few scalar facts."""
     if "headline" in facts:
@@ -279,6 +287,8 @@ def summary(status: RunStatus) -> "Group":
             ]
             parts.append(table(written["columns"], cells, f"{phase.phase}: {written['title']}"))
     parts.append(
-        table(["phase", "files"], [[p.phase, p.folder] for p in status.phases if p.state == COMPLETED], "files")
+        table(
+            ["phase", "files"], [[p.phase, _files(status, p)] for p in status.phases if p.state == COMPLETED], "files"
+        )
     )
     return Group(*parts)
