@@ -30,6 +30,7 @@
 An element is named by its index, and `finish` stands for the merging of all. An attempt is the number of a submission.
 """
 
+import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -275,9 +276,21 @@ def durable_checkpoints_of(keep: Path) -> Iterator[Path]:
     return (keep / "checkpoints").glob("step_*/manifest.json")
 
 
-def metrics_of(keep: Path) -> Path:
-    """Return where a training writes its metrics, in what an element keeps."""
-    return keep / "metrics.jsonl"
+METRICS = "metrics.jsonl"  # what a training writes of its steps, in what an element keeps
+
+
+def metrics_below(artifact: ArtifactLayout, elements: int) -> dict[int, Path]:
+    """Return {element: its metrics} of those elements of a phase that wrote some."""
+    if elements == 1:
+        path = artifact.folder / METRICS
+        return {0: path} if path.is_file() else {}
+    above = artifact.keep_folder(0, elements).parent
+    names = sorted(os.listdir(above)) if above.is_dir() else []
+    return {  # thousands: no Path an element
+        int(name): above / name / METRICS
+        for name in names
+        if name.isdigit() and os.path.isfile(f"{above}/{name}/{METRICS}")
+    }
 
 
 def sample_logs_of(keep: Path) -> dict[int, Path]:

@@ -6,19 +6,18 @@ with too many points the lowest and the highest of each stretch of steps are kep
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jobs.artifacts.layout import metrics_of
+from jobs.artifacts.layout import metrics_below
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
-from launchers.causes.traces import keep_folder
 
 MOST_POINTS = 600  # of a curve
-MOST_ELEMENTS = 8  # of a phase, whose curves share a chart
+MOST_ELEMENTS = 5  # of a phase, whose curves share a chart
 MOST_BYTES = 64 << 20  # of one metrics file that are parsed; of a longer one every n-th line
 FIRST = (  # of the charts of a phase, those that are looked at first, in this order
     "loss", "valid_loss", "reward", "reward_std", "lr", "grad_norm", "entropy", "length", "truncated", "unscorable",
@@ -79,9 +78,7 @@ class Curves:
 
 def curves_of(run: RunFolder, phase: FrozenPhase) -> Curves | None:
     """Return the charts of a phase; None where it wrote no metrics."""
-    folder = run.artifact(phase).folder
-    files = [(i, metrics_of(keep_folder(folder, phase, i))) for i in range(phase.elements)]
-    files = [(i, path) for i, path in files if path.is_file()]
+    files = list(metrics_below(run.artifact(phase), phase.elements).items())
     if not files:
         return None
     notes = []
@@ -93,8 +90,8 @@ def curves_of(run: RunFolder, phase: FrozenPhase) -> Curves | None:
         label = f"element {index}" if phase.elements > 1 else phase.name
         lines, told = read_metrics(path)
         notes += [f"{phase.name}: {path.relative_to(run.path)}: {each}" for each in told]
-        for metric, points in columns_of(lines).items():
-            charts.setdefault(metric, Chart(metric)).series.append(_series(label, points))
+        for metric, column in columns_of(lines).items():
+            charts.setdefault(metric, Chart(metric)).series.append(_series(label, column))
     ordered = sorted(charts.values(), key=lambda chart: (_rank(chart.metric), chart.metric))
     return Curves(phase.name, ordered, notes)
 
@@ -125,50 +122,65 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return lines, notes
 
 
-def columns_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Return {metric: [(step, value)]} of all numbers, with the hours of work up to each step where steps have times.
+@dataclass
+class Column:
+    """The values of one metric, and the steps they are of."""
+
+    steps: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def add(self, step: float, value: float) -> None:
+        """Add the value of a further step."""
+        self.steps.append(step)
+        self.values.append(value)
+
+
+def columns_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
+    """Return all numbers by their metric, with the hours of work up to each step where steps have times.
 
     `step_s` of a line is the mean of the steps since the line before it.
     """
-    columns: dict[str, list[tuple[float, float]]] = {}
+    columns: dict[str, Column] = {}
     seconds, before = 0.0, 0.0
     for line in sorted(lines, key=lambda line: line["step"]):
         step = float(line["step"])
-        for name, value in _numbers(line):
-            if name not in _NUMBERS:
-                columns.setdefault(name, []).append((step, value))
+        _add_numbers(columns, step, line, "")
         each = line.get("step_s")
         if isinstance(each, (int, float)) and math.isfinite(each):
             seconds += each * max(0.0, step - before)
-            columns.setdefault(HOURS, []).append((step, seconds / 3600))
+            columns.setdefault(HOURS, Column()).add(step, seconds / 3600)
             before = step
-    return columns
+    return {name: column for name, column in columns.items() if name not in _NUMBERS}
 
 
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+def _add_numbers(columns: dict[str, Column], step: float, values: Mapping[str, Any], prefix: str) -> None:
+    """Add the numbers of one line; those of nested objects as outer/inner. JSON has no other types than these."""
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield prefix + name, _as_float(value)
+        kind = type(value)
+        if kind is float or kind is int:
+            column = columns.get(prefix + name)
+            if column is None:
+                column = columns[prefix + name] = Column()
+            column.add(step, value if kind is float else _as_float(value))
+        elif kind is dict:
+            _add_numbers(columns, step, value, f"{prefix}{name}/")
 
 
-def _as_float(value: float) -> float:
+def _as_float(value: int) -> float:
     try:
         return float(value)
     except OverflowError:  # JSON's integers have no bound
         return math.inf
 
 
-def _series(label: str, points: Sequence[tuple[float, float]]) -> Series:
-    table = np.array(points, dtype=float).reshape(-1, 2)
-    values = table[:, 1]
+def _series(label: str, column: Column) -> Series:
+    steps, values = np.array(column.steps), np.array(column.values)
     finite = values[np.isfinite(values)]
     kept = thinned(values)
     return Series(
         label=label,
-        steps=table[kept, 0].tolist(),
-        values=[_finite(values[place]) for place in kept],
+        steps=steps[kept].tolist(),
+        values=[_finite(value) for value in values[kept].tolist()],
         first=_finite(values[0]),
         last=_finite(values[-1]),
         least=float(finite.min()) if len(finite) else None,
@@ -187,15 +199,15 @@ def thinned(values: np.ndarray) -> np.ndarray:
     """
     if len(values) <= MOST_POINTS:
         return np.arange(len(values))
-    kept = {0, len(values) - 1}
-    for part in np.array_split(np.arange(len(values)), MOST_POINTS // 3 - 1):
-        own = values[part]
-        finite = np.isfinite(own)
-        if finite.any():
-            kept |= {
-                int(part[np.where(finite, own, np.inf).argmin()]),
-                int(part[np.where(finite, own, -np.inf).argmax()]),
-            }
-        if not finite.all():
-            kept.add(int(part[(~finite).argmax()]))
-    return np.array(sorted(kept))
+    width = -(-len(values) // (MOST_POINTS // 3 - 1))  # of a stretch
+    rows = np.pad(values, (0, -len(values) % width), constant_values=values[-1]).reshape(-1, width)  # [stretch, width]
+    finite = np.isfinite(rows)
+    starts = np.arange(len(rows)) * width
+    kept = [np.array([0, len(values) - 1])]
+    for chosen, known in (
+        (np.where(finite, rows, np.inf).argmin(axis=1), finite.any(axis=1)),
+        (np.where(finite, rows, -np.inf).argmax(axis=1), finite.any(axis=1)),
+        ((~finite).argmax(axis=1), ~finite.all(axis=1)),
+    ):
+        kept.append((starts + chosen)[known])
+    return np.unique(np.minimum(np.concatenate(kept), len(values) - 1))

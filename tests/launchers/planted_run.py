@@ -14,7 +14,7 @@ from typing import Any
 from data_tools.base import durable
 from data_tools.base.tables import write_table
 from data_tools.records.balance import Balance, SourceBalance
-from jobs.artifacts.layout import metrics_of
+from jobs.artifacts.layout import METRICS
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.artifacts.seal import FORMAT, manifest, read_seal
@@ -110,7 +110,7 @@ class PlantedRun:
 
     def metrics(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         """Plant the metrics of element 0."""
-        path = metrics_of(self.run.artifact(self.phases[name]).folder)
+        path = self.run.artifact(self.phases[name]).folder / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -214,7 +214,7 @@ def large(path: Path, phases: int = 10, elements: int = 2000, steps: int = 5000)
             keep = planted.run.artifact(planted.phases[name]).keep_folder(element, elements)
             keep.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps({"step": n, "loss": 3 / n + element, **line}) + "\n" for n in range(1, steps))
-            metrics_of(keep).write_text(text)
+            (keep / METRICS).write_text(text)
     keep = planted.run.artifact(planted.phases["grpo"]).keep_folder(0, elements)
     (keep / "samples").mkdir(parents=True)
     for step in range(1, 101):

@@ -214,8 +214,8 @@ def test_thinning_keeps_ends_extremes_and_what_is_not_finite():
 def test_hours_up_to_a_step_are_the_sum_of_the_times_of_its_steps():
     lines = [{"step": 10, "step_s": 36.0}, {"step": 20, "step_s": 72.0, "valid": {"loss": math.nan}}, {"step": 25}]
     columns = curves.columns_of(lines)
-    assert columns["hours"] == [(10.0, 0.1), (20.0, pytest.approx(0.3))]
-    assert math.isnan(columns["valid/loss"][0][1]) and set(columns) == {"step_s", "hours", "valid/loss"}
+    assert columns["hours"].steps == [10, 20] and columns["hours"].values == pytest.approx([0.1, 0.3])
+    assert math.isnan(columns["valid/loss"].values[0]) and set(columns) == {"step_s", "hours", "valid/loss"}
 
 
 def test_lines_that_are_no_metrics_are_counted_and_one_that_is_being_written_is_not(tmp_path):
@@ -227,7 +227,7 @@ def test_lines_that_are_no_metrics_are_counted_and_one_that_is_being_written_is_
     assert [line["step"] for line in lines] == [1, 2] and notes == [
         "3 lines have no step or are no JSON, and were left out"
     ]
-    assert curves.columns_of(lines)["big"] == [(2.0, math.inf)]
+    assert curves.columns_of(lines)["big"] == curves.Column([2.0], [math.inf])
 
 
 @pytest.mark.parametrize("mask_truncated", [True, False])
