@@ -254,12 +254,15 @@ def _add_looking_verbs(verb: AddVerb) -> None:
     )
 
     inspect = verb(
-        "inspect", verbs.do_inspect, "show a phase's token store or packs: balance, lengths, text with its loss mask"
+        "inspect", verbs.do_inspect, "show a phase's token store or packs with the loss mask, or what it sampled"
     )
     inspect.add_argument("run", nargs="?", help=RUN_HELP)
-    inspect.add_argument("phase", metavar="PHASE", help="a materialize or pack phase")
+    inspect.add_argument("phase", metavar="PHASE", help="a materialize, pack, grpo, generate or reject_filter phase")
     inspect.add_argument(
-        "--documents", type=int, default=3, metavar="N", help="how many documents to show (default: 3)"
+        "--step", type=int, metavar="N", help="of a grpo phase: its samples of this step (default: last)"
+    )
+    inspect.add_argument(
+        "--documents", type=int, default=3, metavar="N", help="how many documents, or prompts, to show (default: 3)"
     )
     inspect.add_argument("--pack", type=int, metavar="N", help="of this pack")
     inspect.add_argument("--seed", type=int, default=0, help="draws other ones")

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from data_tools.base.printing import set_in
@@ -15,7 +16,7 @@ from data_tools.mistake import EXIT_MISTAKE, UserMistake
 from data_tools.own_packages import environment
 
 if TYPE_CHECKING:
-    from jobs.artifacts.run_folder import RunFolder
+    from jobs.artifacts.run_folder import FrozenPhase, RunFolder
     from jobs.schema.pipeline import Pipeline
     from launchers.observe.status import RunStatus
     from launchers.planning.plan import Plan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from slurm.detect import Cluster
     from slurm.dev.cluster import DevCluster
 
+CHARACTERS = 5  # of a text, that are shown for a token of --tokens
 EXIT_UNFINISHED = 1
 EXIT_INTERRUPTED = 130
 
@@ -331,10 +333,17 @@ def do_logs(args: argparse.Namespace) -> int:
 def do_inspect(args: argparse.Namespace) -> int:
     from launchers.observe.inspect import inspect
     from launchers.observe.runs import find_run
+    from launchers.observe.sampled import GRPO, SAMPLED
     from launchers.observe.show import print_inspection
 
+    run = find_run(args.run)
+    phase = run.frozen(run.newest_submission()).get(args.phase)
+    if phase is not None and phase.uses in (GRPO, *SAMPLED):
+        return _inspect_samples(args, run, phase)
+    if args.step is not None:
+        raise UserMistake(f"--step {args.step}: only of a grpo phase")
     inspection = inspect(
-        find_run(args.run),
+        run,
         args.phase,
         count=max(args.documents, 0),
         pack=args.pack,
@@ -344,6 +353,21 @@ def do_inspect(args: argparse.Namespace) -> int:
     if args.json:
         return print_json(inspection)
     print_inspection(inspection)
+    return 0
+
+
+def _inspect_samples(args: argparse.Namespace, run: "RunFolder", phase: "FrozenPhase") -> int:
+    """Show what a phase sampled, prompt by prompt."""
+    from launchers.observe.sampled import inspect_samples
+    from launchers.observe.show import print_samples
+
+    if args.pack is not None:
+        raise UserMistake(f"--pack {args.pack}: {args.phase} is a {phase.uses} phase, which has no packs")
+    characters = CHARACTERS * max(args.tokens, 1)
+    shown = inspect_samples(run, phase, args.step, max(args.documents, 0), args.seed, characters)
+    if args.json:
+        return print_json(asdict(shown))
+    print_samples(shown)
     return 0
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # imported where they are needed, so that a --json answer doe
     from launchers.observe.explain import Explained
     from launchers.observe.foresee import Difference
     from launchers.observe.inspect import Inspection
+    from launchers.observe.sampled import ShownSamples
     from launchers.planning.hours import GpuHours
     from launchers.planning.plan import Plan
     from launchers.submission.submit import Submitted
@@ -198,6 +199,27 @@ def print_inspection(inspection: "Inspection") -> None:
             marked = span["text"] if out.is_terminal or not span["trained"] else f"⟦{span['text']}⟧"
             text.append(marked, style="green" if span["trained"] else "dim")
         out.print(text, soft_wrap=True)
+
+
+def print_samples(shown: "ShownSamples") -> None:
+    """Print groups of samples: each prompt, then its samples with what they were worth."""
+    out = console()
+    of_steps = f" of step {shown.step} (steps {shown.steps[0]} to {shown.steps[-1]})" if shown.steps else ""
+    out.print(f"{shown.phase}: samples{of_steps} from {shown.file}")
+    for group in shown.groups:
+        out.print(f"\n{group.task} {group.name}", style="bold")
+        out.print(group.prompt, soft_wrap=True)
+        rows = [[s.number, s.completion, *map(_short, (s.reward, s.advantage)), s.masked, s.tokens, s.finish, s.note]
+                for s in group.samples]  # fmt: skip
+        out.print(table(["", "completion", "reward", "advantage", "masked", "tokens", "ended", "note"], rows))
+        if group.left_out:
+            out.print(f"{group.left_out:,} more samples")
+    for note in shown.notes:
+        out.print(note)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def status_table(status: RunStatus) -> "Table":

@@ -15,13 +15,13 @@ from jobs.artifacts.run_folder import RunFolder
 from launchers.causes.states import COMPLETED
 from launchers.causes.traces import log_tail
 from launchers.observe.look import Look, look_at
+from launchers.observe.sampled import SampledGroups, groups_of
 from launchers.observe.scores import KIND, scores
 from launchers.observe.status import PhaseStatus, RunStatus, status_of
 from launchers.observe.why import Finding, why_of
 from launchers.report.attempts import Attempt, attempts_of
 from launchers.report.curves import Curves, curves_of
 from launchers.report.graph import Graph, graph_of
-from launchers.report.groups import SampledGroups, groups_of
 from launchers.report.lineage import Link, lineage_of
 from launchers.report.timeline import Timeline, timeline_of
 

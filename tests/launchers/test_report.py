@@ -15,10 +15,10 @@ import pytest
 
 from data_tools.mistake import UserMistake
 from launchers import result_verbs
+from launchers.observe.sampled import TEXT, cut, groups_of, why_masked
 from launchers.report import curves
 from launchers.report.contents import contents_of
 from launchers.report.graph import BOX, graph_of
-from launchers.report.groups import TEXT, cut, groups_of, why_masked
 from launchers.report.page import page_of
 from launchers.report.timeline import timeline_of
 from megatron_ext.rl import untrained

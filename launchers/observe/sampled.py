@@ -1,21 +1,26 @@
-"""Reads what GRPO sampled, group by group: prompt, samples, rewards, advantages, and who was masked and why.
+"""Reads what a run sampled, prompt by prompt: samples, rewards, and of GRPO advantages and who was masked and why.
 
-A training logs every sample of every step. The report shows some steps, and of each some prompts; what it leaves out
-is said, and `afterok inspect` shows any of them.
+A training logs every sample of every step. `afterok report` shows some steps, and of each some prompts, and says what
+it leaves out; `afterok inspect` shows any step, and what generate and reject_filter made.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from data_tools.base import durable
+from data_tools.mistake import UserMistake
 from jobs.artifacts.layout import sample_logs_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from launchers.causes.traces import keep_folder
+from launchers.observe.sealed import find_sealed
 
-STEPS = 8  # of a phase
+GRPO = "grpo"
+SAMPLED = {"generate": "samples.jsonl", "reject_filter": "chat.jsonl"}  # of other kinds: the file that they seal
+STEPS = 8  # of a phase, in a report
 GROUPS = 12  # of a step
 MOST_SAMPLES = 16  # of a group
 TEXT = 2_000  # characters of a prompt or a completion
@@ -44,7 +49,7 @@ class SampleLine:
 class Group:
     """The samples of one prompt in one step."""
 
-    item: int
+    item: int | str  # its number in a training's order of prompts, or its id
     task: str
     name: str
     prompt: str
@@ -98,6 +103,63 @@ def groups_of(run: RunFolder, phase: FrozenPhase) -> SampledGroups | None:
     return found
 
 
+@dataclass(frozen=True)
+class ShownSamples:
+    """What `afterok inspect` shows of a phase that samples."""
+
+    phase: str
+    kind: str
+    file: str
+    step: int | None  # None: of a phase without steps
+    steps: list[int]  # all that were logged
+    groups: list[Group]
+    notes: list[str]
+
+
+def inspect_samples(
+    run: RunFolder, phase: FrozenPhase, step: int | None, count: int, seed: int, characters: int
+) -> ShownSamples:
+    """Return `count` groups of a phase, of GRPO those of a step (None: the last one); another `seed` draws other ones.
+
+    Raises:
+        UserMistake: it has logged no samples, or none of that step, or is not sealed.
+    """
+    notes: list[str] = []
+    steps: list[int] = []
+    if phase.uses == GRPO:
+        logs = sample_logs_of(keep_folder(run.artifact(phase).folder, phase, 0))
+        if not logs:
+            raise UserMistake(f"{phase.name} has logged no samples yet; see `afterok status {run.path}`")
+        steps = sorted(logs)
+        step = steps[-1] if step is None else step
+        if step not in logs:
+            raise UserMistake(f"--step {step}: {phase.name} has samples of steps {steps[0]} to {steps[-1]}")
+        file = logs[step]
+    elif step is not None:
+        raise UserMistake(f"--step {step}: {phase.name} is a {phase.uses} phase, which has no steps")
+    else:
+        file = find_sealed(run, phase.name)[1].folder / SAMPLED[phase.uses]
+    lines = groupby(_lines(file, notes, _start(file, seed)), key=_prompt_of)
+    masks = _masks_truncated(phase)
+    first = 1 if seed else 0  # a draw begins within a group, which it leaves out
+    groups = [_group(item, list(each), masks, characters) for item, each in islice(lines, first, first + count)]
+    if count and not groups:
+        notes.append(f"{file} has no samples from there to its end; take another --seed")
+    return ShownSamples(phase.name, phase.uses, str(file), step, steps, groups, notes)
+
+
+def _start(file: Path, seed: int) -> int:
+    """Return the byte of a file from which a seed draws; 0 of seed 0."""
+    if not seed or not file.is_file():
+        return 0
+    return int(file.stat().st_size * (int(durable.sha256_bytes(str(seed))[:8], 16) / 2**32))
+
+
+def _prompt_of(line: Mapping[str, Any]) -> Any:
+    """Return what names the prompt of a line: its number in a training's order, or its id."""
+    return line.get("item", line.get("prompt_id"))
+
+
 def _masks_truncated(phase: FrozenPhase) -> bool:
     settings = phase.material.get("settings", {})
     return bool(settings.get("rewarding", {}).get("mask_truncated", True))
@@ -106,7 +168,7 @@ def _masks_truncated(phase: FrozenPhase) -> bool:
 def _step(path: Path, step: int, mask_truncated: bool, notes: list[str]) -> StepGroups:
     groups: list[Group] = []
     more = False
-    for item, lines in groupby(_lines(path, notes), key=lambda line: line.get("item")):
+    for item, lines in groupby(_lines(path, notes), key=_prompt_of):
         if len(groups) == GROUPS:
             more = True
             break
@@ -114,17 +176,20 @@ def _step(path: Path, step: int, mask_truncated: bool, notes: list[str]) -> Step
     return StepGroups(step, groups, more)
 
 
-def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a log, in which those of a prompt stand together; tell in `notes` what is no sample."""
+def _lines(path: Path, notes: list[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a log from a byte on, those of a prompt together; tell in `notes` what is no sample."""
     read, bad = 0, False
     with open(path, "rb") as file:
+        file.seek(start)
+        if start:
+            file.readline()  # the rest of one
         for line in file:
             read += len(line)
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 value = None
-            if isinstance(value, dict) and isinstance(value.get("item"), int):
+            if isinstance(value, dict) and _prompt_of(value) is not None:
                 yield value
             elif not bad:
                 bad = True
@@ -134,26 +199,26 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                 break
 
 
-def _group(item: int, lines: list[dict[str, Any]], mask_truncated: bool) -> Group:
+def _group(item: Any, lines: list[dict[str, Any]], mask_truncated: bool, characters: int = TEXT) -> Group:
     first = lines[0]
     return Group(
         item=item,
-        task=str(first.get("entry", "")),
-        name=str(first.get("uid", "")),
-        prompt=cut(first.get("prompt")),
-        samples=[_sample(line, mask_truncated) for line in lines[:MOST_SAMPLES]],
+        task=str(first.get("entry", first.get("task", ""))),
+        name=str(first.get("uid", first.get("prompt_id", ""))),
+        prompt=cut(first["prompt"] if "prompt" in first else first.get("messages", [None])[:-1], characters),
+        samples=[_sample(line, mask_truncated, characters) for line in lines[:MOST_SAMPLES]],
         left_out=max(0, len(lines) - MOST_SAMPLES),
     )
 
 
-def _sample(line: Mapping[str, Any], mask_truncated: bool) -> SampleLine:
+def _sample(line: Mapping[str, Any], mask_truncated: bool, characters: int) -> SampleLine:
     difference = line.get("logprob_difference") or {}
     return SampleLine(
         number=line.get("sample", 0),
-        completion=cut(line.get("completion")),
+        completion=cut(line["completion"] if "completion" in line else line.get("messages", [None])[-1], characters),
         reward=_number(line.get("reward")),
         advantage=_number(line.get("advantage")),
-        masked=why_masked(line, mask_truncated),
+        masked=why_masked(line, mask_truncated) if "trained" in line else "",
         tokens=line.get("tokens", 0),
         finish=str(line.get("finish", "")),
         answer=cut(line.get("answer") or ""),
@@ -179,7 +244,7 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def cut(text: Any) -> str:
-    """Return a text, or the JSON of what is none, of at most TEXT characters; the end says how many there were."""
+def cut(text: Any, characters: int = TEXT) -> str:
+    """Return a text, or the JSON of what is none, of at most so many characters; the end says how many there were."""
     whole = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-    return whole if len(whole) <= TEXT else f"{whole[:TEXT]} … (cut: {len(whole):,} characters)"
+    return whole if len(whole) <= characters else f"{whole[:characters]} … (cut: {len(whole):,} characters)"
