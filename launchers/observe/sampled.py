@@ -90,7 +90,7 @@ def groups_of(run: RunFolder, phase: FrozenPhase) -> SampledGroups | None:
     logs = sample_logs_of(keep_folder(run.artifact(phase).folder, phase, 0))
     if not logs:
         return None
-    found = SampledGroups(phase.name)
+    found = SampledGroups(phase.name, notes=_of_elements(phase))
     steps = sorted(logs)
     shown = sorted({steps[place * (len(steps) - 1) // max(1, STEPS - 1)] for place in range(STEPS)})
     for step in shown:
@@ -124,9 +124,9 @@ def inspect_samples(
     Raises:
         UserMistake: it has logged no samples, or none of that step, or is not sealed.
     """
-    notes: list[str] = []
-    steps: list[int] = []
+    notes, steps = list[str](), list[int]()
     if phase.uses == GRPO:
+        notes = _of_elements(phase)
         logs = sample_logs_of(keep_folder(run.artifact(phase).folder, phase, 0))
         if not logs:
             raise UserMistake(f"{phase.name} has logged no samples yet; see `afterok status {run.path}`")
@@ -146,6 +146,10 @@ def inspect_samples(
     if count and not groups:
         notes.append(f"{file} has no samples from there to its end; take another --seed")
     return ShownSamples(phase.name, phase.uses, str(file), step, steps, groups, notes)
+
+
+def _of_elements(phase: FrozenPhase) -> list[str]:
+    return [f"{phase.name}: samples of element 0 of {phase.elements:,} are shown"] if phase.elements > 1 else []
 
 
 def _start(file: Path, seed: int) -> int:

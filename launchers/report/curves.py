@@ -19,6 +19,7 @@ from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 MOST_POINTS = 600  # of a curve
 MOST_ELEMENTS = 5  # of a phase, whose curves share a chart
 MOST_BYTES = 64 << 20  # of one metrics file that are parsed; of a longer one every n-th line
+MOST_STEPS = 1e15  # that a double counts exactly
 FIRST = (  # of the charts of a phase, those that are looked at first, in this order
     "loss", "valid_loss", "reward", "reward_std", "lr", "grad_norm", "entropy", "length", "truncated", "unscorable",
     "tokens_per_s", "step_s", "hours",
@@ -109,7 +110,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
                 continue
             try:
                 value = json.loads(line)
-                if isinstance(value, dict) and isinstance(value.get("step"), (int, float)):
+                if isinstance(value, dict) and _is_step(value.get("step")):
                     lines.append(value)
                     continue
             except (ValueError, RecursionError):
@@ -120,6 +121,10 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     if bad:
         notes.append(f"{bad:,} lines have no step or are no JSON, and were left out")
     return lines, notes
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < MOST_STEPS  # neither infinite nor no number
 
 
 @dataclass
