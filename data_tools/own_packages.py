@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+VERSION = "0.1.0"  # of afterok; setup.py reads this line
 PACKAGES = ("data_tools", "megatron_ext", "slurm", "jobs", "launchers")
 ROOT = str(Path(__file__).resolve().parents[1])
 

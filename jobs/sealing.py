@@ -47,6 +47,8 @@ class Sealer:
             return self._lost_to_twin()
         if self.artifact.fans_in and len(self.artifact.sealed_elements()) == self.phase.elements:
             self._fan_in()
+        if self.artifact.seal_path.exists():
+            self.upstream.run.link_latest(self.phase.name)
         return "sealed"
 
     def _lost_to_twin(self) -> str:

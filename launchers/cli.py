@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import argparse
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,9 @@ from typing import Protocol
 from data_tools.base.durable import TornFile
 from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
-from data_tools.own_packages import PACKAGES
-from launchers.verbs import bundles, clusters, plans, profiles, runs, scores
+from data_tools.own_packages import PACKAGES, VERSION
+from launchers.completion import SHELLS
+from launchers.verbs import bundles, clusters, plans, profiles, results, runs, scores
 from launchers.verbs.said import EXIT_UNFINISHED, tell
 from slurm.client import SlurmError
 
@@ -88,6 +90,7 @@ def _main(argv: list[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="afterok", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"afterok {VERSION}, Python {platform.python_version()}")
     words = parser.add_subparsers(dest="name", metavar="VERB", required=True)
 
     def verb(name: str, function: Verb, help: str, reports: bool = True) -> argparse.ArgumentParser:
@@ -100,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_pipeline_verbs(verb)
     _add_submission_verbs(verb)
     _add_looking_verbs(verb)
+    _add_result_verbs(verb)
     _add_cancel(verb)
+    _add_completion(verb, parser)
     _add_cluster_verbs(
         words.add_parser("cluster", help="a private real Slurm on this machine, for rehearsal and tests")
     )
@@ -223,7 +228,7 @@ def _add_submission_verbs(verb: AddVerb) -> None:
 
 
 def _add_looking_verbs(verb: AddVerb) -> None:
-    """Add the verbs that look at runs and change nothing: status, why, ls, logs, inspect and scores."""
+    """Add the verbs that look at runs and change nothing: status, why, ls, logs and inspect."""
     status = verb("status", runs.do_status, "show the state of each phase of a run")
     status.add_argument("run", nargs="?", help=RUN_HELP)
     status.add_argument(
@@ -250,12 +255,15 @@ def _add_looking_verbs(verb: AddVerb) -> None:
     )
 
     inspect = verb(
-        "inspect", runs.do_inspect, "show a phase's token store or packs: balance, lengths, text with its loss mask"
+        "inspect", runs.do_inspect, "show a phase's token store or packs with the loss mask, or what it sampled"
     )
     inspect.add_argument("run", nargs="?", help=RUN_HELP)
-    inspect.add_argument("phase", metavar="PHASE", help="a materialize or pack phase")
+    inspect.add_argument("phase", metavar="PHASE", help="a materialize, pack, grpo, generate or reject_filter phase")
     inspect.add_argument(
-        "--documents", type=int, default=3, metavar="N", help="how many documents to show (default: 3)"
+        "--step", type=int, metavar="N", help="of a grpo phase: its samples of this step (default: last)"
+    )
+    inspect.add_argument(
+        "--documents", type=int, default=3, metavar="N", help="how many documents, or prompts, to show (default: 3)"
     )
     inspect.add_argument("--pack", type=int, metavar="N", help="of this pack")
     inspect.add_argument("--seed", type=int, default=0, help="draws other ones")
@@ -263,6 +271,9 @@ def _add_looking_verbs(verb: AddVerb) -> None:
         "--tokens", type=int, default=400, metavar="N", help="at most so many of a document (default: 400)"
     )
 
+
+def _add_result_verbs(verb: AddVerb) -> None:
+    """Add the verbs that show what came of a run: scores, report, plot and path."""
     compared = verb("scores", scores.do_scores, "show a run's evaluations side by side, with intervals and gains")
     compared.add_argument("run", nargs="?", help=RUN_HELP)
     compared.add_argument(
@@ -270,12 +281,43 @@ def _add_looking_verbs(verb: AddVerb) -> None:
     )
     compared.add_argument("--svg", type=Path, metavar="FILE", help="also draw them")
 
+    report = verb("report", results.do_report, "write a report of a run: one HTML file that needs no network")
+    report.epilog = "for example: afterok report runs/tiny --output /tmp/tiny.html"
+    report.add_argument("run", nargs="?", help=RUN_HELP)
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there (default: RUN/report.html)")
+    report.add_argument(
+        "-w",
+        "--watch",
+        action="store_true",
+        help="write it again until nothing is active; a browser that shows it follows; Ctrl-C only stops looking",
+    )
+
+    plot = verb("plot", results.do_plot, "draw the curves of a run's metrics into one SVG, PNG or PDF file")
+    plot.epilog = "for example: afterok plot runs/tiny sft grpo --metric loss --metric reward --output curves.png"
+    plot.add_argument("run", nargs="?", help=RUN_HELP)
+    plot.add_argument("phases", nargs="*", metavar="PHASE", help="only these (default: all that wrote metrics)")
+    plot.add_argument("--metric", action="append", default=[], metavar="NAME", help="only this one; may be said again")
+    plot.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there (default: RUN/curves.svg)")
+
+    path = verb("path", results.do_path, "print where the sealed result of a phase lies, such as a model")
+    path.epilog = "for example: cp -r $(afterok path runs/tiny exported) my_model"
+    path.add_argument("run", nargs="?", help=RUN_HELP)
+    path.add_argument("phase", metavar="PHASE", help="a sealed phase")
+
 
 def _add_cancel(verb: AddVerb) -> None:
     """Add the verb that ends jobs."""
     cancel = verb("cancel", runs.do_cancel, "cancel a run's jobs, or those of some phases")
     cancel.add_argument("run", nargs="?", help=RUN_HELP)
     cancel.add_argument("phases", nargs="*", metavar="PHASE", help="only these phases")
+
+
+def _add_completion(verb: AddVerb, parser: argparse.ArgumentParser) -> None:
+    """Add the verb that writes the completion of all verbs."""
+    completion = verb("completion", results.do_completion, "print a shell's completion of afterok", reports=False)
+    completion.epilog = "for example, in ~/.bashrc: source <(afterok completion bash)"
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(parser=parser)
 
 
 def _add_cluster_verbs(cluster: argparse.ArgumentParser) -> None:

@@ -40,7 +40,8 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
         "ranks requeue secrets replay sealing upstream health rehearsal", "bare worker",
     ),
     "launchers": (
-        "planning", "causes", "backends", "submission", "observe", "verbs", "cli", "door", "console",
+        "planning", "causes", "backends", "submission", "observe", "report completion", "verbs", "cli", "door",
+        "console",
     ),
 }  # fmt: skip
 MOST_LINES = 450  # of a file

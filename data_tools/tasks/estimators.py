@@ -35,10 +35,17 @@ def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) 
         if answer is not None:
             verdicts.setdefault(answer, []).append(bool(good))
     classes = Counter((len(rights), sum(rights) / len(rights)) for _, rights in sorted(verdicts.items()))
-    silent = len(answers) - sum(size * times for (size, _), times in classes.items())
+    return _won(tuple(sorted(classes.items())), len(answers), k)
+
+
+@lru_cache(maxsize=2**14)
+def _won(sizes: tuple[tuple[tuple[int, float], int], ...], n: int, k: int) -> float:
+    """Return majority_at_k of n answers that are alike but for their words: prompts of few samples often are."""
+    classes = dict(sizes)
+    silent = n - sum(size * times for (size, _), times in classes.items())
     largest = max((size for size, _ in classes), default=0)
-    total = sum(_won_by(votes, classes, silent, n=len(answers), k=k) for votes in range(1, min(k, largest) + 1))
-    return float(min(1.0, total / _drawn(len(answers), k, len(answers), k)[k]))
+    total = sum(_won_by(votes, classes, silent, n=n, k=k) for votes in range(1, min(k, largest) + 1))
+    return float(min(1.0, total / _drawn(n, k, n, k)[k]))
 
 
 def _won_by(votes: int, classes: Mapping[tuple[int, float], int], silent: int, n: int, k: int) -> float:

@@ -1,6 +1,7 @@
 """The layout of a run on disk: the one owner of its folders' names, its globs and its regular expressions.
 
     RUN/
+      report.html, curves.svg          what `afterok report` and `afterok plot` wrote last, for people
       ledger.jsonl                     every submission and job, appended (launchers/planning/ledger.py)
       submit.lock                      who submits right now
       submissions/N/plan.json          the frozen plan: what each phase is, resolved
@@ -15,6 +16,7 @@
       PHASE/logs/aN.INDEX.out          one log an element and attempt
       PHASE/attempts/0003.a2.r0.json   how that life of element 3 ended; 0003.a2.r0.skipped.json of a twin that left
       PHASE/attempts/environment/      SLURM_* as each attempt on Slurm found it
+      PHASE/latest                     link to what is sealed under the newest submission's key, for people
       PHASE/retired/KEY.1              what PHASE/KEY was before it was run anew
       PHASE/KEY/
         seal.json                      the phase's seal, linked last; its presence is the only sign of success
@@ -22,12 +24,13 @@
         leases/0003.a2.r0.g0           who works on an element: attempt, restart count, generation
         sealing/0003.a2.r0.g0.UNIQUE/  where that owner writes its seal before it is linked
         work/0003.a2.r0.g0/            what that owner writes; a seal names the folder that counts
-        checkpoints/step_N/, metrics.jsonl, tables/, progress/     survive attempts; not sealed content
+        checkpoints/step_N/, metrics.jsonl, samples/, tables/, progress/     survive attempts; not sealed content
         elements/0003/                 the same of one element, where a phase has several
 
 An element is named by its index, and `finish` stands for the merging of all. An attempt is the number of a submission.
 """
 
+import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -116,6 +119,14 @@ class RunLayout:
         return self.path / LEDGER
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.svg"
+
+    @property
     def submit_lock(self) -> Path:
         return self.path / "submit.lock"
 
@@ -167,6 +178,10 @@ class RunLayout:
 
     def phase_folder(self, phase: str) -> Path:
         return self.path / phase
+
+    def latest_link(self, phase: str) -> Path:
+        """Return the link to the sealed content of a phase, which is for people: no code reads it."""
+        return self.phase_folder(phase) / "latest"
 
     def artifact_folder(self, phase: str, key: str) -> Path:
         return self.path / phase / key
@@ -259,3 +274,26 @@ def checkpoints_of(keep: Path) -> Iterator[Path]:
 def durable_checkpoints_of(keep: Path) -> Iterator[Path]:
     """Yield the manifests of the durable checkpoints in what an element keeps: each was written last."""
     return (keep / "checkpoints").glob("step_*/manifest.json")
+
+
+METRICS = "metrics.jsonl"  # what a training writes of its steps, in what an element keeps
+
+
+def metrics_below(artifact: ArtifactLayout, elements: int) -> dict[int, Path]:
+    """Return {element: its metrics} of those elements of a phase that wrote some."""
+    if elements == 1:
+        path = artifact.folder / METRICS
+        return {0: path} if path.is_file() else {}
+    above = artifact.keep_folder(0, elements).parent
+    names = sorted(os.listdir(above)) if above.is_dir() else []
+    return {  # thousands: no Path an element
+        int(name): above / name / METRICS
+        for name in names
+        if name.isdigit() and os.path.isfile(f"{above}/{name}/{METRICS}")
+    }
+
+
+def sample_logs_of(keep: Path) -> dict[int, Path]:
+    """Return {step: the log of its samples} of a GRPO training, in what an element keeps."""
+    named = ((re.fullmatch(r"step_(\d+)\.jsonl", path.name), path) for path in (keep / "samples").glob("step_*"))
+    return {int(match[1]): path for match, path in sorted(named, key=lambda each: each[1].name) if match}

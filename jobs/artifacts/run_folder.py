@@ -170,6 +170,30 @@ class RunFolder(RunLayout):
         """Write the plan of a submission."""
         plan = {"pipeline": pipeline, "phases": [dataclasses.asdict(phase) for phase in phases]}
         durable.write_checked(self.plan_path(number), plan)
+        for phase in phases:
+            self.link_latest(phase.name)
+
+    def link_latest(self, name: str) -> None:
+        """Have RUN/PHASE/latest lead to what is sealed of a phase as the newest submission has it, or be gone.
+
+        It is for people: where a filesystem has no links, or a newer plan is torn, what is sealed stays sealed.
+        """
+        number = 0
+        with contextlib.suppress(OSError, UserMistake):
+            while number != self.newest_submission():  # one that was frozen meanwhile has another key, perhaps
+                number = self.newest_submission()
+                phase = self.frozen(number).get(name)
+                if phase is not None:
+                    self._link(self.latest_link(name), self.whole_seal(name, phase.key))
+
+    @staticmethod
+    def _link(link: Path, seal: Seal | None) -> None:
+        if seal is None:
+            link.unlink(missing_ok=True)
+            return
+        new = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
+        new.symlink_to(os.path.relpath(seal.folder, link.parent))
+        new.replace(link)
 
     def frozen(self, number: int) -> dict[str, FrozenPhase]:
         """Return {name: phase} as a submission froze them. Raises UserMistake where its plan is torn or not there."""

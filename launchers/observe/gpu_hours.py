@@ -1,4 +1,4 @@
-"""Counts the GPU-hours of a phase: all lives of its elements that held GPUs, what they used, and what was lost.
+"""Counts the hours of a phase: all lives of its elements, the GPU-hours they used, and what was lost.
 
 Time counts from a worker's start to its end, not the allocation's. Two estimates: a worker that was killed left no
 outcome, so its life is taken from its lease's time to what accounting says, else to the last write to its log; and of
@@ -20,7 +20,7 @@ from launchers.planning.ledger import JobEntry
 
 @dataclass(frozen=True)
 class Span:
-    """One life of an element on its GPUs, in seconds since the epoch."""
+    """One life of an element, in seconds since the epoch, and the GPUs that it held."""
 
     started: float
     ended: float
@@ -28,19 +28,30 @@ class Span:
     sealed: bool
     running: bool
     saved_at: tuple[float, ...]  # times of the durable checkpoints that are still there
+    life: "Life | None" = None
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of the whole life."""
+        return max(0.0, self.ended - self.started)
+
+    @property
+    def lost_seconds(self) -> float:
+        """Return the seconds after the last durable checkpoint of this life; 0 of one that sealed or still runs."""
+        if self.sealed or self.running:
+            return 0.0
+        kept = max((t for t in self.saved_at if self.started <= t <= self.ended), default=self.started)
+        return max(0.0, self.ended - kept)
 
     @property
     def used_s(self) -> float:
         """Return the GPU-seconds of the whole life."""
-        return max(0.0, self.ended - self.started) * self.gpus
+        return self.seconds * self.gpus
 
     @property
     def lost_s(self) -> float:
         """Return the GPU-seconds after the last durable checkpoint of this life; 0 of one that sealed or still runs."""
-        if self.sealed or self.running:
-            return 0.0
-        kept = max((t for t in self.saved_at if self.started <= t <= self.ended), default=self.started)
-        return max(0.0, self.ended - kept) * self.gpus
+        return self.lost_seconds * self.gpus
 
 
 def gpu_hours(look: Look, phase: FrozenPhase) -> tuple[float | None, float | None]:
@@ -54,31 +65,34 @@ def gpu_hours(look: Look, phase: FrozenPhase) -> tuple[float | None, float | Non
     return sum(span.used_s for span in all_spans) / 3600, sum(span.lost_s for span in all_spans) / 3600
 
 
-def spans(look: Look, name: str, now: float | None = None) -> list[Span]:
-    """Return every life of every element of a phase that asked for GPUs; what still runs ends `now`."""
+def spans(look: Look, name: str, now: float | None = None, without_gpus: bool = False) -> list[Span]:
+    """Return every life of every element of a phase in attempts that asked for GPUs, and (`without_gpus`) in the
+    others; what still runs ends `now`.
+    """
     asked = {
         number: phase
         for number in look.run.submissions()
-        if (phase := look.frozen(number).get(name)) is not None and phase.gpus_per_node
+        if (phase := look.frozen(number).get(name)) is not None and (phase.gpus_per_node or without_gpus)
     }
     return [_span(look, life, time.time() if now is None else now) for life in _lives(look, name, asked)]
 
 
 @dataclass(frozen=True)
-class _Life:
-    """One start of one element on GPUs, as its lease and its worker's last word tell it."""
+class Life:
+    """One start of one element, as its lease and its worker's last word tell it."""
 
     phase: FrozenPhase  # as its attempt had it
     element: int
     attempt: int
+    restart: int
     started: float
     outcome: Outcome | None  # its worker's last word
     requeued_at: float | None  # when the next life of this attempt began, if there was one
     entry: JobEntry | None  # the job of this attempt at this element
 
 
-def _lives(look: Look, name: str, asked: dict[int, FrozenPhase]) -> Iterator[_Life]:
-    """Yield the lives of a phase's elements in all attempts that asked for GPUs; `asked` is {attempt: its phase}."""
+def _lives(look: Look, name: str, asked: dict[int, FrozenPhase]) -> Iterator[Life]:
+    """Yield the lives of a phase's elements in the attempts of `asked`, {attempt: its phase}."""
     if not asked:
         return
     outcomes = {(o.element, o.attempt, o.restart): o for o in look.outcomes(name) if o.attempt in asked}
@@ -86,12 +100,13 @@ def _lives(look: Look, name: str, asked: dict[int, FrozenPhase]) -> Iterator[_Li
     entries = {(i, entry.submission): entry for entry in look.entries if entry.phase == name for i in entry.elements}
     lives = sorted({*leases, *outcomes})
     for life, following in zip(lives, [*lives[1:], None]):
-        element, attempt, _ = life
+        element, attempt, restart = life
         outcome = outcomes.get(life)
-        yield _Life(
+        yield Life(
             phase=asked[attempt],
             element=element,
             attempt=attempt,
+            restart=restart,
             started=outcome.started if outcome is not None else leases[life],
             outcome=outcome,
             requeued_at=leases.get(following) if following is not None and following[:2] == life[:2] else None,
@@ -109,8 +124,8 @@ def _lease_times(run: RunFolder, name: str, asked: dict[int, FrozenPhase]) -> di
     }
 
 
-def _span(look: Look, life: _Life, now: float) -> Span:
-    """Return from when to when a life held its GPUs, and what of it was saved."""
+def _span(look: Look, life: Life, now: float) -> Span:
+    """Return from when to when a life lasted, and what of it was saved."""
     phase, outcome, entry = life.phase, life.outcome, life.entry
     task = look.states.get((entry.job, life.element)) if entry is not None else None
     is_newest = outcome is None and life.requeued_at is None
@@ -129,6 +144,7 @@ def _span(look: Look, life: _Life, now: float) -> Span:
         sealed=sealed,
         running=running,
         saved_at=saved,
+        life=life,
     )
 
 
@@ -137,7 +153,7 @@ def checkpoint_times(keep: Path) -> tuple[float, ...]:
     return tuple(path.stat().st_mtime for path in durable_checkpoints_of(keep))
 
 
-def _end_of_the_killed(look: Look, life: _Life) -> float:
+def _end_of_the_killed(look: Look, life: Life) -> float:
     """Return an estimate of when a life ended that left no word; one log serves all lives of an attempt."""
     entry = life.entry
     row = look.accounting.get((entry.job, life.element)) if entry is not None else None

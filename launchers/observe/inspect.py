@@ -13,6 +13,7 @@ from data_tools.packs.plan import PackReader, PlanFacts
 from data_tools.packs.store import Store, StoreFacts
 from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.references import substitute
+from launchers.observe.sealed import find_sealed
 
 KINDS = ("materialize", "pack")
 
@@ -26,10 +27,7 @@ class Contents:
 
     def folder(self, name: str) -> Path:
         """Return the sealed folder of a phase. UserMistake where it is not sealed."""
-        seal = self.run.seal(name, self.phases[name].key)
-        if seal is None:
-            raise UserMistake(f"{name} is not sealed yet; see `afterok status {self.run.path}`")
-        return seal.folder
+        return find_sealed(self.run, name)[1].folder
 
     def settings(self, name: str) -> dict[str, Any]:
         """Return a phase's config, with every reference replaced by the folder it stands for."""

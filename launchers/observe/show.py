@@ -4,9 +4,11 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.base.printing import clean, raw
+from jobs.artifacts.layout import RunLayout
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
 from launchers.observe.runs import RunLine, as_typed
 from launchers.observe.status import PhaseStatus, RunStatus
@@ -19,6 +21,7 @@ if TYPE_CHECKING:  # imported where they are needed, so that a --json answer doe
     from launchers.observe.explain import Explained
     from launchers.observe.foresee import Difference
     from launchers.observe.inspect import Inspection
+    from launchers.observe.sampled import ShownSamples
     from launchers.planning.hours import GpuHours
     from launchers.planning.plan import Plan
     from launchers.submission.submit import Submitted
@@ -103,8 +106,8 @@ def plan_table(plan: "Plan", starts: "Mapping[str, str] | None" = None) -> "Tabl
 
 def _at_most(hours: "GpuHours") -> str:
     """Return "120.0 (planned 31.5)"; "no limit" where no time limit bounds them."""
-    bound = "no limit" if hours.bound is None else _hours(hours.bound)
-    return f"{bound} (planned {_hours(hours.planned)})" if hours.planned else bound
+    bound = "no limit" if hours.bound is None else format_hours(hours.bound)
+    return f"{bound} (planned {format_hours(hours.planned)})" if hours.planned else bound
 
 
 def hours_line(plan: "Plan") -> str:
@@ -112,9 +115,10 @@ def hours_line(plan: "Plan") -> str:
     if not any(phase.resources.gpus_per_node for phase in plan.to_run):
         return ""
     hours = plan.gpu_hours
-    bound = "no time limit bounds its GPU-hours" if hours.bound is None else f"at most {_hours(hours.bound)} GPU-hours"
-    planned = "" if hours.planned is None else f", {_hours(hours.planned)} as planned"
-    return f"{bound} by the time limits{planned}" if hours.bound is not None else f"{bound}{planned}"
+    planned = "" if hours.planned is None else f", {format_hours(hours.planned)} as planned"
+    if hours.bound is None:
+        return f"no time limit bounds its GPU-hours{planned}"
+    return f"at most {format_hours(hours.bound)} GPU-hours by the time limits{planned}"
 
 
 def differences_table(found: "Sequence[Difference]", run: "RunFolder") -> "Table":
@@ -197,13 +201,34 @@ def print_inspection(inspection: "Inspection") -> None:
         out.print(text, soft_wrap=True)
 
 
+def print_samples(shown: "ShownSamples") -> None:
+    """Print groups of samples: each prompt, then its samples with what they were worth."""
+    out = console()
+    of_steps = f" of step {shown.step} (steps {shown.steps[0]} to {shown.steps[-1]})" if shown.steps else ""
+    out.print(f"{shown.phase}: samples{of_steps} from {shown.file}")
+    for group in shown.groups:
+        out.print(f"\n{group.task} {group.name}", style="bold")
+        out.print(group.prompt, soft_wrap=True)
+        rows = [[s.number, s.completion, *map(_short, (s.reward, s.advantage)), s.masked, s.tokens, s.finish, s.note]
+                for s in group.samples]  # fmt: skip
+        out.print(table(["", "completion", "reward", "advantage", "masked", "tokens", "ended", "note"], rows))
+        if group.left_out:
+            out.print(f"{group.left_out:,} more samples")
+    for note in shown.notes:
+        out.print(note)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
 def status_table(status: RunStatus) -> "Table":
     """Return one row a phase; GPU-hours only where a phase asked for GPUs."""
     gpus = any(phase.gpu_hours is not None for phase in status.phases)
     rows = []
     for phase in status.phases:
         detail = phase.message or progress_text(phase) or phase.reason or headline(phase.facts)
-        hours = [_hours(phase.gpu_hours), _hours(phase.gpu_hours_lost)] if gpus else []
+        hours = [format_hours(phase.gpu_hours), format_hours(phase.gpu_hours_lost)] if gpus else []
         rows.append(
             [
                 phase.phase,
@@ -229,7 +254,7 @@ def format_seconds(seconds: float | None) -> str:
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}m{rest:02d}s"
 
 
-def _hours(value: float | None) -> str:
+def format_hours(value: float | None) -> str:
     """Return 0.0031, 0.42, 7.10 or 1,234.5: few digits, but never 0.00 for what is not nothing."""
     if value is None:
         return ""
@@ -251,6 +276,12 @@ def runs_table(runs: list[RunLine]) -> "Table":
         for run in runs
     ]
     return table(["run", "pipeline", "submissions", "state", "last change"], rows)
+
+
+def _files(status: RunStatus, phase: PhaseStatus) -> str:
+    """Return where a sealed phase's files are: by the link that is for people, where it leads there."""
+    link = RunLayout(Path(status.run)).latest_link(phase.phase)
+    return str(link) if link.exists() and link.resolve() == Path(phase.folder).resolve() else phase.folder
 
 
 def headline(facts: dict[str, Any]) -> str:
@@ -278,6 +309,8 @@ def summary(status: RunStatus) -> "Group":
             ]
             parts.append(table(written["columns"], cells, f"{phase.phase}: {written['title']}"))
     parts.append(
-        table(["phase", "files"], [[p.phase, p.folder] for p in status.phases if p.state == COMPLETED], "files")
+        table(
+            ["phase", "files"], [[p.phase, _files(status, p)] for p in status.phases if p.state == COMPLETED], "files"
+        )
     )
     return Group(*parts)

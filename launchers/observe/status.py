@@ -99,10 +99,14 @@ class RunStatus:
 
 def run_status(run: RunFolder) -> RunStatus:
     """Return the state of every phase of the newest submission."""
-    look = look_at(run)
-    ledger = Ledger(run.ledger)
+    return status_of(look_at(run))
+
+
+def status_of(look: Look) -> RunStatus:
+    """Return the state of every phase of the newest submission, as one look found them."""
+    ledger = Ledger(look.run.ledger)
     status = RunStatus(
-        run=str(run.path),
+        run=str(look.run.path),
         submission=look.number,
         phases=[_phase_status(look, phase) for phase in look.phases.values()],
         notes=list(look.notes),

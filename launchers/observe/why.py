@@ -105,7 +105,12 @@ def why(run: RunFolder, phase: str | None = None) -> Report:
     Raises:
         UserMistake: no such phase, or its cluster cannot be asked.
     """
-    look = look_at(run)
+    return why_of(look_at(run), phase)
+
+
+def why_of(look: Look, phase: str | None = None) -> Report:
+    """Say what `why` says, as one look found the run."""
+    run = look.run
     if phase is not None and phase not in look.phases:
         raise UserMistake(f"{run.path} has no phase {phase!r}{nearest(phase, list(look.phases))}")
     named = [frozen for name, frozen in look.phases.items() if phase in (None, name)]

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from data_tools.base.printing import set_in
@@ -13,12 +14,13 @@ from launchers.verbs.plans import make_plan_of, plan_here
 from launchers.verbs.said import EXIT_UNFINISHED, announce, print_json, tell
 
 if TYPE_CHECKING:
-    from jobs.artifacts.run_folder import RunFolder
+    from jobs.artifacts.run_folder import FrozenPhase, RunFolder
     from launchers.observe.status import RunStatus
     from launchers.planning.plan import Plan
     from launchers.submission.submit import Submitted
     from slurm.detect import Cluster
 
+CHARACTERS = 5  # of a text, that are shown for a token of --tokens
 EXIT_INTERRUPTED = 130
 
 
@@ -272,10 +274,17 @@ def do_logs(args: argparse.Namespace) -> int:
 def do_inspect(args: argparse.Namespace) -> int:
     from launchers.observe.inspect import inspect
     from launchers.observe.runs import find_run
+    from launchers.observe.sampled import GRPO, SAMPLED
     from launchers.observe.show import print_inspection
 
+    run = find_run(args.run)
+    phase = run.frozen(run.newest_submission()).get(args.phase)
+    if phase is not None and phase.uses in (GRPO, *SAMPLED):
+        return _inspect_samples(args, run, phase)
+    if args.step is not None:
+        raise UserMistake(f"--step {args.step}: only of a grpo phase")
     inspection = inspect(
-        find_run(args.run),
+        run,
         args.phase,
         count=max(args.documents, 0),
         pack=args.pack,
@@ -285,6 +294,21 @@ def do_inspect(args: argparse.Namespace) -> int:
     if args.json:
         return print_json(inspection)
     print_inspection(inspection)
+    return 0
+
+
+def _inspect_samples(args: argparse.Namespace, run: "RunFolder", phase: "FrozenPhase") -> int:
+    """Show what a phase sampled, prompt by prompt."""
+    from launchers.observe.sampled import inspect_samples
+    from launchers.observe.show import print_samples
+
+    if args.pack is not None:
+        raise UserMistake(f"--pack {args.pack}: {args.phase} is a {phase.uses} phase, which has no packs")
+    characters = CHARACTERS * max(args.tokens, 1)
+    shown = inspect_samples(run, phase, args.step, max(args.documents, 0), args.seed, characters)
+    if args.json:
+        return print_json(asdict(shown))
+    print_samples(shown)
     return 0
 
 

@@ -59,6 +59,9 @@ def test_a_pipeline_runs_to_its_end_and_a_second_run_submits_nothing(sealed):
     pipeline, run, done = sealed
     assert "total 12" in done.stdout and "summary" in done.stdout
     assert states(run) == {"numbers": "COMPLETED", "total": "COMPLETED", "again": "COMPLETED"}
+    for phase in ("numbers", "total", "again"):  # the summary names the link to what is sealed
+        assert (run / phase / "latest").resolve() == RunFolder(run).seals(phase)[0].folder
+        assert str(run / phase / "latest") in done.stdout
     seals = {path: (run / path).read_bytes() for path in seal_paths(run)}
     again = afterok("run", pipeline, "--run", run)
     assert "nothing to submit: all 3 phases" in again.stdout

@@ -1,0 +1,77 @@
+"""`afterok inspect` of what grpo, generate and reject_filter sampled, on planted runs."""
+
+import json
+from argparse import Namespace
+
+import pytest
+
+from data_tools.mistake import UserMistake
+from launchers.verbs import runs
+from tests.launchers.planted_run import PlantedRun, finished, sample
+
+EVIL = "\x1b]0;owned\x07[red]x[/red]"
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> PlantedRun:
+    """A run with 40 steps of GRPO, 300 prompts that were sampled twice, and the samples that were kept of them."""
+    planted = finished(tmp_path_factory.mktemp("inspect"), EVIL)
+    run = PlantedRun(planted.run.path / "more", {"drawn": "generate", "kept": "reject_filter", "store": "materialize"})
+    lines = [{**sample(n, k, k / 2), "prompt_id": f"sums/{n}", "task": "sums"} for n in range(300) for k in range(2)]
+    for line in lines:
+        for name in ("item", "trained", "entry", "uid", "advantage"):
+            del line[name]
+    run.seal("drawn", 5, {"samples.jsonl": "".join(json.dumps(line) + "\n" for line in lines)})
+    chats = [{"messages": [{"role": "user", "content": f"{n}+1="}, {"role": "assistant", "content": str(n + 1)}],
+              "prompt_id": f"sums/{n}", "sample": 1, "reward": 1.0, "tokens": 2} for n in range(300)]  # fmt: skip
+    run.seal("kept", 9, {"chat.jsonl": "".join(json.dumps(line) + "\n" for line in chats)})
+    return planted
+
+
+def inspected(planted: PlantedRun, phase: str, capsys, **words) -> dict:
+    run = planted.run.path if phase in planted.phases else planted.run.path / "more"
+    args = {"run": str(run), "phase": phase, "documents": 3, "pack": None, "seed": 0, "tokens": 400, "step": None}
+    assert runs.do_inspect(Namespace(**{**args, "json": True, **words})) == 0
+    out = capsys.readouterr().out
+    return json.loads(out) if words.get("json", True) else {"text": out}
+
+
+def test_any_step_of_grpo_is_shown_by_prompt_with_who_was_masked(planted, capsys):
+    last, seventh = inspected(planted, "grpo", capsys), inspected(planted, "grpo", capsys, step=7, documents=1)
+    assert last["step"] == 40 and last["steps"] == list(range(1, 41)) and len(last["groups"]) == 3
+    assert seventh["file"].endswith("step_000007.jsonl") and [g["item"] for g in seventh["groups"]] == [1]
+    masked = [[each["masked"] for each in group["samples"]] for group in last["groups"]]
+    assert masked == [["", ""], ["unscorable", "cut off"], ["equal rewards in its group"] * 2]
+    text = inspected(planted, "grpo", capsys, json=False)["text"]
+    assert "cut off" in text and "[red]x[/red]" in text and "\x1b]" not in text
+
+
+def test_samples_that_were_generated_or_kept_are_shown_and_a_seed_draws_others(planted, capsys):
+    first = inspected(planted, "drawn", capsys)
+    assert [g["name"] for g in first["groups"]] == ["sums/0", "sums/1", "sums/2"] and first["step"] is None
+    assert [[s["reward"] for s in g["samples"]] for g in first["groups"]] == [[0.0, 0.5]] * 3
+    drawn = {inspected(planted, "drawn", capsys, seed=seed, documents=1)["groups"][0]["name"] for seed in (1, 2, 3)}
+    assert len(drawn) == 3 and all(
+        len(inspected(planted, "drawn", capsys, seed=2)["groups"][n]["samples"]) == 2 for n in range(3)
+    )
+    (kept,) = inspected(planted, "kept", capsys, documents=1, tokens=2)["groups"]
+    assert kept["samples"][0]["completion"].startswith('{"role": "') and "(cut: " in kept["samples"][0]["completion"]
+
+
+@pytest.mark.parametrize("phase, words, said", [
+    ("grpo", {"step": 99}, "--step 99: grpo has samples of steps 1 to 40"),
+    ("grpo", {"pack": 1}, "--pack 1: grpo is a grpo phase, which has no packs"),
+    ("drawn", {"step": 1}, "--step 1: drawn is a generate phase, which has no steps"),
+    ("store", {"step": 1}, "--step 1: only of a grpo phase"),
+])  # fmt: skip
+def test_what_is_not_there_is_refused_in_a_line(planted, capsys, phase, words, said):
+    with pytest.raises(UserMistake, match=said):
+        inspected(planted, phase, capsys, **words)
+
+
+def test_a_phase_that_has_sampled_nothing_says_so(tmp_path, capsys):
+    planted = PlantedRun(tmp_path, {"grpo": "grpo", "drawn": "generate"})
+    with pytest.raises(UserMistake, match="grpo has logged no samples yet; see `afterok status"):
+        inspected(planted, "grpo", capsys)
+    with pytest.raises(UserMistake, match="drawn is not sealed yet"):
+        inspected(planted, "drawn", capsys)
