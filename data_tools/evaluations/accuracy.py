@@ -135,13 +135,21 @@ def _of_group(lines: Sequence[Line], before: Mapping[str, Line]) -> dict[str, An
         found |= {"sampled_accuracy": _mean(shares), "sampled_error": standard_error([*shares.values()])}
         found |= {name: _mean(each) for name, each in values.items() if name.startswith(("pass@", "maj@"))}
     found["intervals"] = {name: list(pair) for name, pair in intervals_of(values, samples_of(lines)).items()}
+    gained = _gained(values, before)
+    found["intervals"] |= gained.pop("intervals", {})
+    return found | gained
+
+
+def _gained(values: Values, before: Mapping[str, Line]) -> dict[str, Any]:
+    """Return what each prompt gained over an earlier evaluation, `before`, in the mean, and how many both asked."""
+    found: dict[str, Any] = {}
     earlier = {name: line["sampled_correct"] / line["sampled"] for name, line in before.items() if "sampled" in line}
     gains = difference(values.get("sampled_accuracy", {}), earlier)
     if before and len(gains) < len(values.get("sampled_accuracy", {})):
         found["compared_prompts"] = len(gains)  # which the earlier evaluation asked, too
     if gains:
         found |= {"gain": _mean(gains), "gain_error": standard_error([*gains.values()])}
-        found["intervals"]["gain"] = list(intervals_of({"gain": gains}, low=-1.0)["gain"])
+        found["intervals"] = {"gain": list(intervals_of({"gain": gains}, low=-1.0)["gain"])}
     then = _sampled_rewards([*before.values()]).get("sampled_reward", {})
     if gains := difference(values.get("sampled_reward", {}), then):
         found |= {"reward_gain": _mean(gains), "reward_gain_error": standard_error([*gains.values()])}
@@ -221,6 +229,11 @@ def _told(facts: Mapping[str, Any], prefix: str) -> str:
         for kind in ("pass@", "maj@"):
             largest = [name for name in one if name.startswith(kind)][-1:]
             text += "".join(f", {name} {one[name]:.3f}" for name in largest)
+    return text + _told_gain(one)
+
+
+def _told_gain(one: Mapping[str, Any]) -> str:
+    text = ""
     if "gain" in one:
         text += f", gain {100 * one['gain']:+.1f} ± {100 * one['gain_error']:.1f} points"
         text += f" of {one['compared_prompts']:,} prompts that both asked" if "compared_prompts" in one else ""

@@ -221,7 +221,8 @@ def test_hours_up_to_a_step_are_the_sum_of_the_times_of_its_steps():
 def test_lines_that_are_no_metrics_are_counted_and_one_that_is_being_written_is_not(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        '{"step": 1, "loss": 2}\nnonsense\n{"loss": 3}\n[1]\n{"step": Infinity}\n{"step": NaN}\n{"step": 2, "loss": 1, "big": 1'
+        '{"step": 1, "loss": 2}\nnonsense\n{"loss": 3}\n[1]\n{"step": Infinity}\n{"step": NaN}\n'
+        + '{"step": 2, "loss": 1, "big": 1'
         + "0" * 400
         + "}\n{"
     )
