@@ -233,6 +233,7 @@ def _told(facts: Mapping[str, Any], prefix: str) -> str:
 
 
 def _told_gain(one: Mapping[str, Any]) -> str:
+    """Return what is said of what was gained over an earlier evaluation; "" where none was named."""
     text = ""
     if "gain" in one:
         text += f", gain {100 * one['gain']:+.1f} ± {100 * one['gain_error']:.1f} points"
