@@ -220,11 +220,9 @@ def test_hours_up_to_a_step_are_the_sum_of_the_times_of_its_steps():
 
 def test_lines_that_are_no_metrics_are_counted_and_one_that_is_being_written_is_not(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 1, "loss": 2}\nnonsense\n{"loss": 3}\n[1]\n{"step": Infinity}\n{"step": NaN}\n{"step": 2, "loss": 1, "big": 1'
-        + "0" * 400
-        + "}\n{"
-    )
+    bad = ["nonsense", '{"loss": 3}', "[1]", '{"step": Infinity}', '{"step": NaN}']
+    good = ['{"step": 1, "loss": 2}', '{"step": 2, "loss": 1, "big": 1' + "0" * 400 + "}"]
+    path.write_text("\n".join([good[0], *bad, good[1], "{"]))
     lines, notes = curves.read_metrics(path)
     assert [line["step"] for line in lines] == [1, 2] and notes == [
         "5 lines have no step or are no JSON, and were left out"
