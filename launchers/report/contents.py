@@ -102,7 +102,8 @@ def contents_of(run: RunFolder) -> Contents:
         lineage=lineage_of(run, look.phases),
         notes=notes,
     )
-    notes += [note for each in (*curves, *groups) for note in each.notes]
+    notes += [note for each in curves for note in each.notes]
+    notes += [note for each in groups for note in each.notes]
     return found
 
 
