@@ -149,10 +149,10 @@ def _add_what_waits(
     ):
         return
     seals = _Needs(look, phase, {})
+    begun = {(n, span.life.element) for n, each in attempts.items() for span in each.spans if span.life is not None}
     for index, element in look.open_elements(phase).items():
         state, number = element.state(), element.entry.submission
-        begun = any(span.life and span.life.element == index for span in attempts[number].spans)
-        if state.state == PENDING and not is_failed(state.state, state.reason) and not begun:
+        if state.state == PENDING and not is_failed(state.state, state.reason) and (number, index) not in begun:
             since = max(sent_at.get((number, index), now), seals.met(index, now))
             attempts[number].waits.append(Waited(min(since, now), now, over=False))
 

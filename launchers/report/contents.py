@@ -104,6 +104,7 @@ def contents_of(run: RunFolder) -> Contents:
     )
     notes += [note for each in curves for note in each.notes]
     notes += [note for each in groups for note in each.notes]
+    found.notes = list(dict.fromkeys(notes))
     return found
 
 
@@ -154,8 +155,3 @@ def _scores(look: Look, notes: list[str]) -> SideBySide | None:
     except UserMistake as mistake:
         notes.append(f"evaluations are not shown: {mistake.problems[0]}")
         return None
-
-
-def left_out(contents: Contents) -> Sequence[str]:
-    """Return what the report does not show, a line each."""
-    return list(dict.fromkeys(contents.notes))
