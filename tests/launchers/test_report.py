@@ -263,6 +263,16 @@ def test_what_is_not_shown_of_samples_is_said(tmp_path):
     assert any("lines of it are no samples" in note for note in found.notes) and cut({"a": 1}) == '{"a": 1}'
 
 
+def test_what_is_damaged_is_left_out_and_said(tmp_path):
+    planted = finished(tmp_path)
+    for name, file in (("data", "balance.json"), ("after", "samples.jsonl")):
+        (planted.run.seal(name, planted.phases[name].key).folder / file).write_text("{")
+    found = contents_of(planted.run)
+    assert not found.balances and found.scores is None
+    assert any("data: its balance sheet is torn or altered" in note for note in found.notes)
+    assert any("evaluations are not shown: " in note for note in found.notes) and "are not shown" in page_of(found)
+
+
 def told_by(run: PlantedRun, capsys, **words) -> str:
     args = Namespace(run=str(run.run.path), output=None, watch=False, json=False)
     assert result_verbs.do_report(Namespace(**{**vars(args), **words})) == 0
