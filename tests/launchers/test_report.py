@@ -340,14 +340,14 @@ def plotted(planted: PlantedRun, capsys, **words) -> str:
 
 def test_curves_are_plotted_as_the_ending_of_the_file_says(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra plot, which is not shared")
-    planted = finished(tmp_path / "run", "$\\frac{\x1b]0;x")
+    planted = finished(tmp_path / "run", "$\\frac{x$\x1b]0;x")
     found = json.loads(plotted(planted, capsys, json=True))
     drawn = [(each["phase"], each["metric"]) for each in found["charts"]]
     times = ["step_s", "hours"]
     assert drawn == [("sft", m) for m in ["loss", *times]] + [("grpo", m) for m in ["reward", *times]]
     text = (tmp_path / "run" / "curves.svg").read_text()
     assert text.count('<g id="axes_') == 6 and found["bytes"] == (tmp_path / "run" / "curves.svg").stat().st_size
-    deep = "$\\frac{\x1b]0;x/deep"
+    deep = "$\\frac{x$\x1b]0;x/deep"
     assert "1 curves of sft" in plotted(planted, capsys, phases=["sft"], metric=[deep], output=tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
