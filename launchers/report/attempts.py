@@ -5,7 +5,6 @@ The time that a job waits counts from when all that it needs was sealed, since n
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jobs.artifacts.run_folder import FrozenPhase
@@ -150,10 +149,10 @@ def _add_what_waits(
     ):
         return
     seals = _Needs(look, phase, {})
+    begun = {(n, span.life.element) for n, each in attempts.items() for span in each.spans if span.life is not None}
     for index, element in look.open_elements(phase).items():
         state, number = element.state(), element.entry.submission
-        begun = any(span.life and span.life.element == index for span in attempts[number].spans)
-        if state.state == PENDING and not is_failed(state.state, state.reason) and not begun:
+        if state.state == PENDING and not is_failed(state.state, state.reason) and (number, index) not in begun:
             since = max(sent_at.get((number, index), now), seals.met(index, now))
             attempts[number].waits.append(Waited(min(since, now), now, over=False))
 
@@ -167,7 +166,8 @@ class _Needs:
         for need, type_ in phase.needs.items():
             seal = look.run.whole_seal(need, look.phases[need].key)
             if type_ == "aftercorr":
-                self._parts.append({span.life.element: span.ended for span in lives.get(need, ()) if _sealing(span)})
+                lives_of_need = [(span, span.life) for span in lives.get(need, ()) if span.sealed]
+                self._parts.append({life.element: span.ended for span, life in lives_of_need if life is not None})
             elif seal is not None:
                 self._sealed.append(seal.content.get("sealed_at", 0.0))
 
@@ -175,14 +175,3 @@ class _Needs:
         """Return when the last need of an element was sealed, of those that were before a time; 0 where none was."""
         times = [*self._sealed, *(part[element] for part in self._parts if element in part)]
         return max((time for time in times if time <= before), default=0.0)
-
-
-def _sealing(span: Span) -> bool:
-    return span.life is not None and span.sealed
-
-
-def all_spans(attempts: dict[str, list[Attempt]]) -> Iterator[Span]:
-    """Yield the lives of all attempts."""
-    for each in attempts.values():
-        for attempt in each:
-            yield from attempt.spans

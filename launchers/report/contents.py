@@ -102,7 +102,9 @@ def contents_of(run: RunFolder) -> Contents:
         lineage=lineage_of(run, look.phases),
         notes=notes,
     )
-    notes += [note for each in (*curves, *groups) for note in each.notes]
+    notes += [note for each in curves for note in each.notes]
+    notes += [note for each in groups for note in each.notes]
+    found.notes = list(dict.fromkeys(notes))
     return found
 
 
@@ -153,8 +155,3 @@ def _scores(look: Look, notes: list[str]) -> SideBySide | None:
     except UserMistake as mistake:
         notes.append(f"evaluations are not shown: {mistake.problems[0]}")
         return None
-
-
-def left_out(contents: Contents) -> Sequence[str]:
-    """Return what the report does not show, a line each."""
-    return list(dict.fromkeys(contents.notes))

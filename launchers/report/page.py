@@ -22,7 +22,7 @@ from data_tools.evaluations.side_by_side import table_of
 from data_tools.mistake import UserMistake
 from launchers.causes.states import is_active, is_failed
 from launchers.observe.show import format_hours, format_seconds, headline
-from launchers.report.contents import Contents, left_out
+from launchers.report.contents import Contents
 from launchers.report.curves import Chart, Curves
 from launchers.report.graph import BOX
 from launchers.report.timeline import HEIGHT, KINDS, WIDTH
@@ -55,10 +55,9 @@ def page_of(contents: Contents, refresh_s: int = 0) -> str:
         scripts=list(map(Markup, scripts)),
         styles=list(map(Markup, styles)),
         policy=_policy(scripts, styles),
-        refresh_s=refresh_s if contents.status.active else 0,
+        refresh_s=refresh_s,
         curves=[_with_ids(curves, charts) for curves in contents.curves],
         island=_island(charts),  # after the charts have their names
-        left_out=left_out(contents),
         evaluations=Markup(svg_of(contents.scores)) if contents.scores else "",
         evaluation_table=table_of(contents.scores) if contents.scores else None,
         box=BOX,

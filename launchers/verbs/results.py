@@ -22,19 +22,17 @@ def do_report(args: argparse.Namespace) -> int:
 
     run = find_run(args.run)
     path = (args.output or run.report).absolute()
-    while True:
-        contents = contents_of(run)
-        going = args.watch and (contents.status.active or contents.status.may_answer)
-        size = write_report(contents, path, WATCH_S if going else 0)
-        if not going:
-            break
-        if not args.json:
-            print(f"{time.strftime('%H:%M:%S')} {as_typed(path)}: {_sealed(contents)}", flush=True)
-        try:
+    contents = contents_of(run)
+    try:
+        while args.watch and (contents.status.active or contents.status.may_answer):
+            write_report(contents, path, WATCH_S)
+            if not args.json:
+                print(f"{time.strftime('%H:%M:%S')} {as_typed(path)}: {_sealed(contents)}", flush=True)
             time.sleep(WATCH_S)
-        except KeyboardInterrupt:
-            size = write_report(contents, path)  # one that does not wait for the next
-            break
+            contents = contents_of(run)
+    except KeyboardInterrupt:  # it only stops looking
+        pass
+    size = write_report(contents, path)  # one that waits for no other
     if args.json:
         return print_json(_told(contents, path, size))
     print(f"{as_typed(path)}: {_sealed(contents)}, {size:,} bytes; open it in a browser")

@@ -220,12 +220,9 @@ def test_hours_up_to_a_step_are_the_sum_of_the_times_of_its_steps():
 
 def test_lines_that_are_no_metrics_are_counted_and_one_that_is_being_written_is_not(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 1, "loss": 2}\nnonsense\n{"loss": 3}\n[1]\n{"step": Infinity}\n{"step": NaN}\n'
-        + '{"step": 2, "loss": 1, "big": 1'
-        + "0" * 400
-        + "}\n{"
-    )
+    bad = ["nonsense", '{"loss": 3}', "[1]", '{"step": Infinity}', '{"step": NaN}']
+    good = ['{"step": 1, "loss": 2}', '{"step": 2, "loss": 1, "big": 1' + "0" * 400 + "}"]
+    path.write_text("\n".join([good[0], *bad, good[1], "{"]))
     lines, notes = curves.read_metrics(path)
     assert [line["step"] for line in lines] == [1, 2] and notes == [
         "5 lines have no step or are no JSON, and were left out"
@@ -264,6 +261,16 @@ def test_what_is_not_shown_of_samples_is_said(tmp_path):
     assert step.groups[0].samples[0].completion == f"{'c' * TEXT} … (cut: 9,000 characters)"
     assert any("the first 12 prompts" in note for note in found.notes)
     assert any("lines of it are no samples" in note for note in found.notes) and cut({"a": 1}) == '{"a": 1}'
+
+
+def test_what_is_damaged_is_left_out_and_said(tmp_path):
+    planted = finished(tmp_path)
+    for name, file in (("data", "balance.json"), ("after", "samples.jsonl")):
+        (planted.run.seal(name, planted.phases[name].key).folder / file).write_text("{")
+    found = contents_of(planted.run)
+    assert not found.balances and found.scores is None
+    assert any("data: its balance sheet is torn or altered" in note for note in found.notes)
+    assert any("evaluations are not shown: " in note for note in found.notes) and "are not shown" in page_of(found)
 
 
 def told_by(run: PlantedRun, capsys, **words) -> str:
@@ -333,14 +340,14 @@ def plotted(planted: PlantedRun, capsys, **words) -> str:
 
 def test_curves_are_plotted_as_the_ending_of_the_file_says(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra plot, which is not shared")
-    planted = finished(tmp_path / "run", "$\\frac{\x1b]0;x")
+    planted = finished(tmp_path / "run", "$\\frac{x$\x1b]0;x")
     found = json.loads(plotted(planted, capsys, json=True))
     drawn = [(each["phase"], each["metric"]) for each in found["charts"]]
     times = ["step_s", "hours"]
     assert drawn == [("sft", m) for m in ["loss", *times]] + [("grpo", m) for m in ["reward", *times]]
     text = (tmp_path / "run" / "curves.svg").read_text()
     assert text.count('<g id="axes_') == 6 and found["bytes"] == (tmp_path / "run" / "curves.svg").stat().st_size
-    deep = "$\\frac{\x1b]0;x/deep"
+    deep = "$\\frac{x$\x1b]0;x/deep"
     assert "1 curves of sft" in plotted(planted, capsys, phases=["sft"], metric=[deep], output=tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
