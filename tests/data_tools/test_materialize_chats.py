@@ -302,7 +302,7 @@ def test_settings_that_only_tasks_have_are_refused(tokenizer):
 
 
 def test_a_full_disk_leaves_no_store_and_is_named(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, message("assistant", "x" * 3_000_000)]))
+    (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, message("assistant", "x" * 1_000_000)]))
     disk = _folder(tmp_path / "disk")
     if subprocess.run(["mount", "-o", "size=1m", "-t", "tmpfs", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("needs the right to mount a tmpfs; like the shared data, not everywhere")
@@ -341,7 +341,7 @@ FILES = ["tau_bench/gpt-4o-airline.json", "llamafactory/glaive_toolcall_en_demo.
          "llamafactory/v1_sft_demo.jsonl", "gsm8k/test.jsonl"]  # fmt: skip
 
 
-QUICK = [("qwen3", "qwen3_rebuilt"), ("gptoss", "gpt2_rebuilt")]
+QUICK = [("qwen3", "gpt2_rebuilt")]
 TRIALS = [
     pytest.param(*trial, marks=[] if trial in QUICK else pytest.mark.soak)
     for trial in itertools.product(FAMILIES, ["qwen3_rebuilt", "gpt2_rebuilt"])
