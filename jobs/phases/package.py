@@ -1,12 +1,13 @@
 """A model folder to hand on: weights, adapter, GGUF files, Ollama's and vLLM's files, a card with the run's lineage."""
 
-from typing import Any
+from typing import Any, cast
 
 from data_tools.mistake import Problem
 from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import package
 from megatron_ext.entrypoints.package import Config
+from megatron_ext.serving.card import Step
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
@@ -14,6 +15,6 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    facts = package.run(config, task.out, task.keep, task.progress, lineage=task.lineage())
+    facts = package.run(config, task.out, task.keep, task.progress, lineage=cast(list[Step], task.lineage()))
     pushed = f", on the Hub as {config.repo} ({facts['commit'][:12]})" if facts["commit"] else ""
     return {"headline": f"{facts['name']}: {', '.join(facts['files'])}{pushed}", **facts}

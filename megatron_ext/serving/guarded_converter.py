@@ -125,10 +125,10 @@ def main() -> int:
     sys.argv = sys.argv[1:]
     sys.path[:0] = [str(script.parent), str(script.parent / "gguf-py")]
     import transformers
-    from conversion.base import ModelBase, TextModel  # type: ignore[import-not-found]  # llama.cpp's, beside the script
+    from conversion.base import ModelBase, TextModel  # llama.cpp's, beside the script
 
     for loader in (transformers.AutoTokenizer, transformers.AutoConfig):
-        loader.from_pretrained = _untrusting(loader.from_pretrained)
+        loader.from_pretrained = _untrusting(loader.from_pretrained)  # type: ignore[method-assign]  # as it is meant
     indexed = ModelBase.index_tensors
     ModelBase.index_tensors = lambda *args, **settings: in_order(indexed(*args, **settings))
     load = ModelBase.load_hparams

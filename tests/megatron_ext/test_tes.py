@@ -188,7 +188,12 @@ def _check_completions(kept: Path) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released, tmp_path, seed):
     words = overrides(released, tmp_path, steps=40, prompts=8, group=8, test_samples=16, save_steps=0, seed=seed)
-    words += ["params.lr=0.005", "params.on_invalid=penalty", "grpo.with.rewarding.mask_truncated=false"]
+    words += [
+        "params.lr=0.005",
+        "params.on_invalid=penalty",
+        "params.penalty=-0.5",
+        "grpo.with.rewarding.mask_truncated=false",
+    ]
     made = run(words, tmp_path / "run")
     for tested in ("test_adapter", "run_exported"):
         facts = made[tested][0]
