@@ -26,16 +26,16 @@ def bytes_of(dtype: str) -> int:
 
 
 def weights(hf_config: Mapping[str, Any] | None, dtype: str = "", shares: int = 1) -> dict[str, float]:
-    """Return what a phase that writes all weights of a model leaves: "bytes" of one of its `shares` elements.
+    """Return what a phase that writes all weights of a model leaves at the least: "bytes" of one of `shares` elements.
 
     Args:
         hf_config: the model's config.json; {} is returned while it is not known, or not understood.
-        dtype: of the weights, "" for that of config.json.
+        dtype: of the weights, "" where each keeps its own, which config.json need not tell: two bytes then.
     """
     family, dims, _ = parse_config(dict(hf_config), "config.json") if hf_config else (None, None, [])
     if family is None or dims is None:
         return {}
-    return {"bytes": family.config.shape(dims).parameters.total * bytes_of(dtype or dims.dtype) / shares}
+    return {"bytes": family.config.shape(dims).parameters.total * bytes_of(dtype) / shares}
 
 
 def checkpoint_bytes(t: Training) -> int:

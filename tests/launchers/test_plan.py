@@ -190,7 +190,7 @@ def test_the_weights_of_every_phase_count_against_the_disk(tmp_path, monkeypatch
     sizes = {name: float(size.replace(",", "")) for name, size in re.findall(r"(\w+) ([\d,.]+)(?=[,)])", line)}
     assert "tuned" in sizes
     weights = 64 * 7 * 2**40  # matrices alone: q, k, v, o and three of the MLP, each 2^20 x 2^20
-    for name, width in (("init", 4), ("model", 2), ("merged", 4), ("exported", 2)):  # merged: as config.json has it
+    for name, width in (("init", 4), ("model", 2), ("merged", 2), ("exported", 2)):
         assert sizes[name] * 2**30 == pytest.approx(weights * width, rel=1e-4), (name, sizes)
     rehearsed = load_pipeline(tmp_path / "p.yaml", [])
     rehearsed.rehearsed = 0.001

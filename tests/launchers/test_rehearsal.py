@@ -153,13 +153,18 @@ def test_a_scale_without_the_rehearsal_does_not_submit_the_real_thing(pipeline, 
 
 @pytest.mark.soak
 def test_megatrons_grpo_on_128_nodes_with_a_preemption_and_a_lost_node(tmp_path, scrub_slurm):
-    """It prints how long that took; two minutes are the aim on two cores that do nothing else."""
+    """It prints how long that took; two minutes are the aim on two cores that do nothing else.
+
+    A minute of it is Slurm's own (seen with 22.05): after a node of a step of eight was lost, the step's slurmstepd on
+    the first node stays that long after its tasks were killed, and the node is drained. In steps of three it leaves at
+    once, and a shorter UnkillableStepTimeout changes nothing.
+    """
     require_packages()
     run = tmp_path / "run"
     with cluster_for_a_while(nodes=128) as cluster:
         env, slurm = cluster.env(), Slurm(cluster.env())
         began = time.monotonic()
-        scale = ["--rehearse", "--rehearse-scale", "0.0005"]  # 7 s, 22 s and 7 s
+        scale = ["--rehearse", "--rehearse-scale", "0.0003"]  # 4 s, 13 s and 4 s
         words = [ROOT / "jobs/pipelines/megatron_grpo.yaml", *scale, "grpo.resources.partition=preempt", "--run", run]
         afterok("submit", *words, env=env)
         at_work(run, "grpo", restart=0, least=50)
