@@ -77,7 +77,7 @@ def script_for(shell: str, parser: argparse.ArgumentParser) -> str:
             action.complete = {"bash": name, "zsh": name}  # type: ignore[attr-defined]
         elif action.dest in _FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-    return shtab.complete(parser, shell, preamble={"bash": _NAMES + _BASH, "zsh": _NAMES + _ZSH})
+    return shtab.complete(parser, shell, preamble=_NAMES + {"bash": _BASH, "zsh": _ZSH}[shell])
 
 
 def _actions(parser: argparse.ArgumentParser, verb: str = "") -> list[tuple[str, argparse.Action]]:
