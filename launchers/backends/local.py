@@ -265,11 +265,13 @@ class Driver:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         self._save()
-        changed = True
-        while not changed or any(task["state"] in (PENDING, RUNNING) for task in self.tasks):
-            while changed:  # what starts nothing new may keep something else from ever starting
+        changed = going = True
+        while going:
+            if changed:
+                while self._start():  # what starts nothing may keep something else from ever starting
+                    pass
                 self.unsaved = True
-                changed = self._start()
+                going = any(task["state"] in (PENDING, RUNNING) for task in self.tasks)
             if self.unsaved and time.monotonic() >= self.save_at:
                 self._save()
             time.sleep(POLL_S)

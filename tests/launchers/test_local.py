@@ -12,6 +12,7 @@ import pytest
 
 from data_tools.base import durable
 from jobs.artifacts.run_folder import RunFolder
+from launchers.backends.local import driver_is_alive
 from launchers.observe.status import run_status
 from launchers.planning.ledger import Ledger
 from tests.command import (
@@ -137,6 +138,8 @@ def test_a_dead_rank_takes_the_others_with_it(toy):
     )
     assert "rank 1 was told to die" in done.stderr
     assert phase_status(run, "total")["exit_code"] == 1
+    state = json.loads((run / "local/1/state.json").read_text())
+    wait_for("the driver's end", lambda: not driver_is_alive(state), 60)
 
 
 def test_killed_workers_and_drivers_lose_nothing(toy):
