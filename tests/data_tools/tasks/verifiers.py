@@ -17,7 +17,7 @@ from data_tools.tasks.task import Item
 
 
 def apart(item, completion):
-    """Any two texts are worth something else, so that no group of different samples has equal rewards."""
+    """Score any two texts differently, so that no group of different samples has equal rewards."""
     return zlib.crc32(completion.encode()) / 2**32
 
 
