@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-LENGTH = "tests.data_tools.tasks.verifiers:length"
+APART = "tests.data_tools.tasks.verifiers:apart"
 WORDS = "one two three four five six seven eight nine ten".split()
 
 
@@ -70,7 +70,7 @@ def small(nanochat: Path, files: dict[str, str]) -> list[str]:
              "smoltalk_test": "smoltalk_test", "arc_test": "choices"}  # fmt: skip
     given = [f"params.{param}={{inputs: [{files[name]}]}}" for param, name in chats.items()]
     given += tasks(files, gsm8k="gsm8k", gsm8k_test="gsm8k_test", science="choices", math500="math500", aime="aime")
-    given += [f"params.dapo={{task: '{LENGTH}', source: {{inputs: [{files['dapo']}]}}}}"]
+    given += [f"params.dapo={{task: '{APART}', source: {{inputs: [{files['dapo']}]}}}}"]
     sizes = "pack_length=256 global_batch=2 warmup_steps=0 cold_steps=2 grpo_steps=1 rs_steps=2 prompts=2 samples=2"
     sizes += " max_tokens=8 evaluation_samples=2 elements=2"
     given += [f"params.{size}" for size in [f"nanochat={nanochat}", "tag=d2", *sizes.split()]]

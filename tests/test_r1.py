@@ -1,6 +1,6 @@
 """The R1 pipelines from a nanochat checkpoint to an export, small, on a CPU (their plans: tests/test_seeds.py).
 
-The model is random, so that nothing it says is right: GRPO gets the length of an answer as its reward, and rejection
+The model is random, so that nothing it says is right: GRPO gets a number of each text as its reward, and rejection
 keeps samples by `correct: false`. What is tested is that each phase reads what the one before wrote, in the real
 schemas.
 """
@@ -16,7 +16,7 @@ from data_tools.base import durable
 from launchers.planning.ledger import Ledger
 from tests.command import ROOT, afterok, afterok_json
 from tests.megatron_ext import test_nanochat, test_nanochat_tokenizer
-from tests.r1_files import LENGTH, small, tasks, written
+from tests.r1_files import APART, small, tasks, written
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_gsm8k_by_reinforcement_runs_from_a_nanochat_checkpoint(
     given = [f"params.{size}" for size in (f"nanochat={nanochat}", "tag=d2", "steps=1", "prompts=2", "samples=2",
                                            "max_tokens=8", "evaluation_prompts=1")]  # fmt: skip
     given += tasks(files, gsm8k_test="gsm8k_test")
-    given += [f"params.gsm8k={{task: '{LENGTH}', source: {{inputs: [{files['dapo']}]}}}}"]
+    given += [f"params.gsm8k={{task: '{APART}', source: {{inputs: [{files['dapo']}]}}}}"]
     engine = "engine={kv_gib: 0.05, block_size: 16, max_batch: 16}"
     given += [f"{phase}.with.{engine}" for phase in ("before", "grpo", "after")]
     given += [f"{phase}.resources={{role: cpu}}" for phase in ("before", "grpo", "after")]

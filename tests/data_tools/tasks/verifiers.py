@@ -8,11 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
 
 from data_tools.tasks.task import Item
+
+
+def apart(item, completion):
+    """Score any two texts differently, so that no group of different samples has equal rewards."""
+    return zlib.crc32(completion.encode()) / 2**32
 
 
 def length(item, completion):
