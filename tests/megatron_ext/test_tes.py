@@ -184,7 +184,8 @@ def _check_completions(kept: Path) -> None:
 
 
 @pytest.mark.soak
-# Gains on 2026-11-30, of the adapter and of the exported model: seed 1 0.299 ± 0.057, 0.321 ± 0.046; seed 3 0.221 ± 0.045, 0.270 ± 0.056.
+# Gains on 2026-11-30, of the adapter and of the exported model: seed 1 0.299 ± 0.057 and 0.321 ± 0.046, seed 3
+# 0.221 ± 0.045 and 0.270 ± 0.056.
 @pytest.mark.xfail(reason="seeds 1 and 3 passed; seed 2 has not run")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released, tmp_path, seed):
