@@ -184,9 +184,13 @@ def _check_completions(kept: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.xfail(reason="not shown yet: masked samples let its format drift, and with a penalty it has not run")
+# Gains on 2026-11-30, of the adapter and of the exported model: seed 1 0.299 ± 0.057 and 0.321 ± 0.046, seed 3
+# 0.221 ± 0.045 and 0.270 ± 0.056.
+@pytest.mark.xfail(reason="seeds 1 and 3 passed; seed 2 has not run")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released, tmp_path, seed):
+    # Half of what this model says names no action. Masked, or worth 0 where a reward is 0.1 on average, that teaches no
+    # format: seed 1 then gained 0.061 ± 0.031.
     words = overrides(released, tmp_path, steps=40, prompts=8, group=8, test_samples=16, save_steps=0, seed=seed)
     words += [
         "params.lr=0.005",
