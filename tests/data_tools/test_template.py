@@ -135,7 +135,7 @@ def real_tokenizers(request, tmp_path_factory, inputs):
 def test_masks_of_real_conversations_are_those_of_trl(name, inputs, real_tokenizers):
     for file in FILES:
         share = open_share(inputs.data(file), 0, 1)
-        records = [record for record, _ in zip(share, range(4))]
+        records = [record for record, _ in zip(share, range(10))]
         records = [json.loads(record) if isinstance(record, bytes) else record for record in records]
         conversations = [conversation for record in records for conversation in read_record(record)]
         assert compare(name, real_tokenizers, conversations) > (-1 if name == "qwen3" else 0)

@@ -96,8 +96,8 @@ def test_a_run_prints_no_control_character(evil):
 
 def test_a_traceback_that_nobody_caught_is_cleaned_too_and_a_reader_that_left_is_no_error(evil):
     code = (
-        f"from launchers import cli, verbs\ndef bad(args): raise RuntimeError({EVIL!r})\n"
-        "verbs.do_ls = bad\ncli.main(['ls'])"
+        f"from launchers import cli\nfrom launchers.verbs import runs\ndef bad(args): raise RuntimeError({EVIL!r})\n"
+        "runs.do_ls = bad\ncli.main(['ls'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "RuntimeError: ]0;owned" in done.stderr and not CONTROL.search(done.stderr) and done.returncode == 1
