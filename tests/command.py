@@ -94,6 +94,8 @@ def phase_status(run: Path, name: str, **kwargs: Any) -> dict[str, Any]:
     return next(phase for phase in afterok_json("status", run, **kwargs)["phases"] if phase["phase"] == name)
 
 
+ANY_DISK = "--waive=D001"  # for plans of models that are larger than the disk of the machine may be
+
 TOY = """
 name: toy
 params: {start: 1, factor: 2}

@@ -15,6 +15,7 @@ from launchers.observe.status import PhaseStatus, RunStatus, run_status
 POLL_S = 2.0  # between two looks at a run of which nothing is heard
 FILES_POLL_S = 0.25  # between two looks at whether a file of the run has changed, after which the queue is asked sooner
 PROGRESS_LINE_S = 15.0  # between two progress lines of one phase in a plain log
+LAST_WORDS_S = 0.5  # how long after its seal a worker may write down how it ended, from which GPU-hours are told
 SETTLE_S = 10.0  # how long a job may be gone before its seal must be visible: shared filesystems lag
 
 
@@ -42,6 +43,8 @@ def _watch(run: RunFolder, show: Callable[[RunStatus], None]) -> RunStatus:
         status = run_status(run)
         show(status)
         if status.finished:
+            if _changes(run, changed, LAST_WORDS_S):
+                continue
             return status
         if not status.active and not status.may_answer:
             ended_since = ended_since or time.monotonic()

@@ -8,7 +8,7 @@ import pytest
 from jobs.artifacts.run_folder import RunFolder
 from jobs.retry import Cause
 from slurm.client import Slurm
-from tests.command import afterok, one_line
+from tests.command import afterok, one_line, wait_for
 
 NUMBERS = "name: one\nphases:\n  numbers: {uses: tests.toy.numbers, with: {start: 1}}\n"
 PROFILE = """\
@@ -56,7 +56,7 @@ def test_what_a_phase_says_of_the_site_reaches_its_job(tmp_path, pipeline, accou
     profile.write_text(PROFILE)
     said = ["numbers.resources.qos=small", "numbers.resources.account=main"]
     afterok("run", pipeline, *said, f"cluster={profile}", "--run", run, env=site(accounted_cluster))
-    (outcome,) = RunFolder(run).outcomes("numbers")
+    (outcome,) = wait_for("how it ended", lambda: RunFolder(run).outcomes("numbers"))
     job = slurm.job(outcome.job)
     assert (job["QOS"], job["Account"]) == ("small", "main")
     slurm.run(["scontrol", "create", "reservation", "reservationname=course", "starttime=now", "duration=60",
@@ -65,7 +65,7 @@ def test_what_a_phase_says_of_the_site_reaches_its_job(tmp_path, pipeline, accou
     try:
         done = afterok("run", pipeline, "numbers.resources.reservation=course", "numbers.with.start=2",
                        f"cluster={profile}", "--run", run, env=site(accounted_cluster))  # fmt: skip
-        newest = max(RunFolder(run).outcomes("numbers"), key=lambda outcome: outcome.attempt)
+        (newest,) = wait_for("how it ended", lambda: RunFolder(run).outcomes("numbers", 2))
         job = slurm.job(newest.job)
         assert (job["Reservation"], job["NodeList"]) == ("course", "n2"), done.stdout
     finally:

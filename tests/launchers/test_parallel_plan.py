@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_ext.models.nemotron_h.config import Dims, hf_config
-from tests.command import afterok, one_line
+from tests.command import ANY_DISK, afterok, one_line
 
 QWEN_32B = {
     "model_type": "qwen2", "num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 27648,
@@ -52,7 +52,7 @@ def plan(tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN_32B))
     (tmp_path / "big.yaml").write_text(PIPELINE.replace("FOLDER", str(tmp_path)))
     (tmp_path / "h100.yaml").write_text(PROFILE)
-    command = ["plan", tmp_path / "big.yaml", f"cluster={tmp_path / 'h100.yaml'}", "--run", tmp_path / "run"]
+    command = ["plan", tmp_path / "big.yaml", f"cluster={tmp_path / 'h100.yaml'}", "--run", tmp_path / "run", ANY_DISK]
     return lambda *words, check=0: afterok(*command, *words, check=check)
 
 
@@ -97,6 +97,7 @@ def test_what_the_rollouts_of_grpo_hold_is_told_and_refused_where_it_is_nothing(
         f"params.model={grpo[1]}",
         "--run",
         tmp_path / "run",
+        ANY_DISK,
     ]
     done = afterok(*command, "--parallel", "grpo")
     assert (

@@ -36,7 +36,7 @@ CASES = [
     ("P001", "", "partition=bathc", REFUSES),
     ("P002", "", "time=1-01:00:00", "PartitionTimeLimit"),
     ("P003", "partition=batch maxnodes=1", "nodes=2", "PartitionNodeLimit"),
-    ("P003", "", "nodes=3", "PartitionConfig"),
+    ("P003", "", "nodes=3", "PENDING Partition"),
     ("P005", "", "gpus_per_node=9", REFUSES),
     ("P005", "", "gres=gpu:h100:1", REFUSES),
     ("P006", "", "cpus_per_task=65", REFUSES),
