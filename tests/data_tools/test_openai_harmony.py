@@ -17,8 +17,13 @@ from data_tools.chats.tokenizer import Tokenizer, stop_ids
 from data_tools.prepare.harmony import IDENTITY, Prompt, render
 
 openai_harmony = pytest.importorskip("openai_harmony", reason="openai-harmony is not installed")
-if not (Path(os.environ.get("TIKTOKEN_ENCODINGS_BASE") or "/nowhere") / "o200k_base.tiktoken").is_file():
-    pytest.skip("TIKTOKEN_ENCODINGS_BASE names no folder with o200k_base.tiktoken", allow_module_level=True)
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(
+        not (Path(os.environ.get("TIKTOKEN_ENCODINGS_BASE") or "/nowhere") / "o200k_base.tiktoken").is_file(),
+        reason="TIKTOKEN_ENCODINGS_BASE names no folder with o200k_base.tiktoken",
+    ),
+]
 
 from openai_harmony import (  # noqa: E402  # type: ignore[import-not-found]
     Conversation,
