@@ -243,9 +243,13 @@ def test_up_is_idle_twice_is_once_and_down_leaves_no_process(short_folder):
     with pytest.raises(UserMistake, match="afterok cluster down"):
         devcluster.up(short_folder, nodes=2)
 
-    submit(cluster, "trap '' TERM\nsleep 300 &\nsrun --ntasks=2 bash -c \"trap '' TERM; sleep 301\" &\nsleep 302\n",
-           "--ntasks=3")  # fmt: skip
-    wait_until(lambda: sum("sleep 30" in line for line in processes_mentioning(short_folder)) >= 4, "its processes")
+    step = "srun --ntasks=2 bash -c \"trap '' TERM; sleep 301\""
+    submit(cluster, f"trap '' TERM\nsleep 300 &\nuntil {step}; do sleep 1; done &\nsleep 302\n", "--ntasks=3")
+    try:
+        wait_until(lambda: sum("sleep 30" in line for line in processes_mentioning(short_folder)) >= 4, "its processes")
+    finally:
+        said = [path.read_text() for path in short_folder.glob("*.out")]
+        print(cluster.status(), Slurm(cluster.env()).queue(), said, processes_mentioning(short_folder))
     cluster.down()
     assert processes_mentioning(short_folder) == []
     assert not cluster.is_up() and cluster.status()["nodes"] == {}
