@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from data_tools.tasks.mix import Entry, MixConfig
 from megatron_ext.entrypoints import grpo
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.models.gpt_oss.config import Dims, hf_config
 from megatron_ext.parallel.calibration import GIB, RESERVE, TILE
 from megatron_ext.parallel.plan import ParallelPlan, Site, Workload
 from megatron_ext.parallel.shape import ATTENTION, MOE, WINDOW, ModelShape
@@ -24,7 +23,7 @@ from megatron_ext.rl import memory
 from megatron_ext.rl.settings import Evaluation, GrpoSettings, Loss
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from tests.megatron_ext import adapted, tiny
-from tests.megatron_ext.shapes import GPT_OSS_20B, NANO, QWEN_32B
+from tests.megatron_ext.shapes import GPT_OSS_20B, GPT_OSS_20B_CONFIG, NANO, QWEN_32B
 
 SMALL = ModelShape(
     layers=((WINDOW, MOE), (ATTENTION, MOE)), hidden=64, vocabulary=100, heads=4, kv_groups=2, head_dim=16, window=8,
@@ -176,18 +175,13 @@ def _followed(said: str, config: GrpoSettings, t: Training):
 
 
 def test_plan_refuses_gpt_oss_20b_on_48_gb_and_takes_it_with_its_experts_as_blocks():
-    dims = Dims(
-        hidden=2880, heads=64, kv_groups=8, head_dim=64, window=128, sliding=(True, False) * 12, experts=32, top_k=4,
-        ffn=2880, swiglu_limit=7.0, vocabulary=201088, tied=False, norm_epsilon=1e-5, rope_base=150000.0,
-        yarn=tiny.GPT_OSS_DIMS.yarn, max_positions=131072, dtype="bfloat16",
-    )  # fmt: skip
     lora = LoraConfig(rank=4, alpha=8, targets=["all-linear", "experts", "router"])
     config = GrpoSettings(model="model", prompts=4, group=16, prompt_tokens=1000, lora=lora, row_tokens=8192,
                           parallel=ParallelPlan(recompute="full"), sampling=Sampling(max_tokens=4000))  # fmt: skip
     config.engine.kv_gib, config.engine.max_batch = 16, 64
 
     def found(gib: int, base: str) -> list[str]:
-        forecasts = {"model": {"hf_config": hf_config(dims)}}
+        forecasts = {"model": {"hf_config": GPT_OSS_20B_CONFIG}}
         site = Site(1, gpus_per_node=1, gpu_mem_gib=gib, forecasts=forecasts)
         return [one.message for one in grpo.check(replace(config, base=base), 1, site) if "GiB" in one.message]
 
@@ -195,6 +189,21 @@ def test_plan_refuses_gpt_oss_20b_on_48_gb_and_takes_it_with_its_experts_as_bloc
     assert refused.startswith("needs 60.3 GiB a GPU while it samples (state 39.7, ")
     assert refused.endswith("and a GPU has 45.0: use base mxfp4 (34.3 GiB)")
     assert found(45, "mxfp4") == found(80, "") == found(141, "") == []
+    shown = grpo.parallel_report(config, Site(1, forecasts={"model": {"hf_config": GPT_OSS_20B_CONFIG}}), False)
+    totals = {base: {phase: of["total"] for phase, of in each.items()} for base, each in
+              shown["facts"]["memory_by_base"].items()}  # fmt: skip
+    assert totals["bfloat16"] == pytest.approx({"update": 46.2, "rollouts": 60.3}, abs=0.05)
+    assert totals["mxfp4"] == pytest.approx({"update": 20.1, "rollouts": 34.3}, abs=0.05)
+    (table,) = [each for each in shown["tables"] if each["title"].startswith("memory")]
+    phases = ("update", "rollouts")
+    assert table["columns"] == ["GiB", *(f"{phase}, base {base}" for base in totals for phase in phases)]
+    assert "set prompt_tokens" not in "".join(shown["notes"])
+    open_end = replace(config, prompt_tokens=0)
+    forecasts = {"model": {"hf_config": GPT_OSS_20B_CONFIG}}
+    (note,) = [
+        n for n in grpo.parallel_report(open_end, Site(1, forecasts=forecasts), False)["notes"] if "set prompt_tok" in n
+    ]
+    assert note.startswith("a prompt may be of 127,072 tokens, and make a longer row than is counted")
 
 
 # ---------------------------------------------------------------- beside real tensors
