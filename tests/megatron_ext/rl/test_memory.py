@@ -1,8 +1,10 @@
 """What GRPO needs of a GPU: each component by hand and of real tensors, and what is refused for it."""
 
+import contextlib
 import itertools
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,6 +206,25 @@ def test_plan_refuses_gpt_oss_20b_on_48_gb_and_takes_it_with_its_experts_as_bloc
         n for n in grpo.parallel_report(open_end, Site(1, forecasts=forecasts), False)["notes"] if "set prompt_tok" in n
     ]
     assert note.startswith("a prompt may be of 127,072 tokens, and make a longer row than is counted")
+
+
+def test_evaluations_in_the_loop_are_counted_without_what_offload_takes_away_and_it_is(tmp_path):
+    from megatron_ext.rl.step import GrpoStep
+
+    events: list[Any] = []
+
+    @contextlib.contextmanager
+    def offloaded(wanted: bool):
+        events.append(wanted)
+        yield
+        events.append("back")
+
+    asked = settings(offload=True, evaluation=Evaluation(every=1))
+    step = GrpoStep(SimpleNamespace(offloaded=offloaded), None, asked, tmp_path, reference=None, spell=None,
+                    evaluate=lambda done: events.append(done) or {})  # fmt: skip
+    watch = SimpleNamespace(move=lambda: None)
+    step._evaluate_if_due(SimpleNamespace(done=1, steps=3, metrics=[], watch=watch))
+    assert events == [True, 1, "back"]
 
 
 # ---------------------------------------------------------------- beside real tensors
