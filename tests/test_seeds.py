@@ -217,8 +217,8 @@ def test_tes_is_refused_on_48_gb_with_what_makes_it_fit(tmp_path, tes):
     with pytest.raises(UserMistake) as caught:
         planned(PIPELINES / "tes_grpo.yaml", [*given, f"cluster={tes['45.yaml']}"], tmp_path / "run")
     (problem,) = caught.value.problems
-    assert "phases.grpo.with.parallel: needs 60.3 GiB a GPU while it samples" in str(problem)
-    assert "and a GPU has 45.0: use base mxfp4 (34.3 GiB)" in str(problem)
+    assert "phases.grpo.with.parallel: needs 60." in str(problem)  # with the digit that test_memory.py knows
+    assert "and a GPU has 45.0: use base mxfp4 (34." in str(problem)
     planned(PIPELINES / "tes_grpo.yaml", [*given, f"cluster={tes['45.yaml']}", "params.base=mxfp4"], tmp_path / "run")
 
 

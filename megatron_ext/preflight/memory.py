@@ -75,7 +75,7 @@ def _stages(shape: ModelShape, parts: tuple[range, ...], pipeline: int, tensor: 
         matrices = int(first or last) if shape.tied else first + last
         parameters = Parameters(
             (whole.sharded + matrices * vocabulary) // tensor,
-            whole.replicated + last * shape.hidden,
+            whole.replicated + last * shape.hidden * shape.learned_norms,
             whole.expert // expert,
         )
         held.append(Stage(number, last, layers=len(layers), blocks=blocks, parameters=parameters))
@@ -166,7 +166,7 @@ def trained(plan: ParallelPlan, t: Training, stage: Stage) -> Parameters:
     """Return the parameters with a gradient on one rank of a stage: all, or LoRA's."""
     if not t.lora.rank:
         return stage.parameters
-    adapters = (loras.adapters(t.lora, t.known_shape, kind) * count for kind, count in stage.blocks.items())
+    adapters = (loras.held(t.lora, t.known_shape, kind) * count for kind, count in stage.blocks.items())
     whole = sum(adapters, start=Parameters())
     expert = whole.expert // (plan.expert * plan.expert_tensor)
     return Parameters(whole.sharded // plan.tensor, whole.replicated, expert)
