@@ -188,7 +188,8 @@ def tes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     models(root / "model", GPT_OSS_20B_CONFIG)
     (root / "model" / "model.safetensors").write_bytes(b"not opened by plan")
     for gib in (45, 80, 141):
-        (root / f"{gib}.yaml").write_text(f"kind: local\nroles:\n  train: {{gpus_per_node: 1, gpu_mem_gib: {gib}}}\n")
+        roles = f"{{cpu: {{}}, generate: {{}}, train: {{gpus_per_node: 1, gpu_mem_gib: {gib}}}}}"
+        (root / f"{gib}.yaml").write_text(f"kind: local\nroles: {roles}\n")
     return {name: str(root / name) for name in ("data", "model", "45.yaml", "80.yaml", "141.yaml")}
 
 
