@@ -175,13 +175,13 @@ def _fullest(config: GrpoSettings, t: Training, adapters: LoraConfig | None) -> 
 def _remedy(config: GrpoSettings, t: Training, adapters: LoraConfig | None) -> str:
     """Return the words of a refusal that say what would fit: each setting that is enough, else all of them, else a
     plan on as many GPUs or more."""
-    room_there = HEADROOM * (t.capacity or 0.0)
+    limit = HEADROOM * (t.capacity or 0.0)
     totals = [(name, value, _fullest(other, t, adapters).total) for name, value, other in _changes(config, t, adapters)]
-    enough = [f"{name} {value} ({total / GIB:.1f} GiB)" for name, value, total in totals if total <= room_there]
+    enough = [f"{name} {value} ({total / GIB:.1f} GiB)" for name, value, total in totals if total <= limit]
     if enough:
         return f"use {' or '.join(enough)}"
     changed, total, given = config, _fullest(config, t, adapters).total, dict[str, str]()
-    while total > room_there:
+    while total > limit:
         others = (
             (name, value, other, _fullest(other, t, adapters).total)
             for name, value, other in _changes(changed, t, adapters)
