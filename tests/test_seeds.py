@@ -18,6 +18,7 @@ from tests.command import ROOT
 from tests.data_tools.chats import write_tokenizer
 from tests.jobs.test_megatron_flags import EXAMPLE
 from tests.launchers.test_parallel_plan import NANO, PROFILE, QWEN_32B
+from tests.megatron_ext.shapes import GPT_OSS_20B_CONFIG
 from tests.r1_files import small, written
 
 MANUAL = ROOT / "jobs/pipelines/README.md"
@@ -31,9 +32,9 @@ FLAGS = {  # of nanochat's chat_sft.py and prepare_dolci_think.py
 OTHERS = {"--", "--output"}  # what follows torchrun's own; where the sample goes
 
 
-def rows() -> list[tuple[str, str, str]]:
-    """Return the rows of the manual's table of nanochat's lines: theirs, what comes of it, ours."""
-    table = MANUAL.read_text().partition("## From nanochat R1")[2].partition("\n## ")[0]
+def rows(seed: str = "nanochat R1") -> list[tuple[str, str, str]]:
+    """Return the rows of the manual's table of a seed's lines: theirs, what comes of it, ours."""
+    table = MANUAL.read_text().partition(f"## From {seed}")[2].partition("\n## ")[0].partition("| its constants")[0]
     cells = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| `")]
     return [(seed.strip(), says.strip(), ours.strip(" |")) for seed, says, ours in cells]
 
@@ -67,6 +68,11 @@ def nanochat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return written(tmp_path_factory.mktemp("files"))
+
+
+def models(folder: Path, config: dict) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def planned(file: Path, overrides: list[str], run: Path, environment: dict[str, str] | None = None) -> Plan:
@@ -156,12 +162,68 @@ def test_an_evaluation_is_planned_an_element_a_task_and_none_is_forgotten(tmp_pa
     assert "phases.cold_evaluated.with.mix: array: no element takes math500 of mix" in str(caught.value)
 
 
+# -- TES --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_manual_has_every_line_of_tes() -> None:
+    lines = " ".join(seed for seed, _, _ in rows("TES"))
+    for line in ("convert_to_harmony.py", "calculate_reward.py data --tau 0.05 --overwrite", "train_grpo.py",
+                 "test_lora_adapter.py", "test_lora_adapter_quantized.py", "export_quantized_model.py",
+                 "run_exported_model.py", "ollama create", "GRPO_LOG_COMPLETIONS=1", "HF_REPO_ID="):  # fmt: skip
+        assert line in lines, line
+
+
+TES = [command for _, _, ours in rows("TES") for command in typed(ours)]
+
+
+@pytest.fixture(scope="module")
+def tes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A table of prompts, and a folder of gpt-oss-20b as far as `plan` looks into it."""
+    root = tmp_path_factory.mktemp("tes")
+    for name in ("data", "model"):
+        (root / name).mkdir()
+    header = ",".join(["prompt", *(f"q_action_{action}" for action in range(4))])
+    (root / "data" / "hours.csv").write_text(f"{header}\n" + "user: Hour 3?,0,1,2,3\n" * 3)
+    write_tokenizer(root / "model")
+    models(root / "model", GPT_OSS_20B_CONFIG)
+    (root / "model" / "model.safetensors").write_bytes(b"not opened by plan")
+    for gib in (45, 80, 141):
+        roles = f"{{cpu: {{}}, generate: {{}}, train: {{gpus_per_node: 1, gpu_mem_gib: {gib}}}}}"
+        (root / f"{gib}.yaml").write_text(f"kind: local\nroles: {roles}\n")
+    return {name: str(root / name) for name in ("data", "model", "45.yaml", "80.yaml", "141.yaml")}
+
+
+@pytest.mark.parametrize(
+    "command", TES, ids=[" ".join([*map("=".join, names.items()), *words[1:]]) for names, words in TES]
+)
+def test_a_line_of_tes_is_planned(tmp_path, tes, command):
+    environment, (pipeline, *overrides) = command
+    kept = [word for word in overrides if not word.startswith("params.inputs=")]
+    given = [f"params.inputs=[{tes['data']}]", f"params.model={tes['model']}", "cluster=local"]
+    plan = planned(ROOT / pipeline, [*kept, *given], tmp_path / "run", environment)
+    planned_phases = {phase.name: phase.action for phase in plan.phases if phase.action == "run"}
+    assert ("gguf" in planned_phases) == ("params.gguf=true" in overrides)
+    assert {"grpo", "test_adapter", "merge_lora", "quantize_mxfp4", "run_exported", "package"} <= planned_phases.keys()
+    package, grpo = (plan.pipeline.phases[name].config for name in ("package", "grpo"))
+    assert (package.repo, package.push) == (environment.get("HF_REPO_ID", ""), "params.push=true" in overrides)
+    assert grpo.completions == environment.get("GRPO_COMPLETION_LOG_PATH", "micro_step_completions.csv")
+    assert grpo.base == ("mxfp4" if "params.base=mxfp4" in overrides else "")
+
+
+def test_tes_is_refused_on_48_gb_with_what_makes_it_fit(tmp_path, tes):
+    """The pipeline as it is: 45 GiB are a GPU of 48 GB."""
+    given = [f"params.inputs=[{tes['data']}]", f"params.model={tes['model']}"]
+    for name in ("80.yaml", "141.yaml"):
+        planned(PIPELINES / "tes_grpo.yaml", [*given, f"cluster={tes[name]}"], tmp_path / "run")
+    with pytest.raises(UserMistake) as caught:
+        planned(PIPELINES / "tes_grpo.yaml", [*given, f"cluster={tes['45.yaml']}"], tmp_path / "run")
+    (problem,) = caught.value.problems
+    assert "phases.grpo.with.parallel: needs 60." in str(problem)  # with the digit that test_memory.py knows
+    assert "and a GPU has 45.0: use base mxfp4 (34." in str(problem)
+    planned(PIPELINES / "tes_grpo.yaml", [*given, f"cluster={tes['45.yaml']}", "params.base=mxfp4"], tmp_path / "run")
+
+
 # -- OpenResearcher, Megatron-LM --------------------------------------------------------------------------------------
-
-
-def models(folder: Path, config: dict) -> Path:
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.mark.parametrize("train, said", [

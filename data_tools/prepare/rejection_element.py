@@ -21,17 +21,17 @@ import numpy as np
 from data_tools.base.durable import write_json
 from data_tools.chats.messages import IN_LOSS, ROLES
 from data_tools.chats.samples import ASKED_WITH, CUT_OFF, problem_of_sample, prompt_messages
-from data_tools.mistake import Problem, UserMistake
+from data_tools.mistake import UserMistake
 from data_tools.prepare.contamination import Contamination, texts_of, words
 from data_tools.prepare.rejection import Config, buckets_of, check, method_of, own_bucket
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
+from data_tools.records.inputs import JSONL, files_of
 from data_tools.records.shares import open_share
 
 LEFT, PROMPTS, ORIGINS = "left.jsonl", "prompts.npy", "origins.json"
 
-_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 # Keys of a sample that its chat row keeps.
 _CARRIED = ("sample", "seed", "sampling", "weights", "reward", "tokens", *ASKED_WITH)
 _REPORT_EVERY = 5000
@@ -68,23 +68,6 @@ class Group:
         return (ranked[0][0] if share >= least else None), share
 
 
-def sample_files(inputs: Sequence[str], key: str = "inputs") -> list[Path]:
-    """Return the files that `inputs` names: of any kind, and the JSONL files of folders. Raise UserMistake for what is
-    neither."""
-    files: list[Path] = []
-    problems = []
-    for name in inputs:
-        path = Path(name).expanduser()
-        inside = sorted(file for end in _JSONL for file in path.glob(f"*{end}"))
-        named = [path] if path.is_file() else inside
-        if not named:
-            problems.append(Problem(key, f"{name} is neither a JSONL file nor a folder of some"))
-        files += named
-    if problems:
-        raise UserMistake(problems)
-    return files
-
-
 @dataclass(frozen=True)
 class Share:
     """Says which prompts are an element's: all of the files in the folders of its partners, of others those whose
@@ -112,9 +95,9 @@ def reject_filter(config: Config, out: Path, share: Share = ALL, progress: Progr
     problems = check(config)
     if problems:
         raise UserMistake(problems)
-    files = sample_files(config.inputs)
+    files = files_of(config.inputs, JSONL)
     contamination = Contamination(config.ngram)
-    contamination.add_files(sample_files(config.evaluation_sets, "evaluation_sets"))
+    contamination.add_files(files_of(config.evaluation_sets, JSONL, "evaluation_sets"))
     sheets = [SourceBalance(file.name) for file in files]
     groups: dict[str, Group] = {}
     origins: dict[str, set[str]] = {"weights": set(), "seed": set()}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.records.inputs import CSV, files_of
 
 PROMPT = "prompt"
 csv.field_size_limit(1 << 30)  # of characters; Python's own limit refuses prompts from 131,073 on
@@ -112,18 +113,10 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def table_files(inputs: Sequence[str]) -> list[Path]:
-    """Return the CSV files that `inputs` names: files, and folders of them. Raise UserMistake when two share a name or
-    none is there."""
-    files: list[Path] = []
-    problems = []
-    for name in inputs:
-        path = Path(name).expanduser()
-        tables = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
-        if not tables:
-            problems.append(Problem("inputs", f"{name} is neither a CSV file nor a folder of some"))
-        files += tables
+    """Return the CSV files that `inputs` names. Raise UserMistake also when two share a name: their tables would."""
+    files = files_of(inputs, CSV)
     names = [file.name for file in files]
-    problems += [
+    problems = [
         Problem("inputs", f"two files are called {name}") for name in sorted({n for n in names if names.count(n) > 1})
     ]
     if problems:

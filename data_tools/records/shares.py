@@ -77,7 +77,7 @@ def _format_by_name(path: Path, compression: str) -> str:
     """Return csv or jsonl by the suffix; else JSON where the first line begins a list, is no whole record, or is
     all."""
     for format in ("csv", "jsonl"):
-        if f".{format}" in path.suffixes:
+        if f".{format}" in map(str.lower, path.suffixes):
             return format
     first = b""
     for block in _unpack(path, compression):

@@ -28,6 +28,7 @@ from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.records import readers
 from data_tools.records.balance import SourceBalance
 from data_tools.records.hub import dataset_files, is_dataset
+from data_tools.records.inputs import CSV, JSONL, PARQUET, files_of
 from data_tools.tasks.environments import read_environments
 from data_tools.tasks.rewards import Verifier
 from data_tools.tasks.task import (
@@ -43,6 +44,7 @@ from data_tools.tasks.task import (
     task_options,
 )
 
+READ = CSV + JSONL + PARQUET  # of a folder; the JSON files of a phase's folder are its facts
 _FIRST_PLACES = 1024  # of the blend; more are found as they are asked for
 
 
@@ -304,7 +306,7 @@ def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[readers.
     Raise UserMistake for a record of a file that is none.
     """
     source = entry.source
-    files = [file for name in source.inputs for file in _files(Path(name).expanduser())]
+    files = files_of(source.inputs, READ, "source.inputs")
     if not _has_source(entry):
         files = dataset_files(entry.hub or task.HUB)
     for record in itertools.chain.from_iterable(map(readers.records, files)):
@@ -318,16 +320,6 @@ def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[readers.
     for index in range(source.synthetic_rows):
         row = task.synthetic_row(source.synthetic_seed, index, source.synthetic_split)
         yield readers.Record(f"synthetic row {index}", row)
-
-
-def _files(path: Path) -> list[Path]:
-    """Return the files that an input names: itself, or of a folder, such as a phase's, those that hold records."""
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in (".csv", ".jsonl", ".parquet"))
-    if not files:
-        raise UserMistake(Problem("source.inputs", f"folder {path} has no CSV, JSONL or Parquet file"))
-    return files
 
 
 # -- their order ------------------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += loras.check_base(config.base, config.lora)
     problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)
     problems += check_recording(config, training.shape)
-    return problems + refusals.check(config.parallel, training, site)
+    problems += refusals.check(config.parallel, training, site)
+    return problems + memory.check(config, training, site)
 
 
 def _room(config: Config, training: Training) -> Room | None:
@@ -91,9 +92,10 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
     holds."""
     training = _training(config, site)[0]
     report = tables.report(config.parallel, training, site, searching, packed=False)
-    told, shown = memory.report(config, training)
+    told, shown, notes = memory.report(config, training, site)
     report["facts"] |= told
     report["tables"] += shown
+    report["notes"] = [*notes, *report["notes"]]
     held = _room(config, training)
     if held is not None:
         report["facts"]["rollout"] = asdict(held) | {"samples": held.samples}

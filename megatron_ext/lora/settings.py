@@ -19,6 +19,7 @@ ROUTERS = ("router", "gate")  # what Hugging Face calls the router's module
 BARE = (EXPERTS, ROUTER)  # PEFT has no dropout for these
 MAMBA_OUT = "out_proj"  # PEFT refuses it: transformers' kernel reads the weight itself
 NOT_IN_ALL = (*BARE, MAMBA_OUT)
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one matrix each in megatron-core
 NO_TARGETS = {
     "embed_tokens": "the embedding stays as it is",
     "lm_head": "the output layer stays as it is",
@@ -107,6 +108,17 @@ def adapters(config: LoraConfig, shape: ModelShape, block: str) -> Parameters:
     names = chosen(config, shape)
     reached = [matrix for matrix in matrices(shape, block) if matrix.target in names]
     return sum((matrix.adapter(config.rank) for matrix in reached), start=Parameters())
+
+
+def held(config: LoraConfig, shape: ModelShape, block: str) -> Parameters:
+    """Return the parameters that ranks hold of them: of a fused matrix B has the rows of every part, though some have
+    no adapter, and theirs stay 0 (pairs.py)."""
+    names, rows = chosen(config, shape), 0
+    for fused in FUSED:
+        own = [matrix for matrix in matrices(shape, block) if matrix.target in fused]
+        left = [matrix for matrix in own if matrix.target not in names]
+        rows += sum(matrix.rows for matrix in left) if len(left) < len(own) else 0
+    return adapters(config, shape, block) + Parameters(sharded=config.rank * rows)
 
 
 def check(config: LoraConfig, shape: ModelShape | None, where: str = "lora") -> list[Problem]:

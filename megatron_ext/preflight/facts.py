@@ -57,7 +57,6 @@ class Training:
     documents: Documents
     supervised: float = 1.0  # share of tokens that reach the output layer
     dtype: str = "bfloat16"  # of the weights
-    kv_tokens: int = 0  # rollouts: tokens that the KV cache of a model replica holds
     gpu: Gpu | None = None
     memory_gib: float | None = None  # of a GPU, where the profile says so
     gpus_per_node: int = 8

@@ -33,7 +33,7 @@ class Memory:
     activations: float
     logits: float  # of one micro-batch, with their loss
     exchange: float  # tokens on their way to experts and back
-    kv_cache: float
+    kv_cache: float = 0.0  # of rollouts (rl/memory.py); recurrent states too
     reserve: float = RESERVE
     dequantised: float = 0.0  # the one expert's matrix that is multiplied with, where they are held as MXFP4
 
@@ -75,7 +75,7 @@ def _stages(shape: ModelShape, parts: tuple[range, ...], pipeline: int, tensor: 
         matrices = int(first or last) if shape.tied else first + last
         parameters = Parameters(
             (whole.sharded + matrices * vocabulary) // tensor,
-            whole.replicated + last * shape.hidden,
+            whole.replicated + last * shape.hidden * shape.learned_norms,
             whole.expert // expert,
         )
         held.append(Stage(number, last, layers=len(layers), blocks=blocks, parameters=parameters))
@@ -110,9 +110,22 @@ def fuses_gates(plan: ParallelPlan, w: Workload) -> bool:
     return w.machine is None or choose(w.backend, needs_of(plan, w)).parts.linear == TE
 
 
-def layer_activations(plan: ParallelPlan, shape: ModelShape, stage: Stage, fused: bool = True) -> tuple[float, float]:
+def adapter_activations(t: Training, kind: str) -> int:
+    """Return the bytes for each token that the adapters of a block keep for backward: what each A gives, in bf16."""
+    if not t.lora.rank:
+        return 0
+    times = {loras.EXPERTS: t.known_shape.top_k}
+    names = loras.chosen(t.lora, t.known_shape)
+    reached = [one.target for one in loras.matrices(t.known_shape, kind) if one.target in names]
+    return sum(2 * t.lora.rank * times.get(target, 1) for target in reached)
+
+
+def layer_activations(plan: ParallelPlan, t: Training, stage: Stage) -> tuple[float, float]:
     """Return (bytes a token kept from forward to backward, bytes a token at most needed on top in backward)."""
-    bytes_of = {kind: block_activations(shape, kind, plan, fused) for kind in stage.blocks}
+    shape, fused = t.known_shape, fuses_gates(plan, t.workload)
+    bytes_of = {
+        kind: block_activations(shape, kind, plan, fused) + adapter_activations(t, kind) for kind in stage.blocks
+    }
     kept = 2 * shape.hidden / (plan.tensor if plan.sequence_parallel else 1)  # the input alone
     if plan.recompute == "full":
         here = [layer for layer in set(shape.layers) if set(layer) <= set(bytes_of)]
@@ -138,12 +151,6 @@ def micro_batches(plan: ParallelPlan, w: Workload) -> int:
     return max((w.global_batch or 1) // (plan.data(w.ranks) * plan.micro_batch), 1)
 
 
-def kv_bytes(plan: ParallelPlan, shape: ModelShape, stage: Stage) -> float:
-    """Return the bytes of KV cache for each token on one rank; Mamba states do not grow with tokens."""
-    groups = max(shape.kv_groups / plan.tensor, 1)
-    return (stage.blocks[ATTENTION] + stage.blocks[WINDOW]) * 2 * groups * shape.head_dim * 2
-
-
 def loss_head_bytes(plan: ParallelPlan, shape: ModelShape, tokens: float, frozen: bool = False) -> float:
     """Return the bytes of the output layer and loss at their peak, with `tokens` supervised tokens on the rank.
 
@@ -159,7 +166,7 @@ def trained(plan: ParallelPlan, t: Training, stage: Stage) -> Parameters:
     """Return the parameters with a gradient on one rank of a stage: all, or LoRA's."""
     if not t.lora.rank:
         return stage.parameters
-    adapters = (loras.adapters(t.lora, t.known_shape, kind) * count for kind, count in stage.blocks.items())
+    adapters = (loras.held(t.lora, t.known_shape, kind) * count for kind, count in stage.blocks.items())
     whole = sum(adapters, start=Parameters())
     expert = whole.expert // (plan.expert * plan.expert_tensor)
     return Parameters(whole.sharded // plan.tensor, whole.replicated, expert)
@@ -174,6 +181,19 @@ def packed_values(plan: ParallelPlan, w: Workload, stage: Stage) -> int:
     return stage.blocks[MOE] * of_block // (plan.expert * plan.expert_tensor)
 
 
+def weight_bytes(plan: ParallelPlan, t: Training, stage: Stage) -> float:
+    """Return the bytes of the weights that one rank of a stage holds, adapters included."""
+    weight = 4 if t.dtype == "float32" else 2
+    adapters = trained(plan, t, stage).total if t.lora.rank else 0
+    packed = packed_values(plan, t.workload, stage)
+    return weight * (stage.parameters.total + adapters) - (weight - PACKED_BYTES) * packed
+
+
+def exchange_bytes(plan: ParallelPlan, shape: ModelShape) -> float:
+    """Return the bytes for each token that are on their way to experts of other ranks and back."""
+    return 2 * 2 * shape.top_k * shape.hidden / plan.tensor if plan.expert > 1 else 0.0
+
+
 def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     """Return the memory of one rank of a stage."""
     w, shape = t.workload, t.known_shape
@@ -181,7 +201,7 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     dense, expert = learned.sharded + learned.replicated, learned.expert
     weight, moments = (4, 8) if t.dtype == "float32" else (2, 12)
     tokens = t.pack_length * plan.micro_batch / plan.context
-    held, on_top = layer_activations(plan, shape, stage, fuses_gates(plan, w))
+    held, on_top = layer_activations(plan, t, stage)
     logits = 0.0
     if stage.last:
         logits = loss_head_bytes(plan, shape, tokens * t.supervised, frozen=t.lora.rank > 0)
@@ -189,16 +209,13 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     sharing = plan.data(w.ranks) * plan.context  # ranks that share the optimizer's state of dense weights
     packed = packed_values(plan, w, stage)
     largest = (shape.mlp_matrices - 1) * shape.expert_ffn * shape.hidden // plan.expert_tensor
-    sent = 2 * 2 * shape.top_k * shape.hidden / plan.tensor if plan.expert > 1 else 0
     return Memory(
-        weights=weight * (stage.parameters.total + (learned.total if t.lora.rank else 0))
-        - (weight - PACKED_BYTES) * packed,
+        weights=weight_bytes(plan, t, stage),
         gradients=4 * (dense + expert),
         optimizer=moments * (1 - t.offload) * (dense / sharing + expert / plan.expert_data(w.ranks)),
         activations=tokens * (held * in_flight(plan, stage, micro_batches(plan, w)) + on_top),
         logits=logits,
-        exchange=tokens * sent,
-        kv_cache=t.kv_tokens * kv_bytes(plan, shape, stage),
+        exchange=tokens * exchange_bytes(plan, shape),
         dequantised=min(weight, 4) * largest + TILE_BYTES * TILE if packed else 0.0,
     )
 

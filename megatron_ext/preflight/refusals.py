@@ -1,5 +1,7 @@
 """What is refused before a training queues: a plan that breaks a rule, or one that does not fit the GPUs' memory."""
 
+from collections.abc import Callable
+
 from data_tools.mistake import Problem
 from megatron_ext.parallel import rules
 from megatron_ext.parallel.calibration import GIB
@@ -10,19 +12,25 @@ from megatron_ext.preflight.search import offer_text
 
 
 def check(plan: ParallelPlan, t: Training, site: Site) -> list[Problem]:
-    """Return every broken rule, and whether the plan does not fit the GPUs, where their memory is known."""
+    """Return every broken rule, and whether the plan does not fit the GPUs, where memory and packs are known."""
     problems = rules.check(plan, t.workload) + environment_problems(plan, site.environment)
-    known = t.workload.shape and t.workload.pack_length and site.gpus_per_node
-    capacity = t.capacity
-    if known and capacity and divides(plan, t.workload):
-        needs = memory(plan, t)
-        if needs.total > capacity:
-            problems.append(Problem("parallel", f"{_shortage(needs, capacity)}: {offer_text(plan, t)}"))
+    if t.workload.pack_length and is_reckoned(plan, t, site):
+        problems += over(memory(plan, t), t, lambda: offer_text(plan, t))
     return problems
 
 
-def _shortage(needs: Memory, capacity: float) -> str:
-    rest = needs.total - needs.state - needs.activations - needs.logits
-    parts = {"state": needs.state, "activations": needs.activations, "logits": needs.logits, "other": rest}
+def is_reckoned(plan: ParallelPlan, t: Training, site: Site) -> bool:
+    """Return whether enough is known of the model and of the phase's GPUs to ask whether it fits them."""
+    return bool(t.shape and site.gpus_per_node and t.capacity) and divides(plan, t.workload)
+
+
+def over(needs: Memory, t: Training, remedy: Callable[[], str], when: str = "") -> list[Problem]:
+    """Return the problem of a GPU that has less than the fullest rank needs; `when` says what it does then."""
+    if t.capacity is None or needs.total <= t.capacity:
+        return []
+    parts = {"state": needs.state, "activations": needs.activations, "logits": needs.logits}
+    parts |= {"keys and values": needs.kv_cache} if needs.kv_cache else {}
+    parts["other"] = needs.total - sum(parts.values())
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-    return f"needs {needs.total / GIB:.1f} GiB a GPU ({listed}), and a GPU has {capacity / GIB:.1f}"
+    shortage = f"needs {needs.total / GIB:.1f} GiB a GPU{when} ({listed}), and a GPU has {t.capacity / GIB:.1f}"
+    return [Problem("parallel", f"{shortage}: {remedy()}")]

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, fields, replace
 
@@ -18,13 +18,16 @@ HEADROOM = 0.95  # share of a GPU that a plan we offer may fill: activation form
 MOST_GROWTH = 64  # times the GPUs asked for that a plan is looked for
 
 
+Needs = Callable[[ParallelPlan, Training], Memory]  # of a legal plan, on its fullest rank
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A legal plan, the memory of its fullest rank and its predicted step."""
 
     plan: ParallelPlan
     memory: Memory
-    step: PredictedStep | None  # None where the GPU is not known
+    step: PredictedStep | None  # None where the GPU is not known, or what a step computes
 
 
 def legal_plans(t: Training, base: ParallelPlan) -> Iterator[ParallelPlan]:
@@ -37,7 +40,7 @@ def legal_plans(t: Training, base: ParallelPlan) -> Iterator[ParallelPlan]:
     degrees = divisors(w.ranks)
     tensors = [d for d in degrees if d <= t.gpus_per_node]
     experts = [d for d in degrees if s.experts and s.experts % d == 0] or [1]
-    virtuals = (1,) if MAMBA in s.blocks else (1, 2)
+    virtuals = (1,) if MAMBA in s.blocks or not w.pack_length else (1, 2)  # who samples has whole stages
     for tensor, pipeline, context in itertools.product(tensors, degrees, degrees):
         if w.ranks % (tensor * pipeline * context) or len(s.layers) % pipeline:
             continue
@@ -58,16 +61,17 @@ def legal_plans(t: Training, base: ParallelPlan) -> Iterator[ParallelPlan]:
                 yield plan
 
 
-def search(t: Training, base: ParallelPlan) -> list[Candidate]:
+def search(t: Training, base: ParallelPlan, needs_of: Needs = memory) -> list[Candidate]:
     """Return the legal plans that fit the GPUs, the fastest first; each with the least recomputation that fits."""
+    timed = t.gpu and t.workload.pack_length
     candidates = []
     for plan in legal_plans(t, base):
         for recompute in RECOMPUTES:
             tried = replace(plan, recompute=recompute)
-            needs = memory(tried, t)
+            needs = needs_of(tried, t)
             fits = t.capacity is None or needs.total <= HEADROOM * t.capacity
             if fits and is_legal(tried, t.workload):
-                candidates.append(Candidate(tried, needs, step(tried, t) if t.gpu else None))
+                candidates.append(Candidate(tried, needs, step(tried, t) if timed else None))
                 break
     return sorted(candidates, key=_rank)
 
@@ -81,14 +85,14 @@ def _rank(candidate: Candidate) -> tuple[float, int, float]:
     return round(100 * math.log(seconds)), axes, candidate.memory.total
 
 
-def offer(plan: ParallelPlan, t: Training) -> tuple[int, Candidate] | None:
+def offer(plan: ParallelPlan, t: Training, needs_of: Needs = memory) -> tuple[int, Candidate] | None:
     """Return (GPUs, the best plan that fits them): as many GPUs as asked for, else the fewest times as many.
 
     None where nothing fits MOST_GROWTH times as many.
     """
     for times in divisors(MOST_GROWTH):
         ranks = t.workload.ranks * times
-        candidates = search(on_ranks(t, ranks), plan)
+        candidates = search(on_ranks(t, ranks), plan, needs_of)
         if candidates:
             return ranks, candidates[0]
     return None
@@ -105,11 +109,12 @@ def with_align(plan: ParallelPlan, w: Workload) -> str:
     return f"; align {unit} in pack" if w.align and w.align % unit else ""
 
 
-def offer_text(plan: ParallelPlan, t: Training) -> str:
+def offer_text(plan: ParallelPlan, t: Training, needs_of: Needs = memory) -> str:
     """Return the words of a refusal that say which plan would fit, or that none does."""
-    best_fit = offer(plan, t)
+    best_fit = offer(plan, t, needs_of)
     if best_fit is None:
-        return f"nothing fits up to {t.workload.ranks * MOST_GROWTH} GPUs: shorten the packs"
+        what = "packs" if t.workload.pack_length else "samples"
+        return f"nothing fits up to {t.workload.ranks * MOST_GROWTH} GPUs: shorten the {what}"
     ranks, best = best_fit
     text = f"use {spell_plan(best.plan)}{with_align(best.plan, t.workload)} on {ranks} GPUs"
     return f"{text} ({best.memory.total / GIB:.1f} GiB)"

@@ -41,7 +41,7 @@ from megatron_ext.rl.prompts import (
     turns_of,
 )
 from megatron_ext.rl.rows import RolloutRow, log_probs
-from megatron_ext.rl.settings import GrpoSettings
+from megatron_ext.rl.settings import GrpoSettings, loads_reference
 from megatron_ext.rl.step import ROLLOUTS, SAMPLES, GrpoTrained, train
 from megatron_ext.rl.updates import Reference
 from megatron_ext.rollout.engine import Engine
@@ -162,7 +162,7 @@ def reference_of(config: GrpoSettings, folder: ModelFolder, trainer: Trainer) ->
     """
     if not config.loss.kl_beta:
         return None
-    if config.lora.rank and not folder.lora and not config.reference:
+    if not loads_reference(config, adapted=folder.lora is not None):
         return lambda rows: _without_adapters(trainer.model, rows)
     from megatron.core.transformer.module import Float16Module
 

@@ -176,6 +176,14 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
         return self.schedule_of(self.steps, self.warmup_steps)
 
 
+def loads_reference(config: GrpoSettings, adapted: bool) -> bool:
+    """Return whether the KL term's model is loaded beside the one in training.
+
+    New adapters are turned off instead; `adapted` says that the folder of that model has some of its own.
+    """
+    return bool(config.loss.kl_beta) and not (config.lora.rank and not adapted and not config.reference)
+
+
 def check_completions(config: GrpoSettings) -> list[Problem]:
     """Refuse a file of completions beside which there is no place for the JSONL."""
     if not config.completions or config.completions.endswith(".csv"):

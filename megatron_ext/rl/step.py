@@ -170,7 +170,9 @@ class GrpoStep:
         every, step = self.settings.evaluation.every, loop.done
         due = every > 0 and (step % every == 0 or step == loop.steps)
         if self.evaluate is not None and due and self.reached.evaluated < step:
-            loop.metrics.append({"step": step, "evaluation": self.evaluate(step)})
+            with self.trainer.offloaded(self.settings.offload):  # its samples have the cache of a rollout
+                told = self.evaluate(step)
+            loop.metrics.append({"step": step, "evaluation": told})
             self.reached.evaluated = step
             loop.watch.move()
 

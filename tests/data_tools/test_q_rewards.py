@@ -98,7 +98,7 @@ def test_a_wrong_table_is_named_with_its_line_and_nothing_is_written(
 
 def test_wrong_settings_are_told_at_once(tmp_path: Path) -> None:
     assert [problem.where for problem in declared.check(Config(tau=0.0))] == ["inputs", "tau"]
-    with pytest.raises(UserMistake, match="absent.csv is neither a CSV file nor a folder"):
+    with pytest.raises(UserMistake, match=r"absent.csv is neither a file nor a folder with a file of records \(csv\)"):
         q_rewards(Config(inputs=[str(tmp_path / "absent.csv")]), tmp_path)
 
 

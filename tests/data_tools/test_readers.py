@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.mistake import UserMistake
-from data_tools.records import readers, shares
+from data_tools.records import inputs, readers, shares
 from data_tools.records.blend_file import read_blend
 from data_tools.records.shares import open_share
+from data_tools.tasks import mix
 
 ROWS = [{"question": f"{n}?", "answer": "x" * (n % 7) * 40} for n in range(57)]
 
@@ -162,3 +163,26 @@ def test_a_key_that_stands_twice_is_told_and_the_last_one_does_not_win(tmp_path,
         return
     first, second = readers.records(path)
     assert first.value == {"a": 1} and second.problem == "the key 'a' stands twice in one object"
+
+
+def test_an_input_names_the_files_that_a_folder_has_of_a_kind_packed_ones_too(tmp_path):
+    """For every phase that reads folders: none is left out for its spelling, and what names nothing is told at once."""
+    rows = ["b.csv", "A.CSV", "c.jsonl", "d.jsonl.gz", "e.jsonl.zst", "f.parquet"]
+    for name in [*rows, "balance.json", "notes.txt"]:
+        if name not in rows or name.lower().endswith("csv"):
+            (tmp_path / name).write_text("question,answer\n1,2\n")
+        else:
+            spell(tmp_path / name, ROWS)
+    (tmp_path / "folder.csv").mkdir()
+
+    def found(kinds: tuple[str, ...]) -> list[str]:
+        return [file.name for file in inputs.files_of([str(tmp_path), str(tmp_path / "notes.txt")], kinds)[:-1]]
+
+    assert found(inputs.CSV) == ["A.CSV", "b.csv"]
+    assert found(inputs.JSONL) == ["c.jsonl", "d.jsonl.gz", "e.jsonl.zst"]
+    assert found(mix.READ) == sorted(rows)
+    for file in inputs.files_of([str(tmp_path)], mix.READ):
+        assert [record.value for record in readers.records(file)], file
+    with pytest.raises(UserMistake) as caught:
+        inputs.files_of([str(tmp_path / "absent"), str(tmp_path / "folder.csv")], inputs.CSV, "source.inputs")
+    assert [problem.where for problem in caught.value.problems] == ["source.inputs"] * 2

@@ -183,7 +183,7 @@ def test_a_line_that_is_no_sample_is_named_or_counted(tmp_path: Path) -> None:
     config.on_bad_row = "drop"
     facts, _ = rejected(config, tmp_path)
     assert buckets(facts) == {"malformed_line": 1, "malformed_sample": 2, "kept": 1}
-    with pytest.raises(UserMistake, match="inputs: .*absent is neither a JSONL file nor a folder"):
+    with pytest.raises(UserMistake, match="inputs: .*absent is neither a file nor a folder with"):
         rejected(Config(inputs=[str(tmp_path / "absent")]), tmp_path)
 
 

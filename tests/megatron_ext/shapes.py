@@ -1,5 +1,6 @@
 """Released models as shapes, with the numbers of their config.json."""
 
+from megatron_ext.models.gpt_oss.config import Dims, Yarn, hf_config
 from megatron_ext.parallel.shape import ATTENTION, MAMBA, MLP, MOE, WINDOW, ModelShape
 
 QWEN_32B = ModelShape(
@@ -17,6 +18,11 @@ def gpt_oss(layers: int, experts: int) -> ModelShape:
 
 
 GPT_OSS_20B, GPT_OSS_120B = gpt_oss(24, 32), gpt_oss(36, 128)
+GPT_OSS_20B_CONFIG = hf_config(Dims(
+    hidden=2880, heads=64, kv_groups=8, head_dim=64, window=128, sliding=(True, False) * 12, experts=32, top_k=4,
+    ffn=2880, swiglu_limit=7.0, vocabulary=201088, tied=False, norm_epsilon=1e-5, rope_base=150000.0,
+    yarn=Yarn(32.0, 4096, 32.0, 1.0, truncate=False), max_positions=131072, dtype="bfloat16", mxfp4=True,
+))  # fmt: skip
 
 NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 NANO = ModelShape(

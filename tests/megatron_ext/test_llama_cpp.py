@@ -2,23 +2,31 @@
 
 It needs the extras gguf and llama_cpp."""
 
+import contextlib
 import json
+import re
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
 from megatron_ext.entrypoints import export_gguf, run_exported
+from megatron_ext.layers.mxfp4 import dequantised
+from megatron_ext.models.gpt_oss.config import hf_config
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from megatron_ext.serving import converter, llama_cpp
 from tests.megatron_ext import adapted, tiny
+from tests.megatron_ext.test_attention import forward
 from tests.megatron_ext.test_gguf import GPT_OSS, HYBRID, ROWS, folder
 
 pytestmark = [
@@ -79,14 +87,69 @@ def test_llama_cpp_answers_as_our_engine_does(name, alone, tmp_path):
     assert theirs(exported(source, tmp_path / "gguf")) == ours(model)
 
 
-def test_mxfp4_experts_answer_as_our_engine_but_for_what_llama_cpp_rounds(alone, tmp_path):
-    """llama.cpp rounds to 8 bits what it multiplies MXFP4 with, which decides where a random model hardly prefers one
-    token. Of blocks that were read wrongly, one first token of 304 would agree by chance."""
+def with_matrices(source: Path, out: Path) -> Path:
+    """The same model with its experts' values as matrices in float32."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / "model.safetensors")
+    for name in [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]:
+        blocks, scales = (tensors.pop(f"{name}_{part}") for part in ("blocks", "scales"))
+        tensors[name] = dequantised(blocks, scales, torch.float32).mT.contiguous()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(hf_config(WHOLE_YARN)))
+    return out
+
+
+def q8_0(x: torch.Tensor) -> torch.Tensor:
+    """What ggml multiplies MXFP4 with in place of x [..., 32 n]: blocks of 32 in 8 bits under a scale in fp16
+    (quantize_row_q8_0 of ggml-cpu, for ggml_vec_dot_mxfp4_q8_0)."""
+    blocks = x.unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    codes = (blocks * torch.where(largest > 0, 127 / largest, 0)).round()
+    return (codes * (largest / 127).half().float()).flatten(-2)
+
+
+@contextlib.contextmanager
+def rounding_as_ggml(model: Any) -> Iterator[None]:
+    """Have the model's experts multiply with what ggml would."""
+    matrices = [part for name, part in model.named_modules() if re.search(r"\.experts\..*linear_fc[12]$", name)]
+    assert len(matrices) == 2 * 2 * WHOLE_YARN.experts
+    hooks = [part.register_forward_pre_hook(lambda _, given: (q8_0(given[0]), *given[1:])) for part in matrices]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def first_logprobs(model: Any, prompt: tuple[int, ...]) -> torch.Tensor:
+    """Our log-probs of the first new token."""
+    logits = forward(model, tiny.pack([len(prompt)], seed=0), torch.tensor([prompt]))[0]
+    return logits[-1].float().log_softmax(-1)
+
+
+def test_mxfp4_experts_answer_as_our_engine_but_for_what_ggml_rounds(alone, tmp_path):
+    """ggml's kernel rounds to 8 bits what it multiplies MXFP4 with, which decides where a random model hardly prefers
+    one token: where our experts round the same, they answer the same, and so does llama.cpp over matrices of the same
+    values, with which it multiplies without rounding. The log-probs of first tokens tell it in numbers."""
     source = folder(tmp_path / "hf", WHOLE_YARN, mxfp4=True)
     model = tiny.model(source, replace(WHOLE_YARN, mxfp4=True), ParallelPlan())
-    pairs = list(zip(theirs(exported(source, tmp_path / "gguf")), ours(model), strict=True))
-    print(f"{sum(a == b for a, b in pairs)} of {PROMPTS} equal, {sum(a[:1] == b[:1] for a, b in pairs)} first tokens")
-    assert sum(a[:1] == b[:1] for a, b in pairs) > PROMPTS / 2
+    plain = ours(model)
+    with rounding_as_ggml(model):
+        rounded = ours(model)
+        of_rounded = [first_logprobs(model, prompt) for prompt in prompts(20)]
+    of_plain = [first_logprobs(model, prompt) for prompt in prompts(20)]
+    assert theirs(exported(with_matrices(source, tmp_path / "matrices"), tmp_path / "f32")) == plain
+    asked = llama_cpp.LlamaCpp(exported(source, tmp_path / "gguf"), None, 512, stops=STOPS, exact=True)
+    answers = [asked.complete(prompt, llama_cpp.Way(0.0, 1.0, 0, most=NEW))[0] for prompt in prompts()]
+    far: dict[str, float] = {"plain": 0.0, "rounded": 0.0}
+    for place, prompt in enumerate(prompts(20)):
+        said = asked._ask({"prompt": list(prompt), "n_predict": 1, "temperature": 0.0, "n_probs": ROWS})
+        for token in said["completion_probabilities"][0]["top_logprobs"]:
+            for name, found in (("plain", of_plain), ("rounded", of_rounded)):
+                far[name] = max(far[name], abs(float(found[place][token["id"]]) - token["logprob"]))
+    same = {
+        name: sum(a == b for a, b in zip(answers, found)) for name, found in (("plain", plain), ("rounded", rounded))
+    }
+    print(f"of {PROMPTS} answers as ours: {same}; log-probs of first tokens differ by at most {far}")
+    assert same["rounded"] > same["plain"]
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt_oss"])

@@ -14,8 +14,6 @@ from megatron_ext.preflight.facts import Documents, Training
 from megatron_ext.preflight.flops import cost_coefficients, kernel_shares, kind_of, step, training_flops
 from megatron_ext.preflight.memory import block_activations, in_flight, memory, micro_batches, stages
 from megatron_ext.preflight.search import search
-from megatron_ext.rl import memory as grpo_memory
-from megatron_ext.rl.settings import GrpoSettings
 from tests.megatron_ext.shapes import GPT_OSS_20B, GPT_OSS_120B, NANO, QWEN_32B
 
 QWEN3_32B = ModelShape(
@@ -56,27 +54,6 @@ def plan(tensor: int = 1, context: int = 1, expert: int = 1, **other) -> Paralle
 def test_weights_gradients_and_optimizer_state(shape, ranks, degrees, state):
     found = memory(plan(*degrees), training(shape, ranks, 4096)).state / GIB
     assert found == pytest.approx(state, abs=0.15)
-
-
-def test_experts_in_mxfp4_let_lora_grpo_of_gpt_oss_20b_fit_48_gb():
-    """By hand: 24 layers of 32 experts of 3 matrices of 2,880 squared are 19,110,297,600 values, of which 32
-    take 17 bytes; the other 1,804,459,584 parameters take 2 bytes each, and so do the adapters."""
-    adapters = LoraConfig(rank=4, alpha=8, targets=["all-linear", "experts", "router"])
-    config = GrpoSettings(lora=adapters, row_tokens=8192, parallel=plan(recompute="full"))
-    config.engine.kv_gib, config.engine.max_batch = 16, 64
-    one = Training(Workload(1, GPT_OSS_20B, backend="torch", dtype="bfloat16"), Documents.one(1, 128), lora=adapters)
-    of_base = grpo_memory.needs(config, one)
-    trained = reach(adapters, GPT_OSS_20B)["trainable"]
-    weights = 19_110_297_600 * 17 / 32 + 2 * (1_804_459_584 + trained)
-    assert of_base["mxfp4"]["update"].weights == of_base["mxfp4"]["rollouts"].weights == weights
-    assert of_base[""]["update"].weights == 2 * (GPT_OSS_20B.parameters.total + trained)
-    totals = {base: {name: of.total / GIB for name, of in phases.items()} for base, phases in of_base.items()}
-    assert totals["mxfp4"] == pytest.approx({"update": 20.1, "rollouts": 34.0}, abs=0.05)
-    assert totals[""] == pytest.approx({"update": 46.2, "rollouts": 60.1}, abs=0.05)
-    assert max(totals["mxfp4"].values()) < 48e9 / GIB < max(totals[""].values()) < 79.6
-    (shown,) = grpo_memory.report(config, one)[1]
-    assert shown["columns"] == ["GiB", *(f"{phase}, base {base}" for base in ("bfloat16", "mxfp4")
-                                         for phase in ("update", "rollouts"))]  # fmt: skip
 
 
 def test_a_pipeline_spreads_state_and_its_ends_hold_the_vocabulary():
@@ -224,12 +201,6 @@ def test_the_plan_of_the_sft_seed_does_not_fit_and_16_gpus_do():
     assert search(training(NANO, 4, 262_144, 60, "h200"), seed) == []
     fits = [candidate.plan for candidate in search(training(NANO, 16, 262_144, 64, supervised=0.2), seed)]
     assert plan(2, 8, 16, recompute="selective") in fits
-
-
-def test_the_kv_cache_of_a_rollout():
-    """64 layers x key and value x 1 group of 8 x 128 x 2 bytes a token; a 20 GiB buffer holds 655,360."""
-    needs = memory(plan(8), training(QWEN_32B, 8, 12_000, kv_tokens=655_360))
-    assert needs.kv_cache == 20 * GIB
 
 
 def test_a_rank_has_whole_micro_batches():

@@ -20,6 +20,8 @@ from jobs.schema.references import substitute
 from jobs.task import Task
 from megatron_ext.entrypoints import export_hf, import_hf
 from megatron_ext.models.gpt_oss.config import Dims, Yarn, hf_config
+from megatron_ext.serving import converter, llama_cpp
+from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
 from tests.command import afterok, afterok_json
 from tests.megatron_ext.byte_bpe import byte_bpe
 
@@ -205,13 +207,21 @@ def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released
 
 
 @pytest.mark.soak
-def test_afterok_runs_it_and_reuses_what_is_sealed(released, tmp_path):
-    """The command line, with variables of the environment: a second run has nothing left to do."""
+@pytest.mark.parametrize("where", ["local", "slurm"])
+def test_afterok_runs_it_and_reuses_what_is_sealed(where, released, tmp_path, request):
+    """The command line, with variables of the environment, to all seals: a second run has nothing left to do."""
     words = overrides(released, tmp_path, steps=2, prompts=2, group=4, test_samples=1, test_prompts=4, save_steps=0)
     log = tmp_path / "log.csv"
     environment = {"GRPO_COMPLETION_LOG_PATH": str(log), "HF_HOME": str(tmp_path)}
+    if where == "slurm":
+        environment |= request.getfixturevalue("dev_cluster").env()
+        roles = [f"{name}.resources.role=cpu" for name in ("base_tested", "grpo", "test_adapter", "run_exported")]
+        words = [word for word in words if word != "cluster=local"] + roles
+    if not (converter.check_installed("") or llama_cpp.check_installed()):
+        words += ["params.gguf=true", "package.with.gguf=[${phases.gguf.out}]", "run_gguf.with.verifiers=1"]
+        words += ["run_gguf.resources.role=cpu"] * (where == "slurm")
     command = ("run", PIPELINE, "--run", tmp_path / "run", *words)
-    afterok(*command, env=environment, timeout=1500)
+    print(afterok(*command, env=environment, timeout=1500).stdout)
     assert len(log.read_text().splitlines()) > 16 and log.with_suffix(".jsonl").is_file()
     planned = afterok_json("plan", *command[1:], env=environment)
     assert {phase["action"] for phase in planned["phases"]} == {"reuse"}, planned

@@ -261,7 +261,7 @@ def test_wrong_records_are_named_by_file_and_line_and_no_prompts_are_a_mistake(t
         with pytest.raises(UserMistake) as caught:
             load_items("a", Entry(f"{HERE}:length", source=Source(inputs=[str(file)])))
         assert message in str(caught.value)
-    with pytest.raises(UserMistake, match="no file .*/absent; give files that exist"):
+    with pytest.raises(UserMistake, match="source.inputs: .*/absent is neither a file nor a folder"):
         load_items("a", Entry(f"{HERE}:length", source=Source(inputs=[str(tmp_path / "absent")])))
 
 
