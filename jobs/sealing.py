@@ -43,9 +43,9 @@ class Sealer:
         Raises:
             TakenOver: a newer owner works on the element.
         """
-        if lease is not None and not self.artifact.seal(lease, self._record(facts)):
+        if lease is not None and not self.artifact.seal(lease, self._record(facts, whole=False)):
             return self._lost_to_twin()
-        if self.artifact.fans_in and len(self.artifact.sealed_elements()) == self.phase.elements:
+        if self.artifact.fans_in and self.artifact.all_are_sealed():
             self._fan_in()
         if self.artifact.seal_path.exists():
             self.upstream.run.link_latest(self.phase.name)
@@ -98,17 +98,23 @@ class Sealer:
         )
         facts = self.kind.finish([part.folder for part in parts], config, task) or {}
         upstream = standing.whole_upstream(parts, self.upstream.paired)
-        record = {**self._record(facts), "parts": [part.digest for part in parts], "upstream": upstream}
+        record = {**self._record(facts, whole=True), "parts": [part.digest for part in parts], "upstream": upstream}
         self.artifact.seal(lease, record)
 
-    def _record(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Return what a seal says of this owner's work. Raises UserMistake where the facts hold a secret."""
+    def _record(self, facts: dict[str, Any], whole: bool) -> dict[str, Any]:
+        """Return what a seal says of this owner's work, on an element or on the `whole` phase.
+
+        Raises UserMistake where the facts hold a secret.
+        """
         self.reveal().refuse_in(facts, f"{self.phase.name}: facts")
+        material = self.phase.material
+        if self.artifact.fans_in and not whole:  # the values of all elements stand in the phase's seal alone
+            material = {name: value for name, value in material.items() if name != "array"}
         return {
             "phase": self.phase.name,
             "uses": self.phase.uses,
             "key": self.phase.key,
-            "material": self.phase.material,
+            "material": material,
             "submission": self.owner.attempt,
             "restart": self.owner.restart,
             "job": self.owner.job,

@@ -381,8 +381,8 @@ class Worker:
         received = {int(number) for word in words for number in word.split(",") if number}
         before = [
             outcome
-            for outcome in self.run.outcomes(self.phase.name, self.owner.attempt)
-            if outcome.element == self.index and outcome.restart < self.owner.restart
+            for outcome in self.run.outcomes(self.phase.name, self.owner.attempt, self.index)
+            if outcome.restart < self.owner.restart
         ]
         stops = [outcome for outcome in before if outcome.state == "stopped"]
         ends = [retry.End(Cause.STOPPED, done, stopped.unit) for done in [*(stop.done for stop in stops), stopped.done]]

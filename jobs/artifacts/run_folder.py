@@ -21,7 +21,7 @@ from typing import Any
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from jobs.artifacts.artifact import Artifact
-from jobs.artifacts.layout import ArtifactLayout, RunLayout
+from jobs.artifacts.layout import ArtifactLayout, RunLayout, element_name
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
 from jobs.schema.pipeline import NEED_SEALS
@@ -307,18 +307,19 @@ class RunFolder(RunLayout):
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.create_file(path, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
 
-    def outcomes(self, phase: str, attempt: int | None = None) -> list[Outcome]:
-        """Return the outcomes of a phase, of one attempt or all; an element's later ones after its earlier ones.
+    def outcomes(self, phase: str, attempt: int | None = None, element: int | None = None) -> list[Outcome]:
+        """Return the outcomes of a phase, of one attempt or element or all; an element's later ones after its earlier.
 
         Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.
-        A torn or altered file is as good as none.
+        A torn or altered file is as good as none. Which files are read, their names decide.
         """
         folder = self.outcomes_folder(phase)
         names = os.listdir(folder) if folder.is_dir() else []
         asked = "" if attempt is None else f".a{attempt}."
+        begins = "" if element is None else f"{element_name(element)}."
         outcomes = []
         for name in names:  # tens of thousands: no Path an element
-            if name.endswith(".json") and asked in name and not name.startswith("."):
+            if name.endswith(".json") and asked in name and name.startswith(begins) and not name.startswith("."):
                 with open(f"{folder}/{name}", "rb") as file, contextlib.suppress(ValueError, TypeError):
                     told = durable.parse_checked(file.read(), name)
                     told.pop(durable.SUM, None)
