@@ -340,5 +340,7 @@ def metrics_below(artifact: ArtifactLayout, elements: int) -> dict[int, Path]:
 
 def sample_logs_of(keep: Path) -> dict[int, Path]:
     """Return {step: the log of its samples} of a GRPO training, in what an element keeps."""
-    named = ((re.fullmatch(r"step_(\d+)\.jsonl", path.name), path) for path in (keep / "samples").glob("step_*"))
+    named = (
+        (re.fullmatch(r"step_(\d+)\.jsonl(?:\.zst)?", path.name), path) for path in (keep / "samples").glob("step_*")
+    )
     return {int(match[1]): path for match, path in sorted(named, key=lambda each: each[1].name) if match}
