@@ -52,9 +52,9 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_sheet(folder: Path, rows: int = 1) -> None:
+def write_sheet(folder: Path, rows: int = 1, supervised: int = 0) -> None:
     sheet = SourceBalance.of_rows("a", rows)
-    sheet.kept, sheet.tokens_in, sheet.tokens, sheet.supervised = rows, 2 * rows, 2 * rows, rows
+    sheet.kept, sheet.tokens_in, sheet.tokens, sheet.supervised = rows, 2 * rows, 2 * rows, supervised
     (folder / FILE).write_text(json.dumps(Balance([sheet]).to_json()))
 
 
@@ -65,7 +65,7 @@ def write_store(folder: Path, rows: int) -> Path:
         ids, mask = np.array([7, 8], np.int32), np.array([0, 1], np.uint8)
         writer.add(ids, mask, Provenance(0, line, row_text("p", "a")))
     writer.close()
-    write_sheet(folder, rows)
+    write_sheet(folder, rows, supervised=rows)
     return folder
 
 
@@ -89,7 +89,7 @@ def drawn_rows(above: Path) -> None:
         np.save(part / dolci.INDEX, np.array([entry], dolci.INDEX_RECORD))
         write_sheet(part)
     out.mkdir()
-    dolci.draw(dolci.Config(target_rows=PARTS, shares={"safety": 1.0}), parts, out)
+    dolci.draw(dolci.Config(target_rows=PARTS, shares={"reasoning": 1.0}), parts, out)
     assert [row["row"] for row in lines_of(out / dolci.SAMPLE)] == [-place % PARTS for place in range(PARTS)]
 
 
