@@ -45,6 +45,7 @@ class Sealer:
         """
         if lease is not None and not self.artifact.seal(lease, self._record(facts, whole=False)):
             return self._lost_to_twin()
+        self.artifact.tidy(self.upstream.index)
         if self.artifact.fans_in and self.artifact.all_are_sealed():
             self._fan_in()
         if self.artifact.seal_path.exists():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.progress import Stop, Stopped, never
+from jobs.artifacts.layout import progress_path
 
 PROGRESS_LINE_S = 5.0  # at most one log line in so many seconds
 PROGRESS_FILE_S = 0.5
@@ -77,8 +78,3 @@ class Task:
             os.replace(temporary, path)
         except OSError as error:
             print(f"progress not shown: {error}", file=sys.stderr)
-
-
-def progress_path(keep: Path, index: int) -> Path:
-    """Return where an element's progress stands, in what it keeps."""
-    return keep / "progress" / f"{index:04d}.json"

@@ -15,13 +15,21 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
-from jobs.artifacts.layout import FINISH, ArtifactLayout, LeaseName, altered_seals, element_name, set_aside_name
+from jobs.artifacts.layout import (
+    FINISH,
+    ArtifactLayout,
+    LeaseName,
+    altered_seals,
+    element_name,
+    progress_path,
+    set_aside_name,
+)
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.seal import FORMAT, Seal, environment, manifest, read_seal
 
@@ -70,10 +78,13 @@ class Artifact(ArtifactLayout):
         owner: Owner,
         slurm_says_ended: Callable[[str], bool],
         outdated: Callable[[Seal], bool] = lambda seal: False,
+        *,
+        environment: Mapping[str, str] | None = None,
     ) -> Lease:
         """Take the lease of an element (or FINISH) and give its owner an empty folder.
 
         A seal of an earlier submission that is `outdated` is set aside: an element's own, and with it the phase's.
+        `environment` is written down with the lease.
 
         Raises:
             Sealed: the seal is there.
@@ -100,7 +111,7 @@ class Artifact(ArtifactLayout):
         )
         lease.path.parent.mkdir(parents=True, exist_ok=True)
         lease.sealing.mkdir(parents=True)
-        if not durable.create_file(lease.path, owner.record()):
+        if not durable.create_file(lease.path, owner.record(environment)):
             shutil.rmtree(lease.sealing, ignore_errors=True)  # a newer owner may have: it bears the twin's name
             raise LeaseHeld(f"element {element}: a twin took lease {lease.path.name} a moment ago")
         if not self.still_mine(lease):
@@ -212,6 +223,17 @@ class Artifact(ArtifactLayout):
             return False  # taken over while the files were hashed
         shutil.rmtree(lease.sealing, ignore_errors=True)
         return won
+
+    def tidy(self, index: int) -> None:
+        """Take away the folder in which a sealed element kept what survives attempts, if it only told its progress."""
+        if self.elements == 1:  # whose folder is the artifact's
+            return
+        keep = self.keep_folder(index, self.elements)
+        progress = progress_path(keep, index)
+        with contextlib.suppress(OSError):  # not empty; or a late twin looks in
+            progress.unlink(missing_ok=True)
+            progress.parent.rmdir()
+            keep.rmdir()
 
     def withdraw(self, seal: Path, seen: str, name: str) -> None:
         """Set aside the seal that a submitter saw, whose bytes have the SHA-256 `seen`, as `name`; no newer one."""

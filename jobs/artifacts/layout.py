@@ -16,18 +16,18 @@
       local/N/                         the driver's state, where there is no Slurm (launchers/backends/local.py)
       PHASE/logs/aN.INDEX.out          one log an element and attempt
       PHASE/attempts/0003.a2.r0.json   how that life of element 3 ended; 0003.a2.r0.skipped.json of a twin that left
-      PHASE/attempts/environment/      SLURM_* as each attempt on Slurm found it
+      PHASE/attempts/environment/      SLURM_* of each attempt, in runs of before; now its lease has them
       PHASE/latest                     link to what is sealed under the newest submission's key, for people
       PHASE/retired/KEY.1              what PHASE/KEY was before it was run anew
       PHASE/KEY/
         seal.json                      the phase's seal, linked last; its presence is the only sign of success
         seals/0003.json                one an array element
-        leases/0003.a2.r0.g0           who works on an element: attempt, restart count, generation
+        leases/0003.a2.r0.g0           who works on an element: attempt, restart count, generation; SLURM_* it found
         sealing/0003.a2.r0.g0.UNIQUE/  where that owner writes its seal before it is linked
         work/0003.a2.r0.g0/            what that owner writes; a seal names the folder that counts
                                        of element 1003 these three lie in leases/1k/, sealing/1k/ and work/1k/
         checkpoints/step_N/, metrics.jsonl, samples/, tables/, progress/     survive attempts; not sealed content
-        elements/0003/                 the same of one element, where a phase has several
+        elements/0003/                 the same of one element, where a phase has several; gone if it kept nothing
 
 An element is named by its index, and `finish` stands for the merging of all. An attempt is the number of a submission.
 """
@@ -234,7 +234,7 @@ class RunLayout:
         return self.outcomes_folder(phase) / f"{_life_name(life)}{'.skipped' if is_twin else ''}.json"
 
     def environment_path(self, phase: str, life: tuple[int, int, int]) -> Path:
-        """Return where the SLURM_* variables of a life (element, attempt, restart) stand."""
+        """Return where runs of before have the SLURM_* variables of a life (element, attempt, restart)."""
         return self.outcomes_folder(phase) / "environment" / f"{_life_name(life)}.json"
 
 
@@ -319,6 +319,11 @@ def checkpoints_of(keep: Path) -> Iterator[Path]:
 def durable_checkpoints_of(keep: Path) -> Iterator[Path]:
     """Yield the manifests of the durable checkpoints in what an element keeps: each was written last."""
     return (keep / "checkpoints").glob("step_*/manifest.json")
+
+
+def progress_path(keep: Path, index: int) -> Path:
+    """Return where an element's progress stands, in what it keeps."""
+    return keep / "progress" / f"{element_name(index)}.json"
 
 
 METRICS = "metrics.jsonl"  # what a training writes of its steps, in what an element keeps

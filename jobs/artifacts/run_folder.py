@@ -13,7 +13,6 @@ import shutil
 import stat
 import time
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from jobs.artifacts.artifact import Artifact
 from jobs.artifacts.layout import ArtifactLayout, RunLayout, element_name
-from jobs.artifacts.owner import Owner
+from jobs.artifacts.owner import ENVIRONMENT
 from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
 from jobs.schema.pipeline import NEED_SEALS
 
@@ -326,14 +325,19 @@ class RunFolder(RunLayout):
                     outcomes.append(Outcome(**told))
         return sorted(outcomes, key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
 
-    def record_environment(self, phase: str, element: int, owner: Owner, environment: Mapping[str, str]) -> None:
-        """Write what Slurm told an attempt when it starts; a few kilobytes, one file an attempt on Slurm."""
-        told = {name: value for name, value in environment.items() if name.startswith("SLURM")}
-        if "SLURM_JOB_ID" not in told:
-            return
-        path = self.environment_path(phase, (element, owner.attempt, owner.restart))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_checked(path, told)
+    def environment(self, phase: FrozenPhase, element: int, attempt: int, restart: int) -> dict[str, Any]:
+        """Return the SLURM_* variables that a life of an element found, as its newest lease tells; {} if none does.
+
+        Runs of before have them in a file beside the outcomes.
+        """
+        old = self.environment_path(phase.name, (element, attempt, restart))
+        leases = self.artifact(phase).leases(element, attempt)
+        newest = max((owner for owner in leases if owner.restart == restart), default=None)
+        with contextlib.suppress(durable.TornFile):  # nothing is known of it
+            if old.exists():
+                return durable.read_checked(old)
+            return durable.read_checked(leases[newest]).get(ENVIRONMENT, {}) if newest else {}
+        return {}
 
 
 def _redirect_of(phase: str) -> str:

@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_tools.base import durable
 from jobs import requeue, retry
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.retry import Cause, End, Verdict
@@ -229,11 +228,8 @@ def _record_silent_end(last: Life, slurm: Slurm) -> bool:
 
 def _nodes_of(life: Life) -> str:
     """Return the nodes an earlier life ran on, as Slurm names them together ("n[1-4]"); "" where nothing is known."""
-    path = life.run.environment_path(life.phase.name, (life.index, life.attempt, life.restart))
-    try:
-        return durable.read_checked(path).get("SLURM_JOB_NODELIST", "")
-    except (FileNotFoundError, durable.TornFile):  # nothing is known of it
-        return ""
+    told = life.run.environment(life.phase, life.index, life.attempt, life.restart)
+    return str(told.get("SLURM_JOB_NODELIST", ""))
 
 
 def _restart(phase: FrozenPhase, env: Mapping[str, str]) -> int:

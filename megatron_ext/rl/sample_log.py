@@ -49,8 +49,8 @@ class SampleLog:
         data = _spelled(prompts, packed)
         room = (self.most_bytes - sum(self.sizes.values()) + self.sizes.get(name, 0)) / max(1, self.steps - step + 1)
         logged = len(prompts)
-        if len(data) > room:
-            logged = max(1, int(len(prompts) * max(room, 0) / len(data)))
+        while len(data) > room and logged > 1:
+            logged = max(1, min(logged - 1, int(logged * max(room, 0) / len(data))))
             data = _spelled([prompts[place * len(prompts) // logged] for place in range(logged)], packed)
         path = self.folder / f"{name}.jsonl{'.zst' if packed else ''}"
         durable.write_file(path, data)

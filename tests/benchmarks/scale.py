@@ -149,7 +149,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="aok-", dir="/tmp"))
     costs: dict[int, dict[str, Any]] = {}
     try:
-        with drained_cluster(folder, max(args.sizes)):
+        with drained_cluster(folder, max(*args.sizes, args.peer_elements)):
             for elements in args.sizes:
                 place = folder / str(elements)
                 place.mkdir()

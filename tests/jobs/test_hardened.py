@@ -352,7 +352,7 @@ TORN = [
     "numbers/*/seals/0001.json",
     "numbers/*/seal.json",
     "total/*/leases/*",
-    "numbers/*/elements/*/progress/*.json",
+    "total/*/progress/*.json",
     "submissions/1/profile.yaml",
 ]
 
