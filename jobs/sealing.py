@@ -14,7 +14,7 @@ from jobs.kind import PhaseKind
 from jobs.schema.references import substitute
 from jobs.schema.typed import typed_config
 from jobs.secrets import Secrets
-from jobs.task import Task
+from jobs.task import Task, forget_progress
 from jobs.upstream import Upstream
 
 
@@ -45,7 +45,8 @@ class Sealer:
         """
         if lease is not None and not self.artifact.seal(lease, self._record(facts, whole=False)):
             return self._lost_to_twin()
-        self.artifact.tidy(self.upstream.index)
+        if self.phase.elements > 1:
+            forget_progress(self.artifact.keep_folder(self.upstream.index, self.phase.elements), self.upstream.index)
         if self.artifact.fans_in and self.artifact.all_are_sealed():
             self._fan_in()
         if self.artifact.seal_path.exists():

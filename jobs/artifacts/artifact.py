@@ -27,7 +27,6 @@ from jobs.artifacts.layout import (
     LeaseName,
     altered_seals,
     element_name,
-    progress_path,
     set_aside_name,
 )
 from jobs.artifacts.owner import Owner
@@ -223,17 +222,6 @@ class Artifact(ArtifactLayout):
             return False  # taken over while the files were hashed
         shutil.rmtree(lease.sealing, ignore_errors=True)
         return won
-
-    def tidy(self, index: int) -> None:
-        """Take away the folder in which a sealed element kept what survives attempts, if it only told its progress."""
-        if self.elements == 1:  # whose folder is the artifact's
-            return
-        keep = self.keep_folder(index, self.elements)
-        progress = progress_path(keep, index)
-        with contextlib.suppress(OSError):  # not empty; or a late twin looks in
-            progress.unlink(missing_ok=True)
-            progress.parent.rmdir()
-            keep.rmdir()
 
     def withdraw(self, seal: Path, seen: str, name: str) -> None:
         """Set aside the seal that a submitter saw, whose bytes have the SHA-256 `seen`, as `name`; no newer one."""

@@ -224,7 +224,7 @@ class RunLayout:
 
     def log_path(self, phase: str, attempt: int, index: int | str) -> Path:
         """Return the log of an element; `index` may be a pattern that Slurm or a shell fills in."""
-        return self.logs_folder(phase) / f"a{attempt}.{index}.out"
+        return self.logs_folder(phase) / log_name(attempt, index)
 
     def outcomes_folder(self, phase: str) -> Path:
         return self.phase_folder(phase) / "attempts"
@@ -236,6 +236,11 @@ class RunLayout:
     def environment_path(self, phase: str, life: tuple[int, int, int]) -> Path:
         """Return where runs of before have the SLURM_* variables of a life (element, attempt, restart)."""
         return self.outcomes_folder(phase) / "environment" / f"{_life_name(life)}.json"
+
+
+def log_name(attempt: int, index: int | str) -> str:
+    """Return the name of the log of an element, or of what `index` stands for."""
+    return f"a{attempt}.{index}.out"
 
 
 def _life_name(life: tuple[int, int, int]) -> str:
@@ -319,11 +324,6 @@ def checkpoints_of(keep: Path) -> Iterator[Path]:
 def durable_checkpoints_of(keep: Path) -> Iterator[Path]:
     """Yield the manifests of the durable checkpoints in what an element keeps: each was written last."""
     return (keep / "checkpoints").glob("step_*/manifest.json")
-
-
-def progress_path(keep: Path, index: int) -> Path:
-    """Return where an element's progress stands, in what it keeps."""
-    return keep / "progress" / f"{element_name(index)}.json"
 
 
 METRICS = "metrics.jsonl"  # what a training writes of its steps, in what an element keeps

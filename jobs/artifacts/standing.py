@@ -89,7 +89,12 @@ class Surveyor:
         """
         survey = Survey()
         whole, paired = read_seal(artifact.seal_path), list(partners)
+        sealed = artifact.sealed_elements() if phase.fans_in else set()
         for index in range(phase.elements if phase.fans_in else 0):
+            if index not in sealed:
+                if whole is not None:
+                    survey.reasons.append(f"{artifact.element_seal_path(index)} is gone")
+                continue
             there = {name: parts[index].digest for name, parts in partners.items() if index in parts}
             place = artifact.element_seal_path(index)
             seal, why, word = self._element(place, index, {**now, **there}, paired)
@@ -98,8 +103,6 @@ class Surveyor:
             elif why:
                 survey.reasons.append(f"element {index}: {why}" if seal else why)
                 survey.fallen.append((place, durable.sha256_file(place), word))
-            elif whole is not None:
-                survey.reasons.append(f"{place} is gone")
         if whole is None:
             return survey
         if not survey.reasons:

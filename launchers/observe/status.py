@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from data_tools.base.tables import read_tables
-from jobs.artifacts.layout import progress_path
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.artifacts.seal import Seal
+from jobs.task import progress_path
 from launchers.backends.choose import OtherCluster
 from launchers.backends.contract import TaskState
 from launchers.causes.states import (

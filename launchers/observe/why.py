@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.mistake import UserMistake, nearest
+from jobs.artifacts.layout import log_name
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.retry import Cause
 from jobs.schema.pipeline import NEED_SEALS
@@ -212,8 +213,7 @@ class Examination:
     def examine(self, element: Element) -> None:
         """Diagnose one element, or count it among those that are like others."""
         state, outcome, row = element.state(), element.outcome, element.accounting
-        path = self.look.run.log_path(self.phase.name, element.entry.scripted, element.index)
-        has_log = state.state != RUNNING and self._has_log(path, element)
+        has_log = state.state != RUNNING and self._has_log(element)
         may_ask = element.entry.job in self.look.slurms and state.state not in ACTIVE_STATES
         message = _without_numbers(outcome.message) if outcome else ""
         ended = (outcome.state, outcome.exit_code, message, outcome.cause, outcome.node) if outcome else None
@@ -223,7 +223,7 @@ class Examination:
         if alike.findings.total() >= (SAMPLED if has_log or may_ask else 1):
             alike.rest.append(element.index)
             return
-        evidence = self.gather(element, path, has_log)
+        evidence = self.gather(element, has_log)
         diagnosis = classify(evidence)
         # Elements alike share a sentence: same cause and, but for numbers, the same words.
         key = (diagnosis.cause, _without_numbers(diagnosis.what + diagnosis.evidence), diagnosis.node)
@@ -266,14 +266,18 @@ class Examination:
         diagnosis = Diagnosis(causes.most_common(1)[0][0], "ended like others", evidence, remedy, certain=False)
         return self._finding(diagnosis, like.job, like.log)
 
-    def _has_log(self, path: Path, element: Element) -> bool:
+    def _has_log(self, element: Element) -> bool:
         """Return whether an element has a log, of its own or of the task that it shares, by the listing of all."""
-        names = self._logs or ()
-        return path.name in names or (element.entry.batch > 1 and _task_log(path, element).name in names)
+        if not self._logs:
+            return False
+        entry = element.entry
+        own = log_name(entry.scripted, element.index)
+        return own in self._logs or (entry.batch > 1 and log_name(entry.scripted, _task(element)) in self._logs)
 
-    def gather(self, element: Element, path: Path, has_log: bool) -> Evidence:
+    def gather(self, element: Element, has_log: bool) -> Evidence:
         """Collect what is known of one element: files, and scontrol where they and accounting do not tell its end."""
         look, phase, entry, state = self.look, self.phase, element.entry, element.state()
+        path = look.run.log_path(phase.name, entry.scripted, element.index)
         slurm = look.slurms.get(entry.job)
         outcome = (
             element.outcome if element.outcome is None or not element.outcome.cause else None
@@ -347,10 +351,9 @@ def _unsealed_needs(look: Look, phase: FrozenPhase) -> tuple[str, ...]:
     return tuple(roots)
 
 
-def _task_log(path: Path, element: Element) -> Path:
-    """Return what Slurm wrote of the whole task where elements share one; `path` is the element's own log."""
-    task = element.index // element.entry.batch
-    return path.with_name(path.name.replace(f".{element.index}.out", f".tasks{task}.out"))
+def _task(element: Element) -> str:
+    """Return what names the log that Slurm writes of a task which several elements share."""
+    return f"tasks{element.index // element.entry.batch}"
 
 
 def _shared_log(path: Path, element: Element) -> str:
@@ -362,6 +365,6 @@ def _shared_log(path: Path, element: Element) -> str:
         return ""
     return "".join(
         f"{line}\n"
-        for line in log_tail(_task_log(path, element), "", -1).splitlines()
+        for line in log_tail(path.with_name(log_name(element.entry.scripted, _task(element))), "", -1).splitlines()
         if re.search(r"slurmstepd.*\*\*\* JOB ", line) or ENVIRONMENT_LINE.search(line)
     )
