@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.artifacts import standing
 from jobs.artifacts.artifact import Artifact, Lease, LeaseHeld, Sealed
+from jobs.artifacts.consolidate import consolidate
 from jobs.artifacts.layout import FINISH
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase
@@ -101,7 +102,9 @@ class Sealer:
         facts = self.kind.finish([part.folder for part in parts], config, task) or {}
         upstream = standing.whole_upstream(parts, self.upstream.paired)
         record = {**self._record(facts, whole=True), "parts": [part.digest for part in parts], "upstream": upstream}
-        self.artifact.seal(lease, record)
+        if self.artifact.seal(lease, record):
+            owners = {index: (part.submission, part.content.get("restart", 0)) for index, part in enumerate(parts)}
+            consolidate(self.upstream.run, self.phase, self.owner.attempt, owners)
 
     def _record(self, facts: dict[str, Any], whole: bool) -> dict[str, Any]:
         """Return what a seal says of this owner's work, on an element or on the `whole` phase.

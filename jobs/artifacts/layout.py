@@ -16,6 +16,7 @@
       local/N/                         the driver's state, where there is no Slurm (launchers/backends/local.py)
       PHASE/logs/aN.INDEX.out          one log an element and attempt
       PHASE/attempts/0003.a2.r0.json   how that life of element 3 ended; 0003.a2.r0.skipped.json of a twin that left
+      PHASE/attempts/KEY.a2.jsonl      the same of all sealed elements of a large array (jobs/artifacts/consolidate.py)
       PHASE/attempts/environment/      SLURM_* of each attempt, in runs of before; now its lease has them
       PHASE/latest                     link to what is sealed under the newest submission's key, for people
       PHASE/retired/KEY.1              what PHASE/KEY was before it was run anew
@@ -232,6 +233,14 @@ class RunLayout:
     def outcome_path(self, phase: str, life: tuple[int, int, int], is_twin: bool) -> Path:
         """Return where it stands how a life (element, attempt, restart) ended; a twin left the work to another one."""
         return self.outcomes_folder(phase) / f"{_life_name(life)}{'.skipped' if is_twin else ''}.json"
+
+    def gathered_outcomes_path(self, phase: str, key: str, attempt: int) -> Path:
+        """Return where the outcomes of all elements are gathered that one submission had merged under a key."""
+        return self.outcomes_folder(phase) / f"{key}.a{attempt}.jsonl"
+
+    def gathered_outcomes(self, phase: str) -> list[Path]:
+        """Return the files of `gathered_outcomes_path`."""
+        return sorted(self.outcomes_folder(phase).glob("[!.]*.a*.jsonl"))
 
     def environment_path(self, phase: str, life: tuple[int, int, int]) -> Path:
         """Return where runs of before have the SLURM_* variables of a life (element, attempt, restart)."""

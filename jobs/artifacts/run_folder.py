@@ -13,6 +13,7 @@ import shutil
 import stat
 import time
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -312,18 +313,38 @@ class RunFolder(RunLayout):
         Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.
         A torn or altered file is as good as none. Which files are read, their names decide.
         """
-        folder = self.outcomes_folder(phase)
-        names = os.listdir(folder) if folder.is_dir() else []
         asked = "" if attempt is None else f".a{attempt}."
         begins = "" if element is None else f"{element_name(element)}."
-        outcomes = []
-        for name in names:  # tens of thousands: no Path an element
+        outcomes: dict[tuple[int, int, int, bool], Outcome] = {}  # those that were gathered, then those in files
+        for told in (*self._gathered(phase), *(told for _, told in self.outcome_files(phase, asked, begins))):
+            with contextlib.suppress(TypeError):
+                outcome = Outcome(**told)
+                if element in (None, outcome.element) and attempt in (None, outcome.attempt):
+                    life = (outcome.element, outcome.attempt, outcome.restart)
+                    outcomes[*life, outcome.state == "skipped"] = outcome
+        return sorted(outcomes.values(), key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
+
+    def outcome_files(self, phase: str, asked: str = "", begins: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the name and content of each outcome that has a file, if its name begins and has in it what is asked.
+
+        Tens of thousands are read, so no Path is made for each.
+        """
+        folder = self.outcomes_folder(phase)
+        for name in os.listdir(folder) if folder.is_dir() else []:
             if name.endswith(".json") and asked in name and name.startswith(begins) and not name.startswith("."):
-                with open(f"{folder}/{name}", "rb") as file, contextlib.suppress(ValueError, TypeError):
+                with contextlib.suppress(ValueError, FileNotFoundError), open(f"{folder}/{name}", "rb") as file:
                     told = durable.parse_checked(file.read(), name)
                     told.pop(durable.SUM, None)
-                    outcomes.append(Outcome(**told))
-        return sorted(outcomes, key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
+                    yield name, told
+
+    def _gathered(self, phase: str) -> Iterator[dict[str, Any]]:
+        """Yield the outcomes that were gathered in one file once a phase was sealed (consolidate.py)."""
+        for path in self.gathered_outcomes(phase):
+            for line in path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError):
+                    told = durable.parse_checked(line, path)
+                    told.pop(durable.SUM, None)
+                    yield told
 
     def environment(self, phase: FrozenPhase, element: int, attempt: int, restart: int) -> dict[str, Any]:
         """Return the SLURM_* variables that a life of an element found, as its newest lease tells; {} if none does.
