@@ -67,9 +67,9 @@ class Artifact(ArtifactLayout):
         So a few are asked for first, and the folder of all is listed where those are there.
         """
         few = random.sample(range(self.elements), min(self.elements, ASKED_FIRST))
-        return all(self.element_seal_path(i).exists() for i in few) and self.sealed_elements().issuperset(
-            range(self.elements)
-        )
+        if not all(self.element_seal_path(i).exists() for i in few):
+            return False
+        return self.sealed_elements().issuperset(range(self.elements))
 
     def acquire(
         self,

@@ -5,6 +5,7 @@ Where the files lie says jobs/artifacts/layout.py.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -315,13 +316,16 @@ class RunFolder(RunLayout):
         """
         asked = "" if attempt is None else f".a{attempt}."
         begins = "" if element is None else f"{element_name(element)}."
-        outcomes: dict[tuple[int, int, int, bool], Outcome] = {}  # those that were gathered, then those in files
-        for told in (*self._gathered(phase), *(told for _, told in self.outcome_files(phase, asked, begins))):
+        outcomes: dict[tuple[int, int, int, bool], Outcome] = {}
+        # Files first: one that is gone when it is read is in what was gathered by then.
+        for told in itertools.chain(
+            (told for _, told in self.outcome_files(phase, asked, begins)), self._gathered(phase)
+        ):
             with contextlib.suppress(TypeError):
                 outcome = Outcome(**told)
                 if element in (None, outcome.element) and attempt in (None, outcome.attempt):
-                    life = (outcome.element, outcome.attempt, outcome.restart)
-                    outcomes[*life, outcome.state == "skipped"] = outcome
+                    life = (outcome.element, outcome.attempt, outcome.restart, outcome.state == "skipped")
+                    outcomes.setdefault(life, outcome)
         return sorted(outcomes.values(), key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
 
     def outcome_files(self, phase: str, asked: str = "", begins: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
