@@ -118,9 +118,7 @@ def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert Store(write(tmp_path / "b", rows)).digest == whole.digest
 
 
-def test_a_byte_of_a_column_is_found_out_when_the_column_is_asked_for_and_costs_training_nothing(
-    tmp_path: Path,
-) -> None:
+def test_a_wrong_byte_of_a_column_is_found_out_when_that_column_is_asked_for(tmp_path: Path) -> None:
     folder = write(tmp_path / "s", [[(1, 0)]] * 2000)
     data = bytearray((folder / "rows.npz").read_bytes())
     data[data.index(b"line.npy") + 200] ^= 1
