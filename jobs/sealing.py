@@ -70,7 +70,7 @@ class Sealer:
             if part is None or not (part.submission >= self.owner.attempt or self.upstream.is_current(index, part)):
                 print(f"{self.phase.name}[{index}] is to be sealed anew, then all are merged")
                 return
-            parts.append(part)
+            parts.append(part.without_what_is_not_merged())
         digests = [part.digest for part in parts]
         try:
             lease = self.artifact.acquire(FINISH, self.owner, self.says_ended, lambda seal: seal.parts != digests)

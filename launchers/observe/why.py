@@ -264,7 +264,7 @@ class Examination:
         evidence = f"of {alike.findings.total()} that look alike: {told}; the logs of these were not read"
         remedy = f"see `afterok logs {self.look.run.path} {self.phase.name}:INDEX`"
         diagnosis = Diagnosis(causes.most_common(1)[0][0], "ended like others", evidence, remedy, certain=False)
-        return self._finding(diagnosis, like.job, like.log)
+        return self._finding(diagnosis, like.job, log="")
 
     def _has_log(self, element: Element) -> bool:
         """Return whether an element has a log, of its own or of the task that it shares, by the listing of all."""
