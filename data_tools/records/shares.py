@@ -103,13 +103,18 @@ def too_costly(path: Path, count: int, format: str = "auto") -> str:
     elif format == "parquet":
         groups = ParquetShare(path, 0, 1).file.num_row_groups
         what, remedy = f"Parquet of {groups} row group(s)", "write it anew with smaller row groups, or as JSONL"
+    over = read_over(size, count, groups)
+    return f"{path} is {what} and has {size / 2**30:,.1f} GiB: {over}; {remedy}" if over else ""
+
+
+def read_over(size: int, count: int, groups: int = 1) -> str:
+    """Return what it costs and allows where `count` elements read `size` bytes of which each `groups`-th part is cut
+    off; "" where that is not too much.
+    """
     if size * (count / max(1, groups) - 1) <= MOST_READ_OVER:
         return ""
     most = max(1, int(groups * (MOST_READ_OVER / size + 1)))
-    return (
-        f"{path} is {what} and has {size / 2**30:,.1f} GiB: {count:,} elements would read it {count / groups:,.0f} "
-        f"times over; {remedy}, or say array: {most} or less"
-    )
+    return f"{count:,} elements would read it {count / max(1, groups):,.0f} times over; say array: {most} or less"
 
 
 def check_shares(files: Iterable[tuple[str, Path]], count: int, format: str = "auto") -> list[Problem]:

@@ -16,7 +16,7 @@ from data_tools.records import readers, shares
 from data_tools.records.blend_file import read_blend
 from data_tools.records.shares import open_share
 from jobs.kind import Placement
-from jobs.phases import decontaminate, dolci_prepare, materialize
+from jobs.phases import decontaminate, dolci_prepare, materialize, reject_filter
 
 ROWS = [{"question": f"{n}?", "answer": "x" * (n % 7) * 40} for n in range(57)]
 
@@ -187,7 +187,7 @@ def test_a_large_file_that_cannot_be_cut_is_refused_before_every_element_reads_a
     assert shares.check_shares([("inputs", tmp_path / "to come.json")], 10**6) == []
 
 
-@pytest.mark.parametrize("kind", [dolci_prepare, decontaminate, materialize])
+@pytest.mark.parametrize("kind", [dolci_prepare, decontaminate, materialize, reject_filter])
 def test_each_phase_that_shares_files_refuses_such_a_one_in_its_plan(tmp_path, monkeypatch, kind):
     path = spell(tmp_path / "a.jsonl.gz", ROWS)
     monkeypatch.setattr(shares, "MOST_READ_OVER", 10 * path.stat().st_size)
