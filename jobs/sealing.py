@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.artifacts import standing
 from jobs.artifacts.artifact import Artifact, Lease, LeaseHeld, Sealed
+from jobs.artifacts.consolidate import consolidate
 from jobs.artifacts.layout import FINISH
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase
@@ -14,7 +15,7 @@ from jobs.kind import PhaseKind
 from jobs.schema.references import substitute
 from jobs.schema.typed import typed_config
 from jobs.secrets import Secrets
-from jobs.task import Task
+from jobs.task import Task, forget_progress
 from jobs.upstream import Upstream
 
 
@@ -43,9 +44,11 @@ class Sealer:
         Raises:
             TakenOver: a newer owner works on the element.
         """
-        if lease is not None and not self.artifact.seal(lease, self._record(facts)):
+        if lease is not None and not self.artifact.seal(lease, self._record(facts, whole=False)):
             return self._lost_to_twin()
-        if self.artifact.fans_in and len(self.artifact.sealed_elements()) == self.phase.elements:
+        if self.phase.elements > 1:
+            forget_progress(self.artifact.keep_folder(self.upstream.index, self.phase.elements), self.upstream.index)
+        if self.artifact.fans_in and self.artifact.all_are_sealed():
             self._fan_in()
         if self.artifact.seal_path.exists():
             self.upstream.run.link_latest(self.phase.name)
@@ -67,7 +70,7 @@ class Sealer:
             if part is None or not (part.submission >= self.owner.attempt or self.upstream.is_current(index, part)):
                 print(f"{self.phase.name}[{index}] is to be sealed anew, then all are merged")
                 return
-            parts.append(part)
+            parts.append(part.without_what_is_not_merged())
         digests = [part.digest for part in parts]
         try:
             lease = self.artifact.acquire(FINISH, self.owner, self.says_ended, lambda seal: seal.parts != digests)
@@ -98,17 +101,25 @@ class Sealer:
         )
         facts = self.kind.finish([part.folder for part in parts], config, task) or {}
         upstream = standing.whole_upstream(parts, self.upstream.paired)
-        record = {**self._record(facts), "parts": [part.digest for part in parts], "upstream": upstream}
-        self.artifact.seal(lease, record)
+        record = {**self._record(facts, whole=True), "parts": [part.digest for part in parts], "upstream": upstream}
+        if self.artifact.seal(lease, record):
+            owners = {index: (part.submission, part.content.get("restart", 0)) for index, part in enumerate(parts)}
+            consolidate(self.upstream.run, self.phase, self.owner.attempt, owners)
 
-    def _record(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Return what a seal says of this owner's work. Raises UserMistake where the facts hold a secret."""
+    def _record(self, facts: dict[str, Any], whole: bool) -> dict[str, Any]:
+        """Return what a seal says of this owner's work, on an element or on the `whole` phase.
+
+        Raises UserMistake where the facts hold a secret.
+        """
         self.reveal().refuse_in(facts, f"{self.phase.name}: facts")
+        material = self.phase.material
+        if self.artifact.fans_in and not whole:  # the values of all elements stand in the phase's seal alone
+            material = {name: value for name, value in material.items() if name != "array"}
         return {
             "phase": self.phase.name,
             "uses": self.phase.uses,
             "key": self.phase.key,
-            "material": self.phase.material,
+            "material": material,
             "submission": self.owner.attempt,
             "restart": self.owner.restart,
             "job": self.owner.job,

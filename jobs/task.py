@@ -1,5 +1,6 @@
 """What a phase's `run` and `finish` are handed: one element, one rank, and the folders it may write."""
 
+import contextlib
 import json
 import os
 import sys
@@ -82,3 +83,12 @@ class Task:
 def progress_path(keep: Path, index: int) -> Path:
     """Return where an element's progress stands, in what it keeps."""
     return keep / "progress" / f"{index:04d}.json"
+
+
+def forget_progress(keep: Path, index: int) -> None:
+    """Take away what a sealed element told of its progress, and the folder that it kept, if there is no more in it."""
+    progress = progress_path(keep, index)
+    with contextlib.suppress(OSError):  # not empty; or a late twin looks in
+        progress.unlink(missing_ok=True)
+        progress.parent.rmdir()
+        keep.rmdir()

@@ -38,7 +38,7 @@ from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.progress import Stopped
 from jobs import requeue, retry, stopping
 from jobs.artifacts.artifact import Artifact, Lease, LeaseHeld, Sealed
-from jobs.artifacts.owner import Owner
+from jobs.artifacts.owner import Owner, slurm_variables
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.kind import PhaseKind, find_kind
 from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
@@ -347,7 +347,13 @@ class Worker:
         """Read upstream seals and inputs, and take the lease; return what every rank has to know."""
         try:
             self.upstream.read()
-            self.lease = self.artifact.acquire(self.index, self.owner, slurm_says_ended, self.upstream.is_outdated)
+            self.lease = self.artifact.acquire(
+                self.index,
+                self.owner,
+                slurm_says_ended,
+                self.upstream.is_outdated,
+                environment=slurm_variables(os.environ),
+            )
         except Sealed:
             if self.artifact.seal_path.exists() or not self.artifact.fans_in:
                 print(f"{self.phase.name}[{self.index}] is sealed already")
@@ -362,7 +368,6 @@ class Worker:
         except NotNeeded as sealed:
             return nothing_to_run(EXIT_NOT_NEEDED, str(sealed))
         self.artifact.sweep(self.lease)
-        self.run.record_environment(self.phase.name, self.index, self.owner, os.environ)
         print(
             f"{self.phase.name}[{self.index}] attempt {self.owner.attempt}, key {self.phase.key}, "
             f"{self.rank.world_size} rank(s) on {socket.gethostname()}",
@@ -381,8 +386,8 @@ class Worker:
         received = {int(number) for word in words for number in word.split(",") if number}
         before = [
             outcome
-            for outcome in self.run.outcomes(self.phase.name, self.owner.attempt)
-            if outcome.element == self.index and outcome.restart < self.owner.restart
+            for outcome in self.run.outcomes(self.phase.name, self.owner.attempt, self.index)
+            if outcome.restart < self.owner.restart
         ]
         stops = [outcome for outcome in before if outcome.state == "stopped"]
         ends = [retry.End(Cause.STOPPED, done, stopped.unit) for done in [*(stop.done for stop in stops), stopped.done]]

@@ -128,6 +128,7 @@ def parse_queue(printed: str, between: str) -> list[QueueRow]:
     for record in _records(printed, between, len(QUEUE_FIELDS)):
         job_id, array_id, index, state, reason, dependency, nodelist, name = record
         indices = parse_indices(index) if index[:1].isdigit() else [None]
+        reason, dependency, nodelist = map(_absent, (reason, dependency, nodelist))
         rows += [
             QueueRow(
                 job_id=job_id,
@@ -135,9 +136,9 @@ def parse_queue(printed: str, between: str) -> list[QueueRow]:
                 array_index=element,
                 name=name,
                 state=state,
-                reason=_absent(reason),
-                dependency=_absent(dependency),
-                nodelist=_absent(nodelist),
+                reason=reason,
+                dependency=dependency,
+                nodelist=nodelist,
             )
             for element in indices
         ]

@@ -8,7 +8,6 @@ Filters are `greedy` and `sampled` (at the temperature), and `none` where choice
 """
 
 import hashlib
-import heapq
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from data_tools.base import durable
 from data_tools.evaluations.accuracy import MEANS, Values, intervals_of, samples_of, values_of
 from data_tools.evaluations.lines import Line, asked
 from data_tools.records import readers
+from data_tools.records.merge_sorted import merged
 from data_tools.tasks.estimators import standard_error
 from data_tools.tasks.mix import Entry, compared
 from data_tools.tasks.task import Item, code_digest, load_task
@@ -79,9 +79,9 @@ def join_samples(out: Path, evaluated: Evaluated, parts: Sequence[Path]) -> None
     (out / FOLDER).mkdir(exist_ok=True)
     for name in evaluated.entries:
         files = [_file(part, name) for part in parts if _file(part, name).is_file()]
-        rows = heapq.merge(*map(_read, files), key=lambda row: row["doc_id"])
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if files:
+            with merged(files, _read, lambda row: row["doc_id"], scratch=out) as rows:
+                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
             durable.write_file(_file(out, name), text)
 
 

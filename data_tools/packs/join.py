@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.base.open_cache import OPEN_AT_ONCE, OpenCache
 from data_tools.chats.fields import remedies
 from data_tools.mistake import UserMistake
 from data_tools.packs.store import Store, StoreFacts, StoreWriter
@@ -22,6 +23,7 @@ from data_tools.records.balance import Balance, SourceBalance
 VALIDATION_STORE = "validation"
 
 _MERGE_ROWS = 1 << 14  # rows copied at a time
+_STORES_OPEN = OPEN_AT_ONCE // 5  # each has five files
 
 
 def write_balance(balance: Balance, store: StoreFacts, out: Path) -> dict[str, Any]:
@@ -46,18 +48,17 @@ def join(
     recipe, `source_of` gives the number of its source that each source of the store belongs to.
     Raise UserMistake when no row is left.
     """
-    stores = [Store(part) for part in parts]
     sheets = [Balance.read(part) for part in parts]
     balance = sheets[0]
     for sheet in sheets[1:]:
         balance = balance + sheet
-    pieces = _source_major(stores, sheets)
+    pieces = _source_major(parts, sheets)
     first = _first_of_equals(pieces) if dedupe else np.ones(sum(piece.stop - piece.start for piece in pieces), bool)
     fate, drawn = np.where(first, KEPT, DUPLICATE).astype(np.uint8), dict[str, Any]()
     if recipe is not None:
         numbers = np.repeat([source_of[piece.source] for piece in pieces], [p.stop - p.start for p in pieces])
         hashes = np.concatenate([piece.row_hashes() for piece in pieces])
-        lengths = np.concatenate([piece.store.lengths[piece.start : piece.stop] for piece in pieces])
+        lengths = np.concatenate([np.array(piece.store.lengths[piece.start : piece.stop]) for piece in pieces])
         if dedupe:  # a row that a validation set has and does not take may be trained on
             left = undrawn(recipe, numbers, hashes, first)
             is_validation = np.array([source.is_validation for source in recipe.sources])[numbers]
@@ -139,14 +140,20 @@ def _spell(buckets: Counter[str]) -> str:
 class _Piece:
     """Represents the rows of one source in one element's store, and how many lines of the source precede them."""
 
-    store: Store
+    stores: OpenCache[int, Store]
+    part: int
     source: int
     start: int
     stop: int
     lines_before: int
 
+    @property
+    def store(self) -> Store:
+        return self.stores[self.part]
+
     def row_hashes(self) -> np.ndarray:
-        return self.store.row_hashes[self.start : self.stop]
+        """Return uint64[rows, 2], a copy: the store's would keep its file open."""
+        return np.array(self.store.row_hashes[self.start : self.stop])
 
     def copy(self, start: int, stop: int, chosen: np.ndarray, writer: StoreWriter) -> None:
         """Append the rows of [start, stop) that `chosen` bool[stop - start] names."""
@@ -159,14 +166,22 @@ class _Piece:
         writer.add_records(ids[tokens], mask[tokens], records[chosen])
 
 
-def _source_major(stores: list[Store], sheets: list[Balance]) -> list[_Piece]:
+def _source_major(parts: Sequence[Path], sheets: Sequence[Balance]) -> list[_Piece]:
     """Return the pieces source by source, and within a source by element: the order of one element that does it all."""
+    closed: list[Store] = []
+    stores = OpenCache[int, Store](lambda part: closed[part], _STORES_OPEN)  # which maps its files when it is asked
+    bounds, sources = [], len(sheets[0].sources)
+    for part in parts:
+        store = Store(part)
+        bounds.append(np.searchsorted(store.sources, range(sources + 1)).tolist())  # it wrote sources in order
+        store.close()
+        closed.append(store)
     pieces = []
-    for source in range(len(sheets[0].sources)):
+    for source in range(sources):
         lines = 0
-        for store, sheet in zip(stores, sheets):
-            start, stop = np.searchsorted(store.sources, [source, source + 1])  # an element writes sources in order
-            pieces.append(_Piece(store, source, start=int(start), stop=int(stop), lines_before=lines))
+        for part, (places, sheet) in enumerate(zip(bounds, sheets)):
+            start, stop = places[source : source + 2]
+            pieces.append(_Piece(stores, part, source, start=start, stop=stop, lines_before=lines))
             lines += sheet.sources[source].lines
     return pieces
 

@@ -11,16 +11,19 @@ Layout of an .idx (megatron.core.datasets.indexed_dataset, version 1, little end
     | i32 lengths[n] (tokens) | i64 offsets[n] (bytes in .bin) | i64 documents[n + 1]
 """
 
+import contextlib
 import hashlib
+import math
 import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from data_tools.base.durable import canonical_json, fsync_tree, read_json, sha256_bytes, sha256_file, write_json
+from data_tools.base.durable import CHUNK, canonical_json, fsync_tree, read_json, sha256_bytes, sha256_file, write_json
 from data_tools.mistake import UserMistake
 
 TOKENS, LOSS_MASK, ROWS, FACTS = "tokens", "tokens_loss_mask", "rows.npz", "store.json"
@@ -43,6 +46,7 @@ RECORD = np.dtype(
 )
 _COLUMNS = ("source", "line", "turns", "prompt_hash", "row_hash")
 _BATCH = 1 << 16  # rows held in memory at a time while writing
+_LOCAL_LENGTHS = 26  # bytes of a record's header in a zip archive before the lengths of its name and extra field
 
 
 Words = tuple[int, int]
@@ -193,35 +197,61 @@ def _write_npz(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 class Store:
     """Represents a closed store, memory-mapped. Raise UserMistake naming the file when one is missing, cut short or
-    inconsistent."""
+    inconsistent.
+
+    A file is mapped when something of it is asked for; what training never asks for costs neither memory nor reading.
+    """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         try:
             self.facts: StoreFacts = read_json(self.folder / FACTS)
-            rows = self.facts["rows"]
+            self._rows = self.facts["rows"]
         except FileNotFoundError:
             remedy = "give a materialize output"
             raise UserMistake(f"{self.folder} is no token store: it has no {FACTS}; {remedy}") from None
         except (ValueError, KeyError, TypeError):
             raise _damaged(self.folder / FACTS, "not the JSON of a store") from None
-        self.lengths, self.offsets, self.all_ids = _open_indexed(self.folder / TOKENS, np.dtype("<i4"), rows)
-        mask_lengths, _, self.all_masks = _open_indexed(self.folder / LOSS_MASK, np.dtype(np.uint8), rows)
-        if not np.array_equal(self.lengths, mask_lengths):
+        self.tokens = _check_indexed(self.folder / TOKENS, np.dtype("<i4"), self._rows)
+        _check_indexed(self.folder / LOSS_MASK, np.dtype(np.uint8), self._rows)
+        masked = _lengths(_map(_index_of(self.folder / LOSS_MASK)), self._rows)
+        if not all(map(np.array_equal, _blocks(self.lengths), _blocks(masked))):
             raise _damaged(self.folder / f"{LOSS_MASK}.idx", "its lengths are not those of tokens.idx")
-        self._columns = _open_rows(self.folder / ROWS, rows)
+        self._columns = _check_rows(self.folder / ROWS, self._rows)
+        self._checked: set[str] = set()  # columns that were read whole once
+
+    def close(self) -> None:
+        """Give up what is mapped; what is asked for later is mapped anew."""
+        for name in ("lengths", "offsets", "all_ids", "all_masks", "_provenance"):
+            self.__dict__.pop(name, None)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._rows
 
     @property
     def digest(self) -> str:
         """Return the SHA-256 over the facts, which hold the SHA-256 of every file: names the content."""
         return sha256_bytes(canonical_json(self.facts))
 
-    @property
-    def tokens(self) -> int:
-        return len(self.all_ids)
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Return int32[rows], tokens of each row."""
+        return _lengths(_map(_index_of(self.folder / TOKENS)), self._rows)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Return int64[rows], first token of each row: its first byte in the file of masks, of a byte a token."""
+        return _offsets(_map(_index_of(self.folder / LOSS_MASK)), self._rows)
+
+    @cached_property
+    def all_ids(self) -> np.ndarray:
+        """Return int32[tokens], the token ids of all rows."""
+        return _map(self.folder / f"{TOKENS}.bin").view("<i4")
+
+    @cached_property
+    def all_masks(self) -> np.ndarray:
+        """Return uint8[tokens], the loss masks of all rows."""
+        return _map(self.folder / f"{LOSS_MASK}.bin")
 
     def ids(self, row: int) -> np.ndarray:
         """Return int32[n] token ids of a row."""
@@ -241,37 +271,50 @@ class Store:
         records = np.empty(stop - start, dtype=RECORD)
         records["length"] = self.lengths[start:stop]
         for name in _COLUMNS:
-            records[name] = self._columns[name][start:stop]
+            records[name] = self._column(name)[start:stop]
         return records
 
     @property
     def sources(self) -> np.ndarray:
         """Return int32[rows], index of each row's source in its balance sheet."""
-        return self._columns["source"]
+        return self._column("source")
 
     @property
     def lines(self) -> np.ndarray:
         """Return int64[rows], line in the source, from 1."""
-        return self._columns["line"]
+        return self._column("line")
 
     @property
     def turns(self) -> np.ndarray:
         """Return int32[rows], assistant turns in the loss."""
-        return self._columns["turns"]
+        return self._column("turns")
 
     @property
     def prompt_hashes(self) -> np.ndarray:
         """Return uint64[rows, 2], `text_hash` of the prompt."""
-        return self._columns["prompt_hash"]
+        return self._column("prompt_hash")
 
     @property
     def row_hashes(self) -> np.ndarray:
         """Return uint64[rows, 2], `text_hash` of prompt and answer."""
-        return self._columns["row_hash"]
+        return self._column("row_hash")
+
+    @cached_property
+    def _provenance(self) -> np.ndarray:
+        return _map(self.folder / ROWS)
+
+    def _column(self, name: str) -> np.ndarray:
+        """Return a column of rows.npz, mapped; the first time its sum (CRC-32) is compared, which reads all of it."""
+        if name not in self._checked:
+            _check_column(self.folder / ROWS, name)
+            self._checked.add(name)
+        shape = (self._rows, *RECORD[name].shape)
+        flat = np.frombuffer(self._provenance, RECORD[name].base, math.prod(shape), self._columns[name])
+        return flat.reshape(shape)
 
     def _slice(self, start: int, stop: int) -> slice:
-        first = int(self.offsets[start]) if start < len(self) else len(self.all_ids)
-        last = int(self.offsets[stop]) if stop < len(self) else len(self.all_ids)
+        first = int(self.offsets[start]) if start < len(self) else self.tokens
+        last = int(self.offsets[stop]) if stop < len(self) else self.tokens
         return slice(first, last)
 
 
@@ -279,10 +322,24 @@ def _damaged(path: Path, what: str) -> UserMistake:
     return UserMistake(f"{path} is damaged: {what}; restore it or run materialize again")
 
 
-def _open_indexed(prefix: Path, dtype: np.dtype, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (lengths int32[rows], first token of each row int64[rows], tokens) of one .idx/.bin pair, all checked."""
-    index_path, bin_path = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
-    index, data = _map(index_path), _map(bin_path)
+def _index_of(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}.idx")
+
+
+def _lengths(index: np.ndarray, rows: int) -> np.ndarray:
+    """Return int32[rows], the lengths that an index has, in tokens."""
+    return np.frombuffer(index, "<i4", rows, _HEADER.size)
+
+
+def _offsets(index: np.ndarray, rows: int) -> np.ndarray:
+    """Return int64[rows], the first byte of each row, as an index has it."""
+    return np.frombuffer(index, "<i8", rows, _HEADER.size + 4 * rows)
+
+
+def _check_indexed(prefix: Path, dtype: np.dtype, rows: int) -> int:
+    """Return how many tokens one .idx/.bin pair holds, both checked block by block."""
+    index_path, bin_path = _index_of(prefix), prefix.with_name(f"{prefix.name}.bin")
+    index = _map(index_path)
     if len(index) < _HEADER.size:
         raise _damaged(index_path, f"{len(index)} bytes, less than the {_HEADER.size} of its header")
     magic, version, code, sequences, documents = _HEADER.unpack(index[: _HEADER.size].tobytes())
@@ -292,33 +349,61 @@ def _open_indexed(prefix: Path, dtype: np.dtype, rows: int) -> tuple[np.ndarray,
     size = _HEADER.size + 4 * rows + 8 * rows + 8 * (rows + 1)
     if len(index) != size:
         raise _damaged(index_path, f"{len(index)} bytes, {size} expected for {rows} rows")
-    lengths = np.frombuffer(index, "<i4", rows, _HEADER.size)
-    offsets = np.frombuffer(index, "<i8", rows, _HEADER.size + 4 * rows)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    if rows and (lengths.min() < 1 or not np.array_equal(offsets, (ends - lengths) * dtype.itemsize)):
-        raise _damaged(index_path, "its lengths and offsets disagree")
-    tokens = int(ends[-1]) if rows else 0
-    if len(data) != tokens * dtype.itemsize:
-        raise _damaged(bin_path, f"{len(data)} bytes, {tokens * dtype.itemsize} expected for {tokens} tokens")
-    return lengths, ends - lengths, data.view(dtype)
+    tokens = 0
+    for lengths, offsets in zip(_blocks(_lengths(index, rows)), _blocks(_offsets(index, rows))):
+        ends = tokens + np.cumsum(lengths, dtype=np.int64)
+        if lengths.min() < 1 or not np.array_equal(offsets, (ends - lengths) * dtype.itemsize):
+            raise _damaged(index_path, "its lengths and offsets disagree")
+        tokens = int(ends[-1])
+    held = _size(bin_path)
+    if held != tokens * dtype.itemsize:
+        raise _damaged(bin_path, f"{held} bytes, {tokens * dtype.itemsize} expected for {tokens} tokens")
+    return tokens
 
 
-def _map(path: Path) -> np.ndarray:
+def _size(path: Path) -> int:
     try:
-        return np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, dtype=np.uint8)
+        return path.stat().st_size
     except FileNotFoundError:
         raise UserMistake(f"{path} is missing from its token store; restore it or run materialize again") from None
 
 
-def _open_rows(path: Path, rows: int) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise UserMistake(f"{path} is missing from its token store; restore it or run materialize again")
+def _map(path: Path) -> np.ndarray:
+    return np.memmap(path, dtype=np.uint8, mode="r") if _size(path) else np.empty(0, dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """Say of an archive that cannot be read that it is damaged."""
     try:
-        with np.load(path) as archive:
-            columns = {name: archive[name] for name in _COLUMNS}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        yield
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, struct.error) as error:
         raise _damaged(path, f"not the provenance of a store ({error})") from None
-    for name, column in columns.items():
-        if len(column) != rows:
-            raise _damaged(path, f"{len(column)} values of {name} for {rows} rows")
-    return columns
+
+
+def _check_rows(path: Path, rows: int) -> dict[str, int]:
+    """Return {column: where its values begin in rows.npz, bytes}; their headers are checked, values are not read."""
+    _size(path)
+    starts = {}
+    with _naming_damage(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        for name in _COLUMNS:
+            member = archive.getinfo(f"{name}.npy")
+            with archive.open(member) as column:
+                np.lib.format.read_magic(column)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(column)
+                header = column.tell()
+            wanted = (RECORD[name].base, RECORD[name].shape, False, zipfile.ZIP_STORED)
+            if (dtype, shape[1:], fortran, member.compress_type) != wanted:
+                raise ValueError(f"{name} is {dtype} {shape}")
+            if shape[:1] != (rows,) or member.file_size != header + math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{shape[0]} values of {name} for {rows} rows")
+            file.seek(member.header_offset + _LOCAL_LENGTHS)
+            names, extra = struct.unpack("<2H", file.read(4))
+            starts[name] = member.header_offset + _LOCAL_LENGTHS + 4 + names + extra + header
+    return starts
+
+
+def _check_column(path: Path, name: str) -> None:
+    with _naming_damage(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as column:
+        while column.read(CHUNK):  # at its end the archive compares its sum
+            pass

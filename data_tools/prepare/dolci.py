@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from data_tools.base.declared import setting
 from data_tools.base.durable import canonical_json, fsync_tree
+from data_tools.base.open_cache import OpenCache
 from data_tools.chats.conversation import BadRecord, Conversation, read_record
 from data_tools.chats.encoder import Encoder
 from data_tools.chats.tokenizer import load_tokenizer
@@ -303,8 +304,8 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
     Rows come in the order of the draw, categories mixed. UserMistake, with the numbers, where a share cannot be filled
     and `redistribute` is fail.
     """
-    entries = np.concatenate([np.load(part / INDEX) for part in parts])
-    part_of = np.repeat(np.arange(len(parts)), [len(np.load(part / INDEX, mmap_mode="r")) for part in parts])
+    indices = [np.load(part / INDEX) for part in parts]
+    entries, part_of = np.concatenate(indices), np.repeat(np.arange(len(parts)), list(map(len, indices)))
     order = np.lexsort((part_of, entries["priority"]))  # equal rows: the first element's counts
     entries, part_of = entries[order], part_of[order]
     first = np.append(True, entries["priority"][1:] != entries["priority"][:-1]) if len(entries) else np.empty(0, bool)
@@ -354,15 +355,13 @@ def _balance(parts: Sequence[Path], entries: np.ndarray, first: np.ndarray, chos
 
 
 def _write(parts: Sequence[Path], entries: np.ndarray, part_of: np.ndarray, out: Path, progress: Progress) -> None:
-    files = [open(part / ROWS, "rb") for part in parts]
-    try:
-        with open(out / SAMPLE, "wb") as sample:
-            for done, (offset, part) in enumerate(zip(entries["offset"].tolist(), part_of.tolist())):
-                files[part].seek(offset)
-                sample.write(files[part].readline())
-                if done % _REPORT_EVERY == 0:
-                    progress(done, len(entries), "rows")
-    finally:
-        for file in files:
-            file.close()
+    with (
+        OpenCache[int, BinaryIO](lambda part: open(parts[part] / ROWS, "rb")) as files,
+        open(out / SAMPLE, "wb") as sample,
+    ):
+        for done, (offset, part) in enumerate(zip(entries["offset"].tolist(), part_of.tolist())):
+            files[part].seek(offset)
+            sample.write(files[part].readline())
+            if done % _REPORT_EVERY == 0:
+                progress(done, len(entries), "rows")
     progress(len(entries), len(entries), "rows")

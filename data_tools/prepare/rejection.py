@@ -23,6 +23,7 @@ from data_tools.base.declared import setting
 from data_tools.chats.conversation import SYSTEM
 from data_tools.chats.samples import CUT_OFF, prompt_messages
 from data_tools.mistake import Problem, UserMistake
+from data_tools.prepare.alike import Alike, similarity
 from data_tools.prepare.contamination import NGRAM, SHORTEST, Contamination, texts_of, words
 
 PREFER = ("shortest", "longest", "diverse", "first")
@@ -118,11 +119,6 @@ def shingles(text: str, size: int = _SHINGLE) -> frozenset[tuple[str, ...]]:
     return frozenset(tuple(in_order[i : i + size]) for i in range(max(1, len(in_order) - size + 1)))
 
 
-def similarity(a: frozenset, b: frozenset) -> float:
-    """Return the Jaccard similarity: what both have, of all that either has."""
-    return len(a & b) / len(a | b)
-
-
 def method_of(completion: str) -> str:
     """Return 16 hex digits that name a completion's method: its words, with every number the same."""
     masked = " ".join(words(_NUMBER.sub(" 0 ", completion)))
@@ -183,17 +179,22 @@ def buckets_of(completions: Sequence[str], tokens: Sequence[int], config: Config
     methods = [method_of(text) if config.one_of_a_method else "" for text in completions]
     buckets = [""] * len(completions)
     unlike: list[int] = []
+    texts_seen: set[str] = set()
+    methods_seen: set[str] = set()
+    near = Alike(runs, config.near_duplicate) if config.near_duplicate < 1 else None
     for place in order:
-        if any(completions[place] == completions[other] for other in unlike):
+        if completions[place] in texts_seen:
             buckets[place] = "duplicate"
-        elif config.near_duplicate < 1 and any(
-            similarity(runs[place], runs[other]) >= config.near_duplicate for other in unlike
-        ):
+        elif near is not None and near.knows(place):
             buckets[place] = "near_duplicate"
-        elif config.one_of_a_method and methods[place] in [methods[other] for other in unlike]:
+        elif config.one_of_a_method and methods[place] in methods_seen:
             buckets[place] = "same_method"
         else:
             unlike.append(place)
+            texts_seen.add(completions[place])
+            methods_seen.add(methods[place])
+            if near is not None:
+                near.add(place)
     limit = config.per_prompt or len(unlike)
     kept = _spread(unlike, runs, limit) if config.prefer == "diverse" else unlike[:limit]
     for place in set(unlike) - set(kept):
@@ -203,9 +204,12 @@ def buckets_of(completions: Sequence[str], tokens: Sequence[int], config: Config
 
 def _spread(places: list[int], runs: Sequence[frozenset], limit: int) -> list[int]:
     """Return the first, then again and again the one least like any chosen before."""
-    chosen, left = places[:1], places[1:]
-    while left and len(chosen) < limit:
-        least = min(left, key=lambda place: max(similarity(runs[place], runs[other]) for other in chosen))
-        chosen.append(least)
-        left.remove(least)
+    if limit >= len(places):
+        return places
+    chosen, nearest = places[:1], dict.fromkeys(places[1:], 0.0)  # similarity to the most like of the chosen
+    while len(chosen) < limit:
+        for place, before in nearest.items():
+            nearest[place] = max(before, similarity(runs[place], runs[chosen[-1]]))
+        chosen.append(min(nearest, key=lambda place: nearest[place]))
+        del nearest[chosen[-1]]
     return chosen

@@ -9,7 +9,6 @@ Where there are too many, those stay whose prompts' hashes with the seed are sma
 """
 
 import hashlib
-import heapq
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from data_tools.prepare.rejection import Band, Config
 from data_tools.prepare.rejection_element import LEFT, ORIGINS, PROMPTS
 from data_tools.progress import Progress, silent
 from data_tools.records.balance import Balance
+from data_tools.records.merge_sorted import merged
 
 CHAT = "chat.jsonl"
 
@@ -56,19 +56,20 @@ def finish(config: Config, parts: Sequence[Path], out: Path, progress: Progress 
             f"samples of {twice:,} prompts lie in two elements; name files of other phases in a reject_filter of their "
             "own, or have it follow all of `generate` (afterok)"
         )
-    samples = [_read(line) for line in _lines(parts)]
-    buckets, bands = _buckets(samples, config)
     sheets = [Balance.read(part) for part in parts]
     balance = sum(sheets[1:], sheets[0])
+    with merged([part / LEFT for part in parts], _lines, _order, scratch=out) as lines:
+        samples = [_read(line) for line in lines()]
+        buckets, bands = _buckets(samples, config)
+        with open(out / CHAT, "w", encoding="utf-8") as chat:
+            for done, (line, bucket) in enumerate(zip(lines(), buckets)):
+                if done % _REPORT_EVERY == 0:
+                    progress(done, len(samples), "samples")
+                if not bucket:
+                    chat.write(json.dumps(line["chat"], ensure_ascii=False) + "\n")
     for sample, bucket in zip(samples, buckets):
         if bucket:
             balance.sources[sample.file].drop_kept(bucket, 1, sample.tokens, sample.tokens)
-    with open(out / CHAT, "w", encoding="utf-8") as chat:
-        for done, (line, bucket) in enumerate(zip(_lines(parts), buckets)):
-            if done % _REPORT_EVERY == 0:
-                progress(done, len(samples), "samples")
-            if not bucket:
-                chat.write(json.dumps(line["chat"], ensure_ascii=False) + "\n")
     progress(len(samples), len(samples), "samples")
     balance.write(out)
     fsync_tree(out)
@@ -84,14 +85,14 @@ def finish(config: Config, parts: Sequence[Path], out: Path, progress: Progress 
     }
 
 
-def _lines(parts: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Yield what the elements left, in the order of the prompts; a line of each element in memory."""
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield what an element left, in the order of its prompts."""
+    with open(file, encoding="utf-8") as left:
+        yield from map(json.loads, left)
 
-    def of(part: Path) -> Iterator[dict[str, Any]]:
-        with open(part / LEFT, encoding="utf-8") as file:
-            yield from map(json.loads, file)
 
-    return heapq.merge(*map(of, parts), key=lambda line: (line["order"], line["prompt"]))
+def _order(line: dict[str, Any]) -> Any:
+    return line["order"], line["prompt"]
 
 
 def _read(line: dict[str, Any]) -> _Sample:

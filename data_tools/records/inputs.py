@@ -21,7 +21,9 @@ def files_of(inputs: Sequence[str], endings: Sequence[str], where: str = "inputs
             named = [path]
         if not named:
             kinds = [ending.removeprefix(".") for ending in endings if ending.count(".") == 1]
-            message = f"{name} is neither a file nor a folder with a file of records ({', '.join(kinds)}); give what exists"
+            message = (
+                f"{name} is neither a file nor a folder with a file of records ({', '.join(kinds)}); give what exists"
+            )
             problems.append(Problem(where, message))
         files += named
     if problems:

@@ -9,23 +9,27 @@ elements, one after the other, are the file.
     Parquet         rows; an element reads the row groups that its share touches
     CSV             rows under a header, of texts; an element reads the file and takes its share of the rows
 
+Where many elements would each read all of a large file that cannot be cut, they are refused (`too_costly`).
+
 Compression and format are told by the file's first bytes, CSV by the name .csv, unless the format is named.
 """
 
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from data_tools.base.durable import CHUNK
-from data_tools.mistake import UserMistake
+from data_tools.mistake import Problem, UserMistake
 from data_tools.records.blend_file import refuse_blend
 from data_tools.records.csv_tables import read_table
 from data_tools.records.json_text import json_value
 
 FORMATS = ("auto", "jsonl", "json", "parquet", "csv")
+
+MOST_READ_OVER = 64 << 30  # bytes of a file that its elements together read though they are not theirs
 
 _SPACES = re.compile(r"[ \t\n\r]*")
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
@@ -54,14 +58,9 @@ def open_share(path: Path, index: int = 0, count: int = 1, format: str = "auto")
 
     Raise UserMistake for a file that is not there, or is damaged or of no known format.
     """
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserMistake(f"no file {path}; give files that exist") from None
-    compression = "gzip" if magic.startswith(_GZIP) else "zstd" if magic == _ZSTD else ""
-    if format == "auto":
-        format = "parquet" if magic == _PARQUET else _format_by_name(path, compression)
+    if why := too_costly(path, count, format):
+        raise UserMistake(why)
+    format, compression = _kind(path, format)
     if format == "parquet":
         return ParquetShare(path, index, count)
     if format == "csv":
@@ -71,6 +70,56 @@ def open_share(path: Path, index: int = 0, count: int = 1, format: str = "auto")
     if format == "json":
         return JsonShare(path, index, count, compression)
     return PackedLines(path, index, count, compression) if compression else Lines(path, index, count)
+
+
+def _kind(path: Path, format: str) -> tuple[str, str]:
+    """Return (format, compression or "") of a file. Raise UserMistake where there is none."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserMistake(f"no file {path}; give files that exist") from None
+    compression = "gzip" if magic.startswith(_GZIP) else "zstd" if magic == _ZSTD else ""
+    if format == "auto":
+        format = "parquet" if magic == _PARQUET else _format_by_name(path, compression)
+    return format, compression
+
+
+def too_costly(path: Path, count: int, format: str = "auto") -> str:
+    """Return why `count` elements should not share a file: each would read what is not its own; "" where they may.
+
+    What all of them read over once is the size of the file for each element beyond the first, and of Parquet for each
+    beyond the number of its row groups.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    if size * (count - 1) <= MOST_READ_OVER:
+        return ""
+    format, compression = _kind(path, format)
+    if format == "jsonl" and not compression:
+        return ""
+    groups, what, remedy = 1, f"{format.upper()}", "give it as plain JSONL, which is cut anywhere"
+    if compression:
+        what, remedy = f"compressed by {compression}", "unpack it, or split it into several files"
+    elif format == "parquet":
+        groups = ParquetShare(path, 0, 1).file.num_row_groups
+        what, remedy = f"Parquet of {groups} row group(s)", "write it anew with smaller row groups, or as JSONL"
+    over = read_over(size, count, groups)
+    return f"{path} is {what} and has {size / 2**30:,.1f} GiB: {over}; {remedy}" if over else ""
+
+
+def read_over(size: int, count: int, groups: int = 1) -> str:
+    """Return what it costs and allows where `count` elements read `size` bytes of which each `groups`-th part is cut
+    off; "" where that is not too much.
+    """
+    if size * (count / max(1, groups) - 1) <= MOST_READ_OVER:
+        return ""
+    most = max(1, int(groups * (MOST_READ_OVER / size + 1)))
+    return f"{count:,} elements would read it {count / max(1, groups):,.0f} times over; say array: {most} or less"
+
+
+def check_shares(files: Iterable[tuple[str, Path]], count: int, format: str = "auto") -> list[Problem]:
+    """Return what `too_costly` says of those of the (setting, file) that are there already."""
+    return [Problem(where, why) for where, path in files if (why := too_costly(path, count, format))]
 
 
 def _format_by_name(path: Path, compression: str) -> str:

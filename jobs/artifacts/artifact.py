@@ -12,17 +12,27 @@ start of the submission that sealed, or of an older one, never does.
 import contextlib
 import errno
 import os
+import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
-from jobs.artifacts.layout import FINISH, ArtifactLayout, LeaseName, altered_seals, element_name, set_aside_name
+from jobs.artifacts.layout import (
+    FINISH,
+    ArtifactLayout,
+    LeaseName,
+    altered_seals,
+    element_name,
+    set_aside_name,
+)
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.seal import FORMAT, Seal, environment, manifest, read_seal
+
+ASKED_FIRST = 64  # elements of a phase, before all are listed: at a random moment one in 65 goes on to that
 
 
 class LeaseHeld(Exception):
@@ -51,17 +61,15 @@ class Artifact(ArtifactLayout):
         super().__init__(folder)
         self.elements, self.fans_in = elements, fans_in
 
-    def sealed_elements(self) -> list[int]:
-        """Return the elements that have a seal of their own."""
-        return [i for i in range(self.elements) if self.element_seal_path(i).exists()]
+    def all_are_sealed(self) -> bool:
+        """Return whether each element has a seal of its own. Thousands ask, and nearly all of them in vain.
 
-    def missing_elements(self) -> list[int]:
-        """Return the elements that still need a task: none once sealed; element 0 stands for an unfinished fan-in."""
-        if self.seal_path.exists():
-            return []
-        if not self.fans_in:
-            return [0]
-        return [i for i in range(self.elements) if not self.element_seal_path(i).exists()] or [0]
+        So a few are asked for first, and the folder of all is listed where those are there.
+        """
+        few = random.sample(range(self.elements), min(self.elements, ASKED_FIRST))
+        if not all(self.element_seal_path(i).exists() for i in few):
+            return False
+        return self.sealed_elements().issuperset(range(self.elements))
 
     def acquire(
         self,
@@ -69,10 +77,13 @@ class Artifact(ArtifactLayout):
         owner: Owner,
         slurm_says_ended: Callable[[str], bool],
         outdated: Callable[[Seal], bool] = lambda seal: False,
+        *,
+        environment: Mapping[str, str] | None = None,
     ) -> Lease:
         """Take the lease of an element (or FINISH) and give its owner an empty folder.
 
         A seal of an earlier submission that is `outdated` is set aside: an element's own, and with it the phase's.
+        `environment` is written down with the lease.
 
         Raises:
             Sealed: the seal is there.
@@ -80,7 +91,6 @@ class Artifact(ArtifactLayout):
         """
         element = element_name(index)
         self._refuse_if_sealed(index, owner, outdated)
-        self.leases_folder.mkdir(parents=True, exist_ok=True)
         generation = 0
         for other, path in sorted(self.leases(element).items()):
             if other[:2] > (owner.attempt, owner.restart):
@@ -92,14 +102,15 @@ class Artifact(ArtifactLayout):
         # The order matters. Our sealing folder is there before our lease: an owner that sees no newer lease after
         # making its own will be seen, and its sealing folder found, by every newer one.
         lease = Lease(
-            path=self.leases_folder / f"{element}.{own}",
+            path=self.lease_path(element, own),
             owner=own,
             folder=self.work_folder(element, own),
             element=element,
             sealing=self.new_sealing_folder(element, own),
         )
+        lease.path.parent.mkdir(parents=True, exist_ok=True)
         lease.sealing.mkdir(parents=True)
-        if not durable.create_file(lease.path, owner.record()):
+        if not durable.create_file(lease.path, owner.record(environment)):
             shutil.rmtree(lease.sealing, ignore_errors=True)  # a newer owner may have: it bears the twin's name
             raise LeaseHeld(f"element {element}: a twin took lease {lease.path.name} a moment ago")
         if not self.still_mine(lease):
@@ -230,13 +241,19 @@ class Artifact(ArtifactLayout):
         Never a newer owner's, who may have begun meanwhile. What an altered seal names stays too: somebody may have
         meant the change, or want to restore it.
         """
+        older = [
+            folder
+            for folder in self.work_folders(lease.element)
+            if (name := LeaseName.of(folder)) is not None and name < lease.owner
+        ]
+        if not older:  # as at nearly every start, which then reads no seal and lists none
+            return
         own = self.seal_path if lease.element == FINISH else self.element_seal_path(int(lease.element))
         seals = {self.seal_path, own}
         altered = {path for seal in seals for path in altered_seals(seal)}
         keep = {sealed_root(path) for path in seals | altered}
-        for folder in self.work_folders(lease.element):
-            name = LeaseName.of(folder)
-            if name is not None and name < lease.owner and folder.name not in keep:
+        for folder in older:
+            if folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

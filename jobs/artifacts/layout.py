@@ -10,26 +10,30 @@
       submissions/N/redirects.json     phases that its jobs run as a later submission froze them
       submissions/N/meeting_key        what the ranks of its jobs prove themselves with
       submissions/N/pipeline.yaml, pipeline.json, profile.yaml     what it was made of
-      submissions/N/code/, code.json   the code that its jobs run, and its digests
+      submissions/N/code, code.json    link to the code that its jobs run, and its digests
+      submissions/code/DIGEST/         that code, one copy for all submissions of the same
       submissions/N/scripts/PHASE.sh   the batch scripts
       local/N/                         the driver's state, where there is no Slurm (launchers/backends/local.py)
       PHASE/logs/aN.INDEX.out          one log an element and attempt
       PHASE/attempts/0003.a2.r0.json   how that life of element 3 ended; 0003.a2.r0.skipped.json of a twin that left
-      PHASE/attempts/environment/      SLURM_* as each attempt on Slurm found it
+      PHASE/attempts/KEY.a2.jsonl      the same of all sealed elements of a large array (jobs/artifacts/consolidate.py)
+      PHASE/attempts/environment/      SLURM_* of each attempt, in runs of before; now its lease has them
       PHASE/latest                     link to what is sealed under the newest submission's key, for people
       PHASE/retired/KEY.1              what PHASE/KEY was before it was run anew
       PHASE/KEY/
         seal.json                      the phase's seal, linked last; its presence is the only sign of success
         seals/0003.json                one an array element
-        leases/0003.a2.r0.g0           who works on an element: attempt, restart count, generation
+        leases/0003.a2.r0.g0           who works on an element: attempt, restart count, generation; SLURM_* it found
         sealing/0003.a2.r0.g0.UNIQUE/  where that owner writes its seal before it is linked
         work/0003.a2.r0.g0/            what that owner writes; a seal names the folder that counts
+                                       of element 1003 these three lie in leases/1k/, sealing/1k/ and work/1k/
         checkpoints/step_N/, metrics.jsonl, samples/, tables/, progress/     survive attempts; not sealed content
-        elements/0003/                 the same of one element, where a phase has several
+        elements/0003/                 the same of one element, where a phase has several; gone if it kept nothing
 
 An element is named by its index, and `finish` stands for the merging of all. An attempt is the number of a submission.
 """
 
+import contextlib
 import os
 import re
 import uuid
@@ -39,16 +43,37 @@ from typing import NamedTuple
 
 FINISH = "finish"  # stands where an element's index would, for the lease and folder of the fan-in
 
+GROUP = 1000  # elements that share a folder of leases, of work and of sealing, which each start lists
+
 SEAL = "seal.json"
 LEDGER = "ledger.jsonl"
 LEASE = re.compile(r"([^.]+)\.a(\d+)\.r(\d+)\.g(\d+)")
 # What changes in a run while it goes on, below its folder: folders' times tell of every file made in them.
-CHANGING = ("local/*", "*/attempts", "*/*/leases", "*/*/seals", f"*/*/{SEAL}")
+CHANGING = ("local/*", "*/attempts", "*/*/leases", "*/*/leases/*k", "*/*/seals", f"*/*/{SEAL}")
 
 
 def element_name(element: int | str) -> str:
     """Return how files name an element: 0003, or `finish`."""
     return element if isinstance(element, str) else f"{element:04d}"
+
+
+def _group(folder: Path, element: int | str) -> Path:
+    """Return where in `folder` an element's own lie: below it from element 1000 on, so that no start lists all."""
+    name = element_name(element)
+    number = int(name) // GROUP if name.isdigit() else 0
+    return folder / f"{number}k" if number else folder
+
+
+def _of_element(folder: Path, element: int | str, owners: str) -> list[Path]:
+    """Return what lies in `folder` of the owners of an element whose names begin with `owners`.
+
+    Runs of before have no groups: all of theirs lies in the folder itself.
+    """
+    begins, places = f"{element_name(element)}.{owners}", []
+    for place in dict.fromkeys((folder, _group(folder, element))):
+        with contextlib.suppress(FileNotFoundError):
+            places += [place / name for name in os.listdir(place) if name.startswith(begins)]
+    return places
 
 
 class LeaseName(NamedTuple):
@@ -166,6 +191,11 @@ class RunLayout:
     def code_folder(self, number: int) -> Path:
         return self.submission_folder(number) / "code"
 
+    @property
+    def shared_code_folder(self) -> Path:
+        """The folder that code lies in which submissions run; those of before have it in `code_folder` itself."""
+        return self.path / "submissions" / "code"
+
     def script_path(self, number: int, phase: str) -> Path:
         return self.submission_folder(number) / "scripts" / f"{phase}.sh"
 
@@ -195,7 +225,7 @@ class RunLayout:
 
     def log_path(self, phase: str, attempt: int, index: int | str) -> Path:
         """Return the log of an element; `index` may be a pattern that Slurm or a shell fills in."""
-        return self.logs_folder(phase) / f"a{attempt}.{index}.out"
+        return self.logs_folder(phase) / log_name(attempt, index)
 
     def outcomes_folder(self, phase: str) -> Path:
         return self.phase_folder(phase) / "attempts"
@@ -204,9 +234,22 @@ class RunLayout:
         """Return where it stands how a life (element, attempt, restart) ended; a twin left the work to another one."""
         return self.outcomes_folder(phase) / f"{_life_name(life)}{'.skipped' if is_twin else ''}.json"
 
+    def gathered_outcomes_path(self, phase: str, key: str, attempt: int) -> Path:
+        """Return where the outcomes of all elements are gathered that one submission had merged under a key."""
+        return self.outcomes_folder(phase) / f"{key}.a{attempt}.jsonl"
+
+    def gathered_outcomes(self, phase: str) -> list[Path]:
+        """Return the files of `gathered_outcomes_path`."""
+        return sorted(self.outcomes_folder(phase).glob("[!.]*.a*.jsonl"))
+
     def environment_path(self, phase: str, life: tuple[int, int, int]) -> Path:
-        """Return where the SLURM_* variables of a life (element, attempt, restart) stand."""
+        """Return where runs of before have the SLURM_* variables of a life (element, attempt, restart)."""
         return self.outcomes_folder(phase) / "environment" / f"{_life_name(life)}.json"
+
+
+def log_name(attempt: int, index: int | str) -> str:
+    """Return the name of the log of an element, or of what `index` stands for."""
+    return f"a{attempt}.{index}.out"
 
 
 def _life_name(life: tuple[int, int, int]) -> str:
@@ -231,30 +274,46 @@ class ArtifactLayout:
     def element_seal_path(self, index: int) -> Path:
         return self.seals_folder / f"{element_name(index)}.json"
 
+    def sealed_elements(self) -> set[int]:
+        """Return the elements that have a seal of their own, by one listing of the folder."""
+        try:
+            names = os.listdir(self.seals_folder)
+        except FileNotFoundError:
+            return set()
+        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
+
     @property
     def leases_folder(self) -> Path:
         return self.folder / "leases"
 
+    def lease_path(self, element: int | str, owner: LeaseName) -> Path:
+        return _group(self.leases_folder, element) / f"{element_name(element)}.{owner}"
+
     def leases(self, element: int | str, attempt: int | None = None) -> dict[LeaseName, Path]:
         """Return {owner: lease} of all that ever worked on an element, or did in one attempt."""
-        owners = f"{element_name(element)}.a{'' if attempt is None else f'{attempt}.'}*"
-        named = {LeaseName.of(path): path for path in self.leases_folder.glob(owners)}
+        there = _of_element(self.leases_folder, element, "a" if attempt is None else f"a{attempt}.")
+        named = {LeaseName.of(path): path for path in there}
         return {name: path for name, path in named.items() if name is not None}
 
-    def work_folder(self, element: int | str, owner: LeaseName) -> Path:
-        return self.folder / "work" / f"{element_name(element)}.{owner}"
+    def lease_folders(self) -> list[Path]:
+        """Return the folders that leases of elements lie in."""
+        return [self.leases_folder, *self.leases_folder.glob("*k")]
 
-    def work_folders(self, element: int | str) -> Iterator[Path]:
-        """Yield the folders that owners of an element wrote into."""
-        return (self.folder / "work").glob(f"{element_name(element)}.a*")
+    def work_folder(self, element: int | str, owner: LeaseName) -> Path:
+        return _group(self.folder / "work", element) / f"{element_name(element)}.{owner}"
+
+    def work_folders(self, element: int | str) -> list[Path]:
+        """Return the folders that owners of an element wrote into."""
+        return _of_element(self.folder / "work", element, "a")
 
     def new_sealing_folder(self, element: int | str, owner: LeaseName) -> Path:
         """Return a name that no other process uses for the folder through which an owner's seal passes."""
-        return self.folder / "sealing" / f"{element_name(element)}.{owner}.{uuid.uuid4().hex[:8]}"
+        name = f"{element_name(element)}.{owner}.{uuid.uuid4().hex[:8]}"
+        return _group(self.folder / "sealing", element) / name
 
-    def sealing_folders(self, element: int | str, owner: LeaseName) -> Iterator[Path]:
-        """Yield the folders through which the seals of an owner, and of its twins, pass."""
-        return (self.folder / "sealing").glob(f"{element_name(element)}.{owner}.*")
+    def sealing_folders(self, element: int | str, owner: LeaseName) -> list[Path]:
+        """Return the folders through which the seals of an owner, and of its twins, pass."""
+        return _of_element(self.folder / "sealing", element, f"{owner}.")
 
     @property
     def retired_folder(self) -> Path:
@@ -295,5 +354,7 @@ def metrics_below(artifact: ArtifactLayout, elements: int) -> dict[int, Path]:
 
 def sample_logs_of(keep: Path) -> dict[int, Path]:
     """Return {step: the log of its samples} of a GRPO training, in what an element keeps."""
-    named = ((re.fullmatch(r"step_(\d+)\.jsonl", path.name), path) for path in (keep / "samples").glob("step_*"))
+    named = (
+        (re.fullmatch(r"step_(\d+)\.jsonl(?:\.zst)?", path.name), path) for path in (keep / "samples").glob("step_*")
+    )
     return {int(match[1]): path for match, path in sorted(named, key=lambda each: each[1].name) if match}

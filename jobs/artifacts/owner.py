@@ -5,11 +5,19 @@ Nothing here knows Slurm: whether a job has ended is asked of the caller. No dec
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from data_tools.base import durable
+
+ENVIRONMENT = "environment"  # of a lease: the SLURM_* variables of its owner
+
+
+def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what Slurm told a process; {} outside of a job."""
+    told = {name: value for name, value in environment.items() if name.startswith("SLURM")}
+    return told if "SLURM_JOB_ID" in told else {}
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,10 @@ class Owner:
         except (ValueError, TypeError):
             return None
 
-    def record(self) -> str:
-        """Return the text of a lease's file."""
-        return durable.canonical_json(durable.with_sum(asdict(self)))
+    def record(self, environment: Mapping[str, str] | None = None) -> str:
+        """Return the text of a lease's file: the owner, and what Slurm told it when it began."""
+        told = asdict(self) | ({ENVIRONMENT: dict(environment)} if environment else {})
+        return durable.canonical_json(durable.with_sum(told))
 
     def is_dead(self, slurm_says_ended: Callable[[str], bool]) -> bool:
         """Return True only when it is provable: the pid is gone from this host, or Slurm says that the job ended."""

@@ -5,6 +5,7 @@ Where the files lie says jobs/artifacts/layout.py.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import shutil
 import stat
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from typing import Any
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from jobs.artifacts.artifact import Artifact
-from jobs.artifacts.layout import ArtifactLayout, RunLayout
-from jobs.artifacts.owner import Owner
+from jobs.artifacts.layout import ArtifactLayout, RunLayout, element_name
+from jobs.artifacts.owner import ENVIRONMENT
 from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
 from jobs.schema.pipeline import NEED_SEALS
 
@@ -307,32 +308,61 @@ class RunFolder(RunLayout):
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.create_file(path, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
 
-    def outcomes(self, phase: str, attempt: int | None = None) -> list[Outcome]:
-        """Return the outcomes of a phase, of one attempt or all; an element's later ones after its earlier ones.
+    def outcomes(self, phase: str, attempt: int | None = None, element: int | None = None) -> list[Outcome]:
+        """Return the outcomes of a phase, of one attempt or element or all; an element's later ones after its earlier.
 
         Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.
-        A torn or altered file is as good as none.
+        A torn or altered file is as good as none. Which files are read, their names decide.
+        """
+        asked = "" if attempt is None else f".a{attempt}."
+        begins = "" if element is None else f"{element_name(element)}."
+        outcomes: dict[tuple[int, int, int, bool], Outcome] = {}
+        # Files first: one that is gone when it is read is in what was gathered by then.
+        for told in itertools.chain(
+            (told for _, told in self.outcome_files(phase, asked, begins)), self._gathered(phase)
+        ):
+            with contextlib.suppress(TypeError):
+                outcome = Outcome(**told)
+                if element in (None, outcome.element) and attempt in (None, outcome.attempt):
+                    life = (outcome.element, outcome.attempt, outcome.restart, outcome.state == "skipped")
+                    outcomes.setdefault(life, outcome)
+        return sorted(outcomes.values(), key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
+
+    def outcome_files(self, phase: str, asked: str = "", begins: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the name and content of each outcome that has a file, if its name begins and has in it what is asked.
+
+        Tens of thousands are read, so no Path is made for each.
         """
         folder = self.outcomes_folder(phase)
-        names = os.listdir(folder) if folder.is_dir() else []
-        asked = "" if attempt is None else f".a{attempt}."
-        outcomes = []
-        for name in names:  # tens of thousands: no Path an element
-            if name.endswith(".json") and asked in name and not name.startswith("."):
-                with open(f"{folder}/{name}", "rb") as file, contextlib.suppress(ValueError, TypeError):
+        for name in os.listdir(folder) if folder.is_dir() else []:
+            if name.endswith(".json") and asked in name and name.startswith(begins) and not name.startswith("."):
+                with contextlib.suppress(ValueError, FileNotFoundError), open(f"{folder}/{name}", "rb") as file:
                     told = durable.parse_checked(file.read(), name)
                     told.pop(durable.SUM, None)
-                    outcomes.append(Outcome(**told))
-        return sorted(outcomes, key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
+                    yield name, told
 
-    def record_environment(self, phase: str, element: int, owner: Owner, environment: Mapping[str, str]) -> None:
-        """Write what Slurm told an attempt when it starts; a few kilobytes, one file an attempt on Slurm."""
-        told = {name: value for name, value in environment.items() if name.startswith("SLURM")}
-        if "SLURM_JOB_ID" not in told:
-            return
-        path = self.environment_path(phase, (element, owner.attempt, owner.restart))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_checked(path, told)
+    def _gathered(self, phase: str) -> Iterator[dict[str, Any]]:
+        """Yield the outcomes that were gathered in one file once a phase was sealed (consolidate.py)."""
+        for path in self.gathered_outcomes(phase):
+            for line in path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError):
+                    told = durable.parse_checked(line, path)
+                    told.pop(durable.SUM, None)
+                    yield told
+
+    def environment(self, phase: FrozenPhase, element: int, attempt: int, restart: int) -> dict[str, Any]:
+        """Return the SLURM_* variables that a life of an element found, as its newest lease tells; {} if none does.
+
+        Runs of before have them in a file beside the outcomes.
+        """
+        old = self.environment_path(phase.name, (element, attempt, restart))
+        leases = self.artifact(phase).leases(element, attempt)
+        newest = max((owner for owner in leases if owner.restart == restart), default=None)
+        with contextlib.suppress(durable.TornFile):  # nothing is known of it
+            if old.exists():
+                return durable.read_checked(old)
+            return durable.read_checked(leases[newest]).get(ENVIRONMENT, {}) if newest else {}
+        return {}
 
 
 def _redirect_of(phase: str) -> str:

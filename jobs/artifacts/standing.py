@@ -8,6 +8,7 @@ same whoever merged them.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from data_tools.base import durable
 from jobs.artifacts.artifact import Artifact
@@ -52,12 +53,19 @@ def whole_upstream(parts: list[Seal], paired: list[str]) -> dict[str, "str | lis
 # -- of a whole phase ---------------------------------------------------------------------------------------------
 
 
+class Part(NamedTuple):
+    """What is remembered of an element's seal that stands: a plan may hear of a million."""
+
+    digest: str
+    has_sum: bool
+
+
 @dataclass
 class Survey:
     """What of a phase is sealed and stands, and what a submitter has to withdraw, so that it is sealed anew."""
 
     whole: Seal | None = None  # the phase's own seal, where that and all its elements' stand
-    parts: dict[int, Seal] = field(default_factory=dict)  # elements' seals that stand
+    parts: dict[int, Part] = field(default_factory=dict)  # elements' seals that stand
     fallen: list[tuple[Path, str, str]] = field(default_factory=list)  # (seal, its SHA-256, altered or retired)
     reasons: list[str] = field(default_factory=list)  # why those fell, an element or the phase each
 
@@ -80,7 +88,7 @@ class Surveyor:
         self.verify, self.cache = verify, cache
 
     def survey(
-        self, artifact: Artifact, phase: FrozenPhase, now: Mapping[str, str], partners: Mapping[str, Mapping[int, Seal]]
+        self, artifact: Artifact, phase: FrozenPhase, now: Mapping[str, str], partners: Mapping[str, Mapping[int, Part]]
     ) -> Survey:
         """Return what stands of a phase whose needs are sealed as `now` says; of aftercorr needs, as `partners` does.
 
@@ -89,17 +97,20 @@ class Surveyor:
         """
         survey = Survey()
         whole, paired = read_seal(artifact.seal_path), list(partners)
+        sealed = artifact.sealed_elements() if phase.fans_in else set()
         for index in range(phase.elements if phase.fans_in else 0):
+            if index not in sealed:
+                if whole is not None:
+                    survey.reasons.append(f"{artifact.element_seal_path(index)} is gone")
+                continue
             there = {name: parts[index].digest for name, parts in partners.items() if index in parts}
             place = artifact.element_seal_path(index)
             seal, why, word = self._element(place, index, {**now, **there}, paired)
             if seal is not None and not why:
-                survey.parts[index] = seal
+                survey.parts[index] = Part(seal.digest, seal.has_sum)
             elif why:
                 survey.reasons.append(f"element {index}: {why}" if seal else why)
                 survey.fallen.append((place, durable.sha256_file(place), word))
-            elif whole is not None:
-                survey.reasons.append(f"{place} is gone")
         if whole is None:
             return survey
         if not survey.reasons:
@@ -132,7 +143,7 @@ class Surveyor:
         return "", ""
 
 
-def _why_parts_differ(whole: Seal, parts: Mapping[int, Seal]) -> str:
+def _why_parts_differ(whole: Seal, parts: Mapping[int, Part]) -> str:
     """Return which element was sealed anew after all were merged; "" where none was."""
     other = [i for i, part in sorted(parts.items()) if (whole.parts or [])[i : i + 1] != [part.digest]]
     return f"element {other[0]} was sealed anew since" if other else ""

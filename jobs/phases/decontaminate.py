@@ -7,12 +7,14 @@ from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
 from data_tools.recipes import decontaminate
 from data_tools.recipes.decontaminate import Config
+from data_tools.records.shares import check_shares
 from jobs.kind import Placement
 from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return decontaminate.check(config)
+    files = [("inputs", Path(name).expanduser()) for name in config.inputs]
+    return decontaminate.check(config) + check_shares(files, placement.elements)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -7,12 +7,15 @@ from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
 from data_tools.prepare import dolci
 from data_tools.prepare.dolci import Config
+from data_tools.records.shares import check_shares
 from jobs.kind import Placement
 from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return dolci.check(config)
+    return dolci.check(config) + check_shares(
+        [("inputs", Path(name).expanduser()) for name in config.inputs], placement.elements
+    )
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

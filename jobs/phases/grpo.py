@@ -35,4 +35,4 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     )
     if others := told(facts):
         text += f" ({others})"
-    return {"headline": text, **facts}
+    return {"headline": "; ".join([text, *facts["bounds"]]), **facts}

@@ -13,12 +13,22 @@ from data_tools.packs import materialize
 from data_tools.packs.materialize import Config
 from data_tools.recipes import recipe as recipes
 from data_tools.records.blend_file import LARGEST_BLEND, refuse_blend
+from data_tools.records.shares import check_shares
 from jobs.kind import Placement
 from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return [*materialize.check(config), *_check_template(config, placement), *_check_blends(config)]
+    problems = [*materialize.check(config), *_check_template(config, placement), *_check_blends(config)]
+    return problems or _check_shares(config, placement)
+
+
+def _check_shares(config: Config, placement: Placement) -> list[Problem]:
+    """Refuse files that all elements would have to read whole; what an upstream phase makes, reading it refuses."""
+    with contextlib.suppress(UserMistake):  # of files that are missing, reading says so
+        files = [(f"source.inputs ({origin.name})", origin.path) for origin in materialize.origins_of(config)]
+        return check_shares(files, placement.elements, config.format)
+    return []
 
 
 def _check_template(config: Config, placement: Placement) -> list[Problem]:

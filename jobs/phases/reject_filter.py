@@ -3,28 +3,44 @@
 An array over prompts; behind a generate of as many elements it follows that one by one (needs: aftercorr).
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from data_tools.base.tables import write_table
-from data_tools.mistake import Problem
+from data_tools.mistake import Problem, UserMistake
 from data_tools.prepare import rejection, rejection_element, rejection_finish
 from data_tools.prepare.rejection import Config
 from data_tools.prepare.rejection_element import Share
+from data_tools.records.shares import read_over
 from jobs.kind import Placement
 from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     others = {folder: elements for folder, elements in placement.partners.items() if elements != placement.elements}
-    return rejection.check(config) + [
-        Problem(
-            "inputs",
-            f"{folder} has {elements} elements, of which {placement.elements} would be read one by one (aftercorr); "
-            f"say array: {elements}, or afterok",
-        )
-        for folder, elements in others.items()
-    ]
+    return (
+        rejection.check(config)
+        + _check_shares(config, placement)
+        + [
+            Problem(
+                "inputs",
+                f"{folder} has {elements} elements, of which {placement.elements} would be read one by one (aftercorr); "
+                f"say array: {elements}, or afterok",
+            )
+            for folder, elements in others.items()
+        ]
+    )
+
+
+def _check_shares(config: Config, placement: Placement) -> list[Problem]:
+    """Refuse samples that are no partner's, so that each element reads all of them, where that is too much."""
+    files: list[Path] = []
+    with contextlib.suppress(UserMistake):  # what is missing may be to come, or reading says so
+        files = rejection_element.sample_files(config.inputs)
+    over = read_over(sum(file.stat().st_size for file in files), placement.elements)
+    remedy = "or have it follow a generate of as many elements one by one (needs: aftercorr)"
+    return [Problem("inputs", f"{over}, {remedy}")] if over else []
 
 
 def run(config: Config, task: Task) -> None:

@@ -31,7 +31,7 @@ from jobs.schema.pipeline import NEED_SEALS
 from launchers.backends.contract import JobSpec, Refused, TaskState, request_of
 from launchers.backends.restart import Life, judge
 from launchers.causes.states import CANCELLED, COMPLETED, DRIVER_GONE, FAILED, NEVER, PENDING, RUNNING
-from launchers.planning.ledger import JobEntry
+from launchers.planning.ledger import JobEntry, read_elements, told_elements
 from launchers.planning.plan import PlannedPhase
 from slurm.client import scrubbed_environment
 from slurm.profile.environments import environment_of, site_variables
@@ -51,7 +51,7 @@ class LocalJob(TypedDict):
     phase: str
     job: str
     name: str
-    elements: list[int]
+    elements: str | list[int]  # ranges; a list in files of before
     needs: dict[str, str]  # phase -> dependency type
     throttle: int  # elements that may run at once; 0: as many as fit
     cores: int
@@ -103,7 +103,7 @@ class LocalBackend:
                     "phase": spec.phase,
                     "job": f"{number}.{i}",
                     "name": spec.name,
-                    "elements": spec.elements,
+                    "elements": told_elements(spec.elements),
                     "needs": spec.needs,
                     "throttle": frozen.throttle,
                     "cores": frozen.ranks * max(1, resources.cpus_per_task or 1),
@@ -246,7 +246,7 @@ class Driver:
                 "restart": 0,
             }
             for job in self.jobs
-            for index in job["elements"]
+            for index in read_elements(job["elements"])
         ]
         self.of_phase: dict[str, dict[int, LocalTask]] = {job["phase"]: {} for job in self.jobs}
         for task in self.tasks:

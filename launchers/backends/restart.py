@@ -23,14 +23,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_tools.base import durable
 from jobs import requeue, retry
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.retry import Cause, End, Verdict
 from launchers.causes.diagnosis import classify
 from launchers.causes.evidence import Diagnosis, Evidence
 from launchers.causes.states import FAILED, UNKNOWN
-from launchers.causes.traces import lease_times, log_tail, requested
+from launchers.causes.traces import lease_time, log_tail, requested
 from launchers.planning import chain
 from slurm.client import Slurm, SlurmError, job_element
 from slurm.printed import format_indices, parse_minutes
@@ -62,8 +61,8 @@ class Life:
         """
         return [
             outcome
-            for outcome in self.run.outcomes(self.phase.name, self.attempt)
-            if outcome.state != "skipped" and outcome.element == self.index and outcome.restart <= self.restart
+            for outcome in self.run.outcomes(self.phase.name, self.attempt, self.index)
+            if outcome.state != "skipped" and outcome.restart <= self.restart
         ]
 
     def outcome(self) -> Outcome | None:
@@ -113,8 +112,7 @@ def _record(life: Life, code: int | None, diagnosis: Diagnosis) -> None:
     Without `code` it ended some time ago and elsewhere: when it wrote last.
     """
     cause = retry.told_by(code or 0) or (diagnosis.cause if diagnosis.certain else Cause.UNKNOWN)
-    leases = lease_times(life.run.artifact(life.phase).folder)
-    started = leases.get((life.index, life.attempt, life.restart), time.time())
+    started = lease_time(life.run.artifact(life.phase), life.index, life.attempt, life.restart) or time.time()
     here = os.environ.get("SLURMD_NODENAME", "") if code is not None else diagnosis.node
     ended = time.time() if code is not None or not life.log.exists() else max(started, life.log.stat().st_mtime)
     life.run.record_outcome(
@@ -230,11 +228,8 @@ def _record_silent_end(last: Life, slurm: Slurm) -> bool:
 
 def _nodes_of(life: Life) -> str:
     """Return the nodes an earlier life ran on, as Slurm names them together ("n[1-4]"); "" where nothing is known."""
-    path = life.run.environment_path(life.phase.name, (life.index, life.attempt, life.restart))
-    try:
-        return durable.read_checked(path).get("SLURM_JOB_NODELIST", "")
-    except (FileNotFoundError, durable.TornFile):  # nothing is known of it
-        return ""
+    told = life.run.environment(life.phase, life.index, life.attempt, life.restart)
+    return str(told.get("SLURM_JOB_NODELIST", ""))
 
 
 def _restart(phase: FrozenPhase, env: Mapping[str, str]) -> int:

@@ -209,6 +209,8 @@ def never_starting(rows: list[QueueRow]) -> set[str]:
     Slurm marks the first of them; their own dependents just wait for ever.
     """
     dead = {row.job_id for row in rows if row.state == PENDING and row.reason == NEVER}
+    if not dead:
+        return dead
     waiting = [
         (row, set(re.findall(r"afterok:(\d+)|aftercorr:(\d+)", row.dependency)))
         for row in rows

@@ -94,4 +94,4 @@ def tracebacks(log: str) -> list[Traceback]:
 
 def _short_path(path: str) -> str:
     """Return a path inside a code snapshot without the snapshot's folder."""
-    return re.sub(r"^.*/submissions/\d+/code/", "", path)
+    return re.sub(r"^.*/submissions/(\d+/code|code/[\w.]+)/", "", path)

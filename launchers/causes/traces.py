@@ -3,6 +3,7 @@
 A life is one start of one element: (element, attempt, restart). An attempt is the number of a submission.
 """
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -16,15 +17,19 @@ TAIL_BYTES = 1 << 16  # of a log; a traceback of many ranks fits
 def lease_times(artifact_folder: Path) -> dict[tuple[int, int, int], float]:
     """Return {(element, attempt, restart): when its lease was taken}, by the filesystem's clock (s since the epoch)."""
     times: dict[tuple[int, int, int], float] = {}
-    try:
-        with os.scandir(ArtifactLayout(artifact_folder).leases_folder) as entries:
+    for folder in ArtifactLayout(artifact_folder).lease_folders():
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
             for entry in entries:
                 lease = read_lease_name(entry.name)
                 if lease is not None and lease[0].isdigit():  # `finish` is no element
                     times[int(lease[0]), lease[1].attempt, lease[1].restart] = entry.stat().st_mtime
-    except FileNotFoundError:
-        pass
     return times
+
+
+def lease_time(artifact: ArtifactLayout, element: int, attempt: int, restart: int) -> float | None:
+    """Return when the newest lease of one life was taken, as `lease_times` does; None where there is none."""
+    leases = {owner: path for owner, path in artifact.leases(element, attempt).items() if owner.restart == restart}
+    return leases[max(leases)].stat().st_mtime if leases else None
 
 
 def keep_folder(folder: Path, phase: FrozenPhase, index: int) -> Path:

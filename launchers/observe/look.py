@@ -5,12 +5,10 @@ with a name, never a success. One look costs one squeue, and one sacct only when
 unsealed element ended; without slurmdbd the files of the run have to say it.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from data_tools.mistake import UserMistake
-from jobs.artifacts.artifact import Artifact
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.artifacts.seal import Seal
 from launchers.backends.choose import OtherCluster, backend_of, choices_of
@@ -59,15 +57,6 @@ class Element:
         return TaskState(job, self.index, UNKNOWN, "neither a seal nor the queue knows of it")
 
 
-def sealed_elements(artifact: Artifact) -> set[int]:
-    """Return the elements that have a seal of their own, by one listing of the folder."""
-    try:
-        names = os.listdir(artifact.seals_folder)
-    except FileNotFoundError:
-        return set()
-    return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
-
-
 # -- the look -----------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +96,7 @@ class Look:
         if self.seal(phase) is not None:
             return {}
         artifact = self.run.artifact(phase)
-        sealed = sealed_elements(artifact) if artifact.fans_in else set()
+        sealed = artifact.sealed_elements() if artifact.fans_in else set()
         return {i: element for i, element in self.elements(phase).items() if i not in sealed or element.is_active}
 
     def seal(self, phase: FrozenPhase) -> Seal | None:
@@ -138,12 +127,12 @@ class Look:
 
     def _read_elements(self, phase: FrozenPhase) -> Iterator[Element]:
         """Yield what `elements` returns, without what accounting says."""
-        newest = {
-            i: entry
-            for entry in self.entries
-            if (entry.phase, entry.key) == (phase.name, phase.key)
-            for i in entry.elements
-        }
+        newest: dict[int, JobEntry] = {}
+        for entry in reversed(self.entries):
+            if len(newest) == phase.elements:  # jobs of before carried them all once more
+                break
+            if (entry.phase, entry.key) == (phase.name, phase.key):
+                newest = dict.fromkeys(entry.elements, entry) | newest
         if not newest:
             return
         outcomes = {(outcome.element, outcome.attempt): outcome for outcome in self.outcomes(phase.name)}
@@ -247,7 +236,7 @@ def _untold(look: Look, phase: FrozenPhase) -> list[Element]:
     """Return the unsealed elements of a phase of which neither the queue nor their worker tells how they ended."""
     if look.seal(phase) is not None:
         return []
-    sealed = sealed_elements(look.run.artifact(phase))
+    sealed = look.run.artifact(phase).sealed_elements()
     return [
         element
         for element in look.elements(phase).values()

@@ -4,12 +4,14 @@ A training logs every sample of every step. `afterok report` shows some steps, a
 it leaves out; `afterok inspect` shows any step, and what generate and reject_filter made.
 """
 
+import contextlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
@@ -24,6 +26,8 @@ STEPS = 8  # of a phase, in a report
 GROUPS = 12  # of a step
 MOST_SAMPLES = 16  # of a group
 TEXT = 2_000  # characters of a prompt or a completion
+PACKED = ".zst"  # ends the name of a log that is compressed
+READ_OVER = 1 << 20  # bytes at a time
 SCANNED = 16 << 20  # bytes of the log of one step that are looked through
 
 
@@ -180,11 +184,26 @@ def _step(path: Path, step: int, mask_truncated: bool, notes: list[str]) -> Step
     return StepGroups(step, groups, more)
 
 
+@contextlib.contextmanager
+def _opened(path: Path, start: int) -> Iterator[BinaryIO | io.BufferedReader]:
+    """Open a log, a compressed one too, at a byte of its file: what lies before it in that is read over."""
+    with open(path, "rb") as file:
+        if path.suffix != PACKED:
+            file.seek(start)
+            yield file
+            return
+        import zstandard
+
+        with zstandard.ZstdDecompressor().stream_reader(file) as text, io.BufferedReader(text) as lines:
+            while start and (over := len(lines.read(min(start, READ_OVER)))):
+                start -= over
+            yield lines
+
+
 def _lines(path: Path, notes: list[str], start: int = 0) -> Iterator[dict[str, Any]]:
     """Yield the samples of a log from a byte on, those of a prompt together; tell in `notes` what is no sample."""
     read, bad = 0, False
-    with open(path, "rb") as file:
-        file.seek(start)
+    with _opened(path, start) as file:
         if start:
             file.readline()  # the rest of one
         for line in file:

@@ -25,7 +25,7 @@ from launchers.causes.states import (
 )
 from launchers.causes.traces import keep_folder
 from launchers.observe.gpu_hours import gpu_hours
-from launchers.observe.look import Element, Look, look_at, sealed_elements
+from launchers.observe.look import Element, Look, look_at
 from launchers.planning.ledger import Ledger
 from slurm.detect import NoDevCluster
 
@@ -155,7 +155,7 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     )
     seal = look.seal(phase)
     if seal is None:
-        status.sealed = len(sealed_elements(artifact))
+        status.sealed = len(artifact.sealed_elements())
         status.reason = look.not_needed(phase)
         elements = look.elements(phase)
         if status.reason:

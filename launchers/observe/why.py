@@ -1,28 +1,33 @@
 """Answers `afterok why`: gathers what is known of each element that is not sealed, and has it diagnosed."""
 
+import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_tools.mistake import UserMistake, nearest
+from jobs.artifacts.layout import log_name
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.retry import Cause
 from jobs.schema.pipeline import NEED_SEALS
 from launchers.causes.diagnosis import classify
 from launchers.causes.evidence import Diagnosis, Evidence
 from launchers.causes.log_lines import ENVIRONMENT_LINE
-from launchers.causes.states import ACTIVE_STATES, LOST_NODE_STATES
+from launchers.causes.states import ACTIVE_STATES, LOST_NODE_STATES, RUNNING
 from launchers.causes.traces import log_tail, requested
 from launchers.observe.look import Element, Look, look_at
-from launchers.planning.ledger import JobEntry, Ledger
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm, SlurmError
 from slurm.printed import AccountingRow, format_indices
 from slurm.profile.check import contact_note
 from slurm.profile.files import load
 
 MAX_ASKED = 8  # elements of a phase whose end is asked of scontrol one by one; the rest are judged by their logs
+SAMPLED = 200  # logs that are read of elements that nothing else tells apart
 SHOWN_RANGES = 6  # of elements, in a sentence
 ASK_THE_SITE = (Cause.NEVER_STARTS, Cause.NODE, Cause.ENVIRONMENT)  # what a profile's contact has to hear of
 
@@ -157,29 +162,14 @@ def _name_contact(findings: list[Finding], run: RunFolder, number: int) -> None:
 
 def _findings(look: Look, phase: FrozenPhase, cancels: dict[str, float]) -> list[Finding]:
     """Return what is wrong with a phase's elements that are not sealed; elements alike share a finding."""
-    groups: dict[tuple, Finding] = {}
-    asked = 0
-    for i, element in look.open_elements(phase).items():
-        evidence = gather(look, phase, element, cancels, ask_slurm=asked < MAX_ASKED)
-        asked += evidence.row is not None and element.accounting is None
-        diagnosis = classify(evidence)
-        # Elements alike share a sentence: same cause and, but for numbers, the same words.
-        key = (diagnosis.cause, re.sub(r"\d+", "#", diagnosis.what + diagnosis.evidence), diagnosis.node)
-        if key in groups:
-            groups[key].elements.append(i)
-        else:
-            groups[key] = Finding(
-                phase=phase.name,
-                elements=[i],
-                job=element.entry.job,
-                diagnosis=diagnosis,
-                log=evidence.log_path,
-                is_array=phase.array is not None,
-            )
-    if not groups and look.run.seal(phase.name, phase.key) is None and look.elements(phase):
+    examination = Examination(look, phase, cancels)
+    for element in look.open_elements(phase).values():
+        examination.examine(element)
+    findings = examination.findings()
+    if not findings and look.run.seal(phase.name, phase.key) is None and look.elements(phase):
         diagnosis = _diagnose_fan_in(phase, look.elements(phase).values())
         return [Finding(phase.name, [], job="", diagnosis=diagnosis, log="")]
-    return list(groups.values())
+    return findings
 
 
 def _diagnose_fan_in(phase: FrozenPhase, elements: Iterable[Element]) -> Diagnosis:
@@ -196,42 +186,140 @@ def _diagnose_fan_in(phase: FrozenPhase, elements: Iterable[Element]) -> Diagnos
     return classify(Evidence(phase.name, exit_code=last.exit_code, outcome=last))
 
 
-def gather(
-    look: Look, phase: FrozenPhase, element: Element, cancels: dict[str, float], ask_slurm: bool = True
-) -> Evidence:
-    """Collect what is known of one element: files, and scontrol where neither they nor accounting tell how it ended."""
-    run, entry, state = look.run, element.entry, element.state()
-    path = run.log_path(phase.name, entry.scripted, element.index)
-    slurm = look.slurms.get(entry.job)
-    outcome = element.outcome if element.outcome is None or not element.outcome.cause else None  # its own words only
-    row, down_nodes = element.accounting, tuple[str, ...]()
-    asked: dict[str, str] = {}
-    if slurm is not None:
-        asked = requested(run.script_path(entry.scripted, phase.name))
-        ended = state.state not in ACTIVE_STATES
-        if ask_slurm and ended and element.task is not None and outcome is None and row is None:
-            row = _job_row(look, slurm, element)
-        if state.state in LOST_NODE_STATES and row is not None and row.nodelist:
-            down_nodes = _down_nodes(look, slurm, row.nodelist)
-    return Evidence(
-        phase=phase.name,
-        index=element.index,
-        job=entry.job,
-        state=state.state,
-        reason=state.reason,
-        exit_code=state.exit_code,
-        outcome=outcome,
-        log=log_tail(path, phase.name, element.index) + _shared_log(path, entry, element.index),
-        log_path=str(path),
-        log_folder_exists=path.parent.is_dir(),
-        row=row,
-        on_slurm=slurm is not None,
-        upstream=_unsealed_needs(look, phase),
-        cancelled_at=cancels.get(entry.job),
-        asked_minutes=int(asked["time"]) if asked.get("time", "").isdigit() else None,
-        asked_memory=asked.get("mem", ""),
-        down_nodes=down_nodes,
-    )
+@dataclass
+class Alike:
+    """Elements that cannot be told apart without their logs."""
+
+    findings: Counter[tuple] = field(default_factory=Counter)  # where those belong that were looked at one by one
+    rest: list[int] = field(default_factory=list)  # those that were not
+
+
+class Examination:
+    """Finds what is wrong with the elements of one phase. What they share is looked up once, and logs are sampled."""
+
+    def __init__(self, look: Look, phase: FrozenPhase, cancels: dict[str, float]):
+        self.look, self.phase, self.cancels = look, phase, cancels
+        self.groups: dict[tuple, Finding] = {}
+        self.alike: defaultdict[tuple, Alike] = defaultdict(Alike)
+        self.asked = 0  # of scontrol
+        self._options: dict[int, dict[str, str]] = {}  # of the script of a submission
+        folder = look.run.logs_folder(phase.name)
+        self._logs = frozenset(os.listdir(folder)) if folder.is_dir() else None
+
+    @cached_property
+    def upstream(self) -> tuple[str, ...]:
+        return _unsealed_needs(self.look, self.phase)
+
+    def examine(self, element: Element) -> None:
+        """Diagnose one element, or count it among those that are like others."""
+        state, outcome, row = element.state(), element.outcome, element.accounting
+        has_log = state.state != RUNNING and self._has_log(element)
+        may_ask = element.entry.job in self.look.slurms and state.state not in ACTIVE_STATES
+        message = _without_numbers(outcome.message) if outcome else ""
+        ended = (outcome.state, outcome.exit_code, message, outcome.cause, outcome.node) if outcome else None
+        said = (row.state, row.exit_code, row.exit_signal, row.nodelist) if row else None
+        looks = (element.entry.job, state.state, state.reason, state.exit_code, ended, said, has_log)
+        alike = self.alike[looks]
+        if alike.findings.total() >= (SAMPLED if has_log or may_ask else 1):
+            alike.rest.append(element.index)
+            return
+        evidence = self.gather(element, has_log)
+        diagnosis = classify(evidence)
+        # Elements alike share a sentence: same cause and, but for numbers, the same words.
+        key = (diagnosis.cause, _without_numbers(diagnosis.what + diagnosis.evidence), diagnosis.node)
+        alike.findings[key] += 1
+        if key not in self.groups:
+            self.groups[key] = self._finding(diagnosis, element.entry.job, evidence.log_path)
+        self.groups[key].elements.append(element.index)
+
+    def _finding(self, diagnosis: Diagnosis, job: str, log: str) -> Finding:
+        is_array = self.phase.array is not None
+        return Finding(self.phase.name, [], job=job, diagnosis=diagnosis, log=log, is_array=is_array)
+
+    def findings(self) -> list[Finding]:
+        """Return a finding for each kind of trouble; each element is in one."""
+        unread = 0
+        for looks, alike in self.alike.items():
+            if not alike.rest:
+                continue
+            unread += len(alike.rest) if looks[-1] else 0
+            key = next(iter(alike.findings))
+            if len(alike.findings) > 1:
+                key = (*key, "not looked at", looks)
+                self.groups[key] = self._of_rest(alike)
+            self.groups[key].elements = sorted([*self.groups[key].elements, *alike.rest])
+        if unread:
+            self.look.notes.append(
+                f"{self.phase.name}: of elements that look alike {SAMPLED} logs were read, {unread:,} others were not"
+            )
+        return list(self.groups.values())
+
+    def _of_rest(self, alike: Alike) -> Finding:
+        """Return a finding for elements like others that ended in several ways; which of those, their logs tell."""
+        causes: Counter[Cause] = Counter()
+        for key, count in alike.findings.items():
+            causes[key[0]] += count
+        told = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
+        like = self.groups[alike.findings.most_common(1)[0][0]]
+        evidence = f"of {alike.findings.total()} that look alike: {told}; the logs of these were not read"
+        remedy = f"see `afterok logs {self.look.run.path} {self.phase.name}:INDEX`"
+        diagnosis = Diagnosis(causes.most_common(1)[0][0], "ended like others", evidence, remedy, certain=False)
+        return self._finding(diagnosis, like.job, log="")
+
+    def _has_log(self, element: Element) -> bool:
+        """Return whether an element has a log, of its own or of the task that it shares, by the listing of all."""
+        if not self._logs:
+            return False
+        entry = element.entry
+        own = log_name(entry.scripted, element.index)
+        return own in self._logs or (entry.batch > 1 and log_name(entry.scripted, _task(element)) in self._logs)
+
+    def gather(self, element: Element, has_log: bool) -> Evidence:
+        """Collect what is known of one element: files, and scontrol where they and accounting do not tell its end."""
+        look, phase, entry, state = self.look, self.phase, element.entry, element.state()
+        path = look.run.log_path(phase.name, entry.scripted, element.index)
+        slurm = look.slurms.get(entry.job)
+        outcome = (
+            element.outcome if element.outcome is None or not element.outcome.cause else None
+        )  # its own words only
+        row, down_nodes = element.accounting, tuple[str, ...]()
+        asked: dict[str, str] = {}
+        if slurm is not None:
+            asked = self._requested(entry.scripted)
+            ended = state.state not in ACTIVE_STATES
+            if self.asked < MAX_ASKED and ended and element.task is not None and outcome is None and row is None:
+                row = _job_row(look, slurm, element)
+                self.asked += row is not None
+            if state.state in LOST_NODE_STATES and row is not None and row.nodelist:
+                down_nodes = _down_nodes(look, slurm, row.nodelist)
+        return Evidence(
+            phase=phase.name,
+            index=element.index,
+            job=entry.job,
+            state=state.state,
+            reason=state.reason,
+            exit_code=state.exit_code,
+            outcome=outcome,
+            log=log_tail(path, phase.name, element.index) + _shared_log(path, element) if has_log else "",
+            log_path=str(path),
+            log_folder_exists=self._logs is not None,
+            row=row,
+            on_slurm=slurm is not None,
+            upstream=self.upstream,
+            cancelled_at=self.cancels.get(entry.job),
+            asked_minutes=int(asked["time"]) if asked.get("time", "").isdigit() else None,
+            asked_memory=asked.get("mem", ""),
+            down_nodes=down_nodes,
+        )
+
+    def _requested(self, scripted: int) -> dict[str, str]:
+        if scripted not in self._options:
+            self._options[scripted] = requested(self.look.run.script_path(scripted, self.phase.name))
+        return self._options[scripted]
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"\d+", "#", text)
 
 
 def _job_row(look: Look, slurm: Slurm, element: Element) -> AccountingRow | None:
@@ -263,16 +351,20 @@ def _unsealed_needs(look: Look, phase: FrozenPhase) -> tuple[str, ...]:
     return tuple(roots)
 
 
-def _shared_log(path: Path, entry: JobEntry, index: int) -> str:
-    """Return what Slurm wrote of the whole task where elements share one.
+def _task(element: Element) -> str:
+    """Return what names the log that Slurm writes of a task which several elements share."""
+    return f"tasks{element.index // element.entry.batch}"
 
-    What their sruns say there is left out: it may be of another element.
+
+def _shared_log(path: Path, element: Element) -> str:
+    """Return what Slurm says in the log of a shared task.
+
+    What its sruns say there is left out: it may be of another element.
     """
-    if entry.batch == 1:
+    if element.entry.batch == 1:
         return ""
-    task = path.with_name(path.name.replace(f".{index}.out", f".tasks{index // entry.batch}.out"))
     return "".join(
         f"{line}\n"
-        for line in log_tail(task, "", -1).splitlines()
+        for line in log_tail(path.with_name(log_name(element.entry.scripted, _task(element))), "", -1).splitlines()
         if re.search(r"slurmstepd.*\*\*\* JOB ", line) or ENVIRONMENT_LINE.search(line)
     )

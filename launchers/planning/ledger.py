@@ -8,13 +8,15 @@
 {"event": "submission", "submission": 3, …}, "released"                   of one without jobs: all sealed already
 {"event": "released", "submission": 2} or {"event": "abandoned", "submission": 2, "why": …}
 {"event": "cancel", "jobs": ["17"], …}
+{"event": "job", …, "elements": "0-19,23"}     ranges, as Slurm writes them; ledgers of before list every element
 {"event": "bundle", "submission": 4, …}       of one that submit.sh sends; what it sent stands in submissions/4/sent
 """
 
+import functools
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from jobs.artifacts.layout import RunLayout
 from launchers.planning.chain import last_link
+from slurm.printed import format_indices, parse_indices
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,39 @@ def _is_cut_off(line: bytes) -> bool:
     return False
 
 
+def told_elements(elements: Iterable[int]) -> str:
+    """Return how files name elements: a line is as long for 100,000 as for two."""
+    return format_indices(elements)
+
+
+def read_elements(told: str | list[int]) -> list[int]:
+    """Return the elements that a file names, in ranges or, in one of before, one by one."""
+    return _elements_of(told) if isinstance(told, str) else told
+
+
+@functools.lru_cache(maxsize=64)
+def _elements_of(ranges: str) -> list[int]:
+    return parse_indices(ranges) if ranges else []
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(path: Path, data: bytes) -> tuple[dict[str, Any], ...]:
+    """Return the events in the bytes of a ledger, the sum of each checked; asked many times of the same bytes."""
+    events: list[dict[str, Any]] = []
+    *lines, last = data.split(b"\n")
+    for number, line in enumerate([*lines, last] if last else lines, start=1):
+        try:
+            event = durable.parse_checked(line, f"{path}:{number}")
+        except durable.TornFile as torn:
+            if number > len(lines) and _is_cut_off(line):
+                break
+            # an append cuts off what is torn, so this was no accident
+            raise UserMistake(f"{torn}; remove that line, or restore it") from None
+        event.pop(durable.SUM, None)
+        events.append(event)
+    return tuple(events)
+
+
 class Ledger:
     """The ledger of one run, read anew at each question."""
 
@@ -89,18 +125,10 @@ class Ledger:
             UserMistake: another line is torn or altered.
         """
         try:
-            *lines, last = self.path.read_bytes().split(b"\n")
+            data = self.path.read_bytes()
         except FileNotFoundError:
             return
-        for number, line in enumerate([*lines, last] if last else lines, start=1):
-            try:
-                event = durable.parse_checked(line, f"{self.path}:{number}")
-            except durable.TornFile as torn:
-                if number > len(lines) and _is_cut_off(line):
-                    return
-                # an append cuts off what is torn, so this was no accident
-                raise UserMistake(f"{torn}; remove that line, or restore it") from None
-            event.pop(durable.SUM, None)
+        for event in _parsed(self.path, data):
             yield event
             if event["event"] == "bundle":
                 yield from self._of_bundle(event)
@@ -164,7 +192,8 @@ class Ledger:
         for e in self.events():
             if e["event"] == "job":
                 jobs.pop(e["job"], None)  # a controller that lost its last seconds gives out the same id again
-                jobs[e["job"]] = JobEntry(scripted=e["submission"], **{name: e[name] for name in OF_A_JOB})
+                told = {name: e[name] for name in OF_A_JOB} | {"elements": read_elements(e["elements"])}
+                jobs[e["job"]] = JobEntry(scripted=e["submission"], **told)
             elif e["event"] == "rewire" and e["only"] is None:
                 jobs[e["job"]] = replace(jobs[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
         return jobs

@@ -1,4 +1,4 @@
-"""The code a submission runs: a copy of our packages and of the user modules its pipeline names.
+"""The code a submission runs: a copy of our packages and of the user modules its pipeline names, one for all equal.
 
 Of each package it holds the Python files and what git tracks; where git tracks nothing of it (an installed package),
 the Python files and its small data. Left out are hidden folders, virtual environments and caches, and links that lead
@@ -10,6 +10,7 @@ import importlib.util
 import os
 import stat
 import subprocess
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.own_packages import PACKAGES
+from jobs.artifacts.keys import KEY_LENGTH
 from jobs.artifacts.layout import code_digests_beside
 from jobs.kind import user_modules
 from jobs.schema.imports import closure
 
 DATA = (".yaml", ".yml", ".json", ".jinja")  # of a package that git does not know
 NOT_CODE = ("__pycache__", "node_modules", "site-packages")  # folders
-MOST_BYTES = 64 << 20  # of all files of a snapshot: each submission has one
+MOST_BYTES = 64 << 20  # of all files of a snapshot
 
 
 @dataclass
@@ -188,17 +190,43 @@ def code_changes(sealed_code: Path, uses: str, config: Any, code: Code, digests:
     return sorted(changed & (code_of(uses, config, code.files) | code_of(uses, config, then)))
 
 
-def take_snapshot(folder: Path, extra: Iterable[Path] = ()) -> None:
-    """Copy the code into `folder` with its digests (code.json beside it) and the git commit, if there is one."""
+def take_snapshot(folder: Path, shared: Path, extra: Iterable[Path] = ()) -> None:
+    """Have `folder` lead to a copy of the code, with its digests (code.json beside it) and the git commit, if any.
+
+    The copy lies in the folder `shared` under a digest of names, bytes and modes: submissions of one code share it.
+    """
     code = find_code(extra)
-    for name, path in code.files.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _copy(path, target)
+    place = shared / _name(code.files)
+    if not place.is_dir() or _name({name: place / name for name in code.files}) != place.name:
+        place = _copied(code, shared)
+    folder.symlink_to(os.path.relpath(place, folder.parent))
     digests = {name: _digest(folder / name) for name in code.files}
     durable.write_checked(
         code_digests_beside(folder), {"git": git_state(), "files": digests, "left_out": sorted(code.left_out)}
     )
+
+
+def _copied(code: Code, shared: Path) -> Path:
+    """Copy code into a folder of its own below `shared`, and return it: under its digest where that name is free."""
+    shared.mkdir(parents=True, exist_ok=True)
+    unique = shared / f"copy.{uuid.uuid4().hex[:8]}"
+    for name, path in code.files.items():
+        target = unique / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _copy(path, target)
+    place = shared / _name({name: unique / name for name in code.files})
+    if place.exists():  # and is not what its name says: somebody edited it, for jobs of before
+        return unique
+    return unique.rename(place)
+
+
+def _name(files: Mapping[str, Path]) -> str:
+    """Return the name of a copy of these files; "" where one is missing."""
+    try:
+        told = {name: [_digest(path), stat.S_IMODE(path.lstat().st_mode)] for name, path in files.items()}
+    except FileNotFoundError:
+        return ""
+    return durable.sha256_bytes(durable.canonical_json(told))[:KEY_LENGTH]
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -33,7 +33,7 @@ def freeze(plan: Plan, number: int) -> None:
     run = plan.run
     run.submission_folder(number).mkdir(parents=True)
     roots = [root for phase in plan.pipeline.phases.values() for root in user_code(phase.uses, phase.config)]
-    take_snapshot(run.code_folder(number), roots)
+    take_snapshot(run.code_folder(number), run.shared_code_folder, roots)
     durable.write_checked(
         run.pipeline_origin_path(number),
         {

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from jobs.artifacts.run_folder import RunFolder
 from launchers.backends.contract import Backend, OutcomeOpen
 from launchers.planning.chain import last_link
-from launchers.planning.ledger import JobEntry, Ledger
+from launchers.planning.ledger import JobEntry, Ledger, read_elements, told_elements
 from launchers.submission.patience import patiently
 
 SEND_TRIES = 3  # how often a job is sent when nobody says what became of the sbatch before
@@ -86,6 +86,9 @@ class Submit(Step):
     batch: int = 1  # elements per array task
     links: int = 0  # of a chain; 0 where the job is none
 
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"elements": told_elements(self.elements)}
+
     def shown(self, backend: Backend, number: int, jobs: Mapping[str, str], new: Container[str]) -> str:
         return backend.shown_send(
             number=number,
@@ -109,7 +112,7 @@ class Submit(Step):
                 key=self.key,
                 job=job,
                 name=self.name,
-                elements=self.elements,
+                elements=told_elements(self.elements),
                 is_array=self.is_array,
                 needs=self.needs,
                 waits=waits,
@@ -231,7 +234,8 @@ def step_of(record: dict[str, Any]) -> Step:
         raise TypeError(f"no step has {', '.join(sorted(unknown))}")
     kind = KINDS[record["do"]]
     names = {entry.name for entry in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in record.items() if name in names})
+    told = {name: value for name, value in record.items() if name in names}
+    return kind(**told | ({"elements": read_elements(told["elements"])} if "elements" in names else {}))
 
 
 def _waits_shown(needs: Mapping[str, str], jobs: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,6 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-import heapq
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.records import readers
+from data_tools.records.merge_sorted import merged
 from data_tools.tasks.estimators import Vote, at_k, standard_error
 from data_tools.tasks.messages import check_template
 from data_tools.tasks.mix import check_mix, counts_table, entries_of
@@ -205,16 +205,22 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
     write_table(keep, "prompts", **counts_table(result["records"]))
 
 
+def _order(sample: dict[str, Any]) -> Any:
+    return sample["place"], sample["sample"]
+
+
 def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
-    """Join the elements' samples in the order of the prompts. One process, a line of each element in memory."""
+    """Join the elements' samples in the order of the prompts. One process, few files open."""
     from megatron_ext.model_folders import model_folder
 
-    files = [lines_of([part / SAMPLES]) for part in parts]
-    merged = heapq.merge(*files, key=lambda sample: (sample["place"], sample["sample"]))
-    with open(out / SAMPLES, "w", encoding="utf-8") as file:
+    files = [part / SAMPLES for part in parts]
+    with (
+        merged(files, lambda file: lines_of([file]), _order, scratch=out) as samples,
+        open(out / SAMPLES, "w", encoding="utf-8") as file,
+    ):
 
         def written() -> Iterator[dict[str, Any]]:
-            for sample in merged:
+            for sample in samples():
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
                 yield sample
 

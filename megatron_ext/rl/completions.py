@@ -16,7 +16,7 @@ COLUMNS = ("step", "micro_step", "prompt", "completion", "action", "reward")
 
 
 def write(samples: Path, target: Path) -> int:
-    """Write TARGET and TARGET with the suffix .jsonl of the logs in the folder `samples` (report.write_samples), a step
+    """Write TARGET and TARGET with the suffix .jsonl of the logs in the folder `samples` (sample_log.py), a step
     in memory at a time. Return how many samples these are.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def write(samples: Path, target: Path) -> int:
     ):
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for log in sorted(samples.glob("step_*.jsonl")):
+        for log in sorted(samples.glob("step_*.jsonl*")):
             for row in _rows(log):
                 writer.writerow(row)
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")

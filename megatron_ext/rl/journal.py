@@ -155,6 +155,38 @@ def forget(root: Path, before: int) -> None:
             shutil.rmtree(folder_of(root, step), ignore_errors=True)
 
 
+class Bound:
+    """Keeps the records of a run below so many bytes; the oldest steps go first, and a restart draws them again."""
+
+    def __init__(self, root: Path, most_bytes: float):
+        self.root, self.most_bytes = root, most_bytes
+        self.sizes = {step: _bytes(root, step) for step in steps(root)}
+        self.dropped = 0  # steps, by this attempt
+
+    def add(self, step: int) -> None:
+        """Hear that the records of a step are whole, and delete older ones where all together are too large."""
+        self.sizes[step] = _bytes(self.root, step)
+        while sum(self.sizes.values()) > self.most_bytes and len(self.sizes) > 1:
+            oldest = min(self.sizes)
+            self.forget(oldest + 1)
+            self.dropped += 1
+
+    def forget(self, before: int) -> None:
+        """Delete the records of steps below `before`: no checkpoint that is gone on with needs them."""
+        forget(self.root, before)
+        self.sizes = {step: size for step, size in self.sizes.items() if step >= before}
+
+    def note(self) -> str:
+        """Return what was deleted because of the bound, for the summary; "" where nothing was."""
+        if not self.dropped:
+            return ""
+        return f"the rollouts of {self.dropped:,} steps are not recorded any more (journal_gib)"
+
+
+def _bytes(root: Path, step: int) -> int:
+    return sum(path.stat().st_size for path in _files(root, step))
+
+
 def _lines(path: Path, identity: str | None) -> Iterator[dict[str, Any]]:
     """Yield the whole lines of a file of this identity (None: of any), without its first."""
     with open(path, "rb") as file:

@@ -1,16 +1,13 @@
 """What a step of GRPO was, in numbers and as a log of its samples."""
 
 import contextlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
-from data_tools.base import durable
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.samples import Sample, SampleBatch
 from megatron_ext.rl.updates import Update
@@ -124,31 +121,3 @@ def speeds(drawn: Sequence[Sample], update: Update, collector: Collector, times:
         "prefilled_tokens": sum(part.get("prefilled", 0) for part in counts),
         "samples_from_journal": sum(part.get("reused", 0) for part in counts),
     }
-
-
-def write_samples(
-    folder: Path,
-    step: int,
-    drawn: Sequence[Sample],
-    batch: SampleBatch,
-    differences: Mapping[tuple[int, int], tuple[float, float]],
-    spell: Callable[[Sample], dict[str, Any]],
-) -> None:
-    """Write FOLDER/step_N.jsonl, a line for each sample drawn for the update that made step N. One rank calls it.
-
-    A step done again after a kill writes it again.
-    """
-    worth = {s.key: (float(a), bool(t)) for s, a, t in zip(batch.samples, batch.advantages, batch.trained)}
-    lines = []
-    for sample in sorted(drawn, key=lambda s: s.key):
-        advantage, trained = worth.get(sample.key, (None, False))
-        line = {"step": step, "item": sample.item, "sample": sample.number, **spell(sample)}
-        line |= {"tokens": len(sample.tokens), "finish": sample.finish, "reward": sample.reward}
-        line |= {"answer": sample.answer}
-        line |= {"parts": dict(sample.parts), "note": sample.note, "advantage": advantage, "trained": trained}
-        if sample.key in differences:
-            total, largest = differences[sample.key]
-            line["logprob_difference"] = {"mean": total / int(sample.own.sum()), "max": largest}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    folder.mkdir(exist_ok=True)
-    durable.write_file(folder / f"step_{step:06d}.jsonl", "".join(lines))

@@ -165,7 +165,15 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
     )
     offload: bool = setting(False, "optimizer and gradients leave the GPU during rollouts", keyed=False)
     record_s: float = setting(5.0, "sampling that a kill may cost", unit="s", least=0, keyed=False)
+    journal_gib: float = setting(
+        64.0, "tokens that are recorded for a restart, at most; those of older steps are drawn again",
+        unit="GiB", above=0, keyed=False,
+    )  # fmt: skip
     log_samples: bool = setting(True, "every sample is logged with its text, in KEEP/samples", keyed=False)
+    samples_gib: float = setting(
+        16.0, "log of samples, at most; where more is drawn, each step logs some of its prompts",
+        unit="GiB", above=0, keyed=False,
+    )  # fmt: skip
     completions: str = setting(
         "", "CSV file of all samples that were logged, made at the end, with a .jsonl beside it; below KEEP unless it "
         "is an absolute path", free=True, keyed=False,

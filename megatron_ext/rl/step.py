@@ -19,6 +19,7 @@ from data_tools.progress import Progress, Stop, Stopped, silent
 from megatron_ext.rl import journal, report, untrained
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.position import Position
+from megatron_ext.rl.sample_log import SampleLog
 from megatron_ext.rl.samples import Sample, batch_of, kept_items
 from megatron_ext.rl.settings import GrpoSettings
 from megatron_ext.rl.updates import Reference, check_advantages, packed_minibatches, remedy, update
@@ -27,6 +28,7 @@ from megatron_ext.training.update import Trainer
 from megatron_ext.weights import checkpoint
 
 ROLLOUTS, SAMPLES = "rollouts", "samples"
+GIB = 1 << 30
 
 Evaluate = Callable[[int], dict[str, Any]]  # from the step whose weights are evaluated, to what metrics say of them
 Spell = Callable[[Sample], dict[str, Any]]  # from a sample, to its texts for the log
@@ -50,6 +52,7 @@ class GrpoTrained(Trained):
     """Facts about a finished training, the same on every rank."""
 
     position: Position
+    bounds: list[str]  # what is not kept because of a bound
 
 
 def train(
@@ -76,7 +79,7 @@ def train(
         trainer, collector, settings, keep, reference=reference, evaluate=evaluate, spell=spell, judge=judge
     )
     loop = Loop(step, trainer, settings, keep, steps=settings.steps, identity=identity, progress=progress, stop=stop)
-    return GrpoTrained(**vars(loop.run()), position=step.reached)
+    return GrpoTrained(**vars(loop.run()), position=step.reached, bounds=step.bounds)
 
 
 class GrpoStep:
@@ -99,10 +102,17 @@ class GrpoStep:
         self.schedule = settings.rate_schedule()
         self.reached = Position()
         self.drawn: list[Sample] = []  # of the last step
+        self.records: journal.Bound | None = None  # of rank 0
+        self.log: SampleLog | None = None  # the same
+        self.bounds: list[str] = []  # the same
 
     def begin(self, loop: Loop, position: dict[str, Any] | None) -> None:
         if position is not None:
             self.reached = Position.read(position)
+        if dist.get_rank() == 0:
+            self.records = journal.Bound(self.keep / ROLLOUTS, self.settings.journal_gib * GIB)
+            if self.settings.log_samples:
+                self.log = SampleLog(self.keep / SAMPLES, self.settings.samples_gib * GIB, loop.steps)
 
     def is_over(self) -> bool:
         return False
@@ -133,10 +143,8 @@ class GrpoStep:
         line = report.measured(drawn, batch, kept, made)
         line |= {"outcomes": told} if (told := self.judge(drawn)) else {}
         self.reached.count(drawn, batch, settings.rewarding, updates=made.updates, line=line)
-        if settings.log_samples and dist.get_rank() == 0:
-            report.write_samples(
-                self.keep / SAMPLES, step, drawn, batch, differences=made.differences, spell=self.spell
-            )
+        if self.log is not None:
+            self.log.write(step, drawn, batch, differences=made.differences, spell=self.spell)
         times.seconds.update(self.collector.seconds)
         speeds = report.speeds(drawn, made, self.collector, times)
         loop.metrics.append({"step": step, "lr": rate, **line, **speeds})
@@ -156,6 +164,8 @@ class GrpoStep:
         return self.drawn, kept
 
     def after(self, loop: Loop) -> None:
+        if self.records is not None:
+            self.records.add(loop.done - 1)
         if self.reached.is_broken:
             rollouts = self.keep / ROLLOUTS
             if dist.get_rank() == 0:
@@ -180,11 +190,12 @@ class GrpoStep:
         return asdict(self.reached)
 
     def published(self, loop: Loop, seconds: float) -> None:
-        if dist.get_rank() == 0:  # what a retained checkpoint may be gone on with from; one under way comes on top
-            oldest = min(checkpoint.steps(loop.checkpoints), default=0)
-            journal.forget(self.keep / ROLLOUTS, oldest)
+        if self.records is not None:  # milestones are not gone on with; a checkpoint under way comes on top
+            newest = checkpoint.steps(loop.checkpoints)[: self.settings.keep_checkpoints]
+            self.records.forget(min(newest, default=0))
 
     def finish(self, loop: Loop) -> None:
+        self.bounds = [note for kept in (self.log, self.records) if kept is not None and (note := kept.note())]
         reached, loss = self.reached, self.settings.loss
         if not reached.signal and not (reached.trained_samples and (loss.kl_beta or loss.entropy)):
             raise untrained.nothing_trained(

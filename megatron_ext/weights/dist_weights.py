@@ -32,6 +32,7 @@ from torch.utils.serialization import config as serialization
 
 from data_tools.base import durable
 from data_tools.base.inside import inside
+from data_tools.base.open_cache import OpenCache
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.files import pickles, stored
 from megatron_ext.files.stored import StoredPiece
@@ -161,7 +162,7 @@ class Reader:
         if common != {}:
             said = f"{COMMON} has {', '.join(map(str, common)) if isinstance(common, dict) else type(common).__name__}"
             raise UserMistake(Problem(str(folder), f"{said}, and none of our checkpoints has anything there"))
-        self._files: dict[str, IO[bytes]] = {}
+        self._files = OpenCache[str, IO[bytes]](lambda file: open(inside(folder, file), "rb"))
 
     def tensors(self) -> dict[str, tuple[str, Shape]]:
         """Return {key: (dtype, shape)}. Vocabulary padding counts as rows."""
@@ -190,8 +191,6 @@ class Reader:
         """Return the elements of one stored piece of a tensor, mapped from its file."""
         path = self.folder / piece.file
         try:
-            if piece.file not in self._files:
-                self._files[piece.file] = open(inside(self.folder, piece.file), "rb")
             data = pickles.load_piece(self._files[piece.file], piece.start, piece.length)
         except (OSError, pickles.Refused) as error:
             said = f"the piece of {key} at byte {piece.start:,} is damaged: {error}"

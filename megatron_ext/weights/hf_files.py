@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from data_tools.base import durable
 from data_tools.base.inside import inside
+from data_tools.base.open_cache import OpenCache
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.models.layouts import Entry, HfTensor
 from megatron_ext.weights.copies import difference
@@ -171,7 +172,8 @@ class SafetensorsFiles:
         self.files = dict(zip(names, shards))
         self._place: dict[str, tuple[str, int]] = {}
         self._headers = {file: self._header(file, shard) for file, shard in self.files.items()}
-        self._open: dict[str, int] = {}
+        self._begun: set[str] = set()
+        self._open = OpenCache[str, IO[bytes]](self._opened)
 
     def _header(self, file: str, names: list[str]) -> bytes:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -191,22 +193,27 @@ class SafetensorsFiles:
     def file(self, name: str) -> str:
         return self._place[name][0]
 
+    def _opened(self, file: str) -> IO[bytes]:
+        """Open a file; the first time it is begun with its header."""
+        handle = open(self.folder / file, "r+b" if file in self._begun else "wb", buffering=0)
+        if file not in self._begun:
+            handle.write(self._headers[file])
+            self._begun.add(file)
+        return handle
+
     def write(self, name: str, data: torch.Tensor, first: int = 0) -> None:
         """Put `data` at element `first` of tensor `name`, in its dtype."""
         file, start = self._place[name]
-        if file not in self._open:
-            self._open[file] = os.open(self.folder / file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
-            os.pwrite(self._open[file], self._headers[file], 0)
+        handle = self._open[file].fileno()
         data = data.to(getattr(torch, self.tensors[name][0])).contiguous()
         view = data.reshape(-1).view(torch.uint8).numpy().data
         at = start + first * data.element_size()
         while len(view):  # one call writes 2 GiB at most
-            done = os.pwrite(self._open[file], view, at)
+            done = os.pwrite(handle, view, at)
             view, at = view[done:], at + done
 
     def close(self) -> None:
-        for handle in self._open.values():
-            os.close(handle)
+        self._open.close()
 
     def write_index(self) -> list[str]:
         """Write the index, where there are several files. Return the names of all files."""

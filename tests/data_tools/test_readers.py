@@ -16,6 +16,8 @@ from data_tools.records import inputs, readers, shares
 from data_tools.records.blend_file import read_blend
 from data_tools.records.shares import open_share
 from data_tools.tasks import mix
+from jobs.kind import Placement
+from jobs.phases import decontaminate, dolci_prepare, materialize, reject_filter
 
 ROWS = [{"question": f"{n}?", "answer": "x" * (n % 7) * 40} for n in range(57)]
 
@@ -186,3 +188,37 @@ def test_an_input_names_the_files_that_a_folder_has_of_a_kind_packed_ones_too(tm
     with pytest.raises(UserMistake) as caught:
         inputs.files_of([str(tmp_path / "absent"), str(tmp_path / "folder.csv")], inputs.CSV, "source.inputs")
     assert [problem.where for problem in caught.value.problems] == ["source.inputs"] * 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.csv", "a.parquet"])
+def test_a_large_file_that_cannot_be_cut_is_refused_before_every_element_reads_all_of_it(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.write_text("a,b\n1,2\n") if name == "a.csv" else spell(path, ROWS)
+    size = path.stat().st_size
+    monkeypatch.setattr(shares, "MOST_READ_OVER", 10 * size)
+    groups = 6 if name == "a.parquet" else 1
+    for count, refused in ((1, False), (11 * groups, False), (11 * groups + groups, True)):
+        refused &= name != "a.jsonl"
+        problems = shares.check_shares([("inputs", path)], count)
+        assert bool(problems) is refused, (count, problems)
+        if not refused:
+            open_share(path, 0, count)
+            continue
+        with pytest.raises(UserMistake) as caught:
+            open_share(path, 0, count)
+        assert str(caught.value) == problems[0].message
+        assert str(path) in str(caught.value) and f"array: {11 * groups} or less" in str(caught.value)
+    assert shares.check_shares([("inputs", tmp_path / "to come.json")], 10**6) == []
+
+
+@pytest.mark.parametrize("kind", [dolci_prepare, decontaminate, materialize, reject_filter])
+def test_each_phase_that_shares_files_refuses_such_a_one_in_its_plan(tmp_path, monkeypatch, kind):
+    path = spell(tmp_path / "a.jsonl.gz", ROWS)
+    monkeypatch.setattr(shares, "MOST_READ_OVER", 10 * path.stat().st_size)
+    config = kind.Config()
+    if kind is materialize:
+        config.source.inputs, config.tokenizer, config.chat.template = [str(path)], "t", "{{ messages }}"
+    else:
+        config.inputs = [str(path)]
+    told = [problem.message for problem in kind.check(config, Placement(ranks=1, elements=12))]
+    assert any("array: 11 or less" in message for message in told), told

@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -115,3 +116,32 @@ def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     whole = Store(write(tmp_path / "a", rows))
     monkeypatch.setattr("data_tools.packs.store._BATCH", 7)
     assert Store(write(tmp_path / "b", rows)).digest == whole.digest
+
+
+def test_a_wrong_byte_of_a_column_is_found_out_when_that_column_is_asked_for(tmp_path: Path) -> None:
+    folder = write(tmp_path / "s", [[(1, 0)]] * 2000)
+    data = bytearray((folder / "rows.npz").read_bytes())
+    data[data.index(b"line.npy") + 200] ^= 1
+    (folder / "rows.npz").write_bytes(bytes(data))
+    store = Store(folder)
+    assert store.ids(3).tolist() == [1] and store.sources.tolist() == [0, 1] * 1000
+    for ask in (lambda: store.lines, lambda: store.records(0, 2)):
+        with pytest.raises(UserMistake, match="rows.npz is damaged.*line"):
+            ask()
+
+
+def test_a_store_that_was_closed_maps_its_files_anew(tmp_path: Path) -> None:
+    store = Store(write(tmp_path / "s", [[(1, 0), (2, 1)], [(3, 1)]]))
+    before = store.ids(0).tolist(), store.lines.tolist(), store.records(0, 2).tobytes()
+    fds = len(os.listdir("/proc/self/fd"))
+    store.close()
+    assert len(os.listdir("/proc/self/fd")) < fds
+    assert (store.ids(0).tolist(), store.lines.tolist(), store.records(0, 2).tobytes()) == before
+
+
+def test_the_rows_of_a_store_are_mapped_not_read(tmp_path: Path) -> None:
+    """What is private to a process does not grow with the rows: all arrays are views of mapped files."""
+    store = Store(write(tmp_path / "s", [[(1, 0), (2, 1)], [(3, 1)]]))
+    arrays = [store.lengths, store.offsets, store.all_ids, store.all_masks, store.sources, store.lines, store.turns]
+    for array in (*arrays, store.prompt_hashes, store.row_hashes):
+        assert not array.flags.owndata and not array.flags.writeable

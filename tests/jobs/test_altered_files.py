@@ -128,12 +128,6 @@ def outcome(folder: Path) -> Path:
     return next(folder.glob("p/attempts/*.json"))
 
 
-def environment(folder: Path) -> Path:
-    owner = Owner.me(1, 0, "77")
-    RunFolder(folder).record_environment("p", 0, owner, {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-4]"})
-    return RunFolder(folder).environment_path("p", (0, 1, 0))
-
-
 def driver(folder: Path) -> Path:
     (folder / "local/1").mkdir(parents=True)
     task = {"phase": "p", "job": "1.0", "index": 0, "state": "COMPLETED", "exit_code": 0, "restart": 0}
@@ -188,7 +182,6 @@ KINDS = {
     "ledger": (ledger, lambda path: list(Ledger(path).events())),
     "lease": (lease, lambda path: none_is_refused(Owner.read(path))),
     "outcome": (outcome, lambda path: none_is_refused(RunFolder(path.parents[2]).outcomes("p"))),
-    "environment": (environment, durable.read_checked),
     "driver's state": (driver, lambda path: none_is_refused(LocalBackend(RunFolder(path.parents[2]))._state("1"))),
     "driver's jobs": (jobs, read_jobs),
     "hash cache": (cached, lambda path: HashCache(path.parents[1]).sha256(path.parents[2] / "in.txt")),

@@ -147,11 +147,11 @@ def test_elements_fan_in_once_and_missing_ones_are_known(tmp_path):
     artifact = Artifact(tmp_path / "KEY", elements=3, fans_in=True)
     for index in (2, 0):
         fill_and_seal(artifact, index, Owner.me(1, 0))
-    assert artifact.missing_elements() == [1]
+    assert artifact.sealed_elements() == {0, 2} and not artifact.all_are_sealed()
     fill_and_seal(artifact, 1, Owner.me(1, 0))
-    assert artifact.missing_elements() == [0]  # element 0 stands for the fan-in that did not happen
+    assert artifact.all_are_sealed() and not artifact.seal_path.exists()
     fill_and_seal(artifact, FINISH, Owner.me(1, 0))
-    assert artifact.missing_elements() == [] and artifact.seal_path.exists()
+    assert artifact.seal_path.exists()
 
 
 def test_a_seal_over_other_results_is_set_aside_by_an_owner_of_a_later_submission_alone(tmp_path):
@@ -163,7 +163,7 @@ def test_a_seal_over_other_results_is_set_aside_by_an_owner_of_a_later_submissio
             artifact.acquire(0, Owner.me(attempt, restart), nobody_ended, lambda seal, told=outdated: told)
     assert artifact.seal_path.read_bytes() == before
     artifact.acquire(0, Owner.me(3, 0), nobody_ended, lambda seal: seal.upstream != {"a": "new"})
-    assert not artifact.seal_path.exists() and artifact.missing_elements() == [0]
+    assert not artifact.seal_path.exists()
     assert artifact.seal_path.with_name("seal.json.retired.a3").read_bytes() == before
 
 

@@ -19,6 +19,7 @@ from jobs.artifacts.artifact import Artifact
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import Outcome, RunFolder
 from jobs.artifacts.seal import read_seal
+from jobs.task import progress_path
 from launchers.cli import main
 from launchers.planning.ledger import Ledger
 from tests.command import ROOT, afterok, one_line, write_toy
@@ -337,6 +338,9 @@ def half_done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("half")
     pipeline = write_toy(folder)
     afterok("run", pipeline, "total.with.die_on_rank=0", "--run", folder / "run", check=1)
+    progress = progress_path(next(folder.glob("run/total/*/leases")).parent, 0)
+    progress.parent.mkdir()
+    progress.write_text('{"done": 1, "total": 2, "unit": "rows", "note": ""}')
     return pipeline, folder / "run"
 
 
@@ -352,7 +356,7 @@ TORN = [
     "numbers/*/seals/0001.json",
     "numbers/*/seal.json",
     "total/*/leases/*",
-    "numbers/*/elements/*/progress/*.json",
+    "total/*/progress/*.json",
     "submissions/1/profile.yaml",
 ]
 

@@ -15,9 +15,10 @@ from unittest import mock
 import pytest
 
 from jobs import worker
+from jobs.artifacts import consolidate
 from jobs.artifacts.layout import FINISH
 from jobs.artifacts.owner import Owner
-from jobs.artifacts.run_folder import RunFolder
+from jobs.artifacts.run_folder import Outcome, RunFolder
 from jobs.artifacts.seal import read_seal
 from jobs.retry import EXIT_LEASE_HELD, EXIT_SEALED
 from jobs.schema.pipeline import load_pipeline
@@ -293,3 +294,31 @@ def test_an_element_without_a_partner_is_refused_by_plan(tmp_path):
     (tmp_path / "odd.yaml").write_text(PIPELINE.replace("array: 3, needs", "array: 5, needs"))
     refused = one_line(afterok("plan", tmp_path / "odd.yaml", "cluster=local", "--run", tmp_path / "run", check=2))
     assert "phases.pair.needs.first" in refused and "pair has 5 elements, first 3" in refused
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_a_large_array_leaves_is_gathered_once_it_is_sealed_and_reads_as_before(tmp_path, monkeypatch, killed):
+    """Killed: before the files that were gathered are removed."""
+    run = Run(tmp_path)
+    run.submit(1)
+    assert ended(run.start("first", 0)) == EXIT_SEALED  # element 1 has two lives
+    run.run.record_outcome("first", Outcome(1, 1, 0, "failed", 1, "ValueError: x", "host", "", 1.0))
+    for element in (1, 2):
+        monkeypatch.setattr(consolidate, "FROM_ELEMENTS", 3)
+        if killed:
+            monkeypatch.setattr(consolidate, "_remove", mock.Mock(side_effect=OSError("killed")))
+        assert ended(run.start("first", element, restart=1 if element == 1 else 0)) == EXIT_SEALED
+    artifact, folder = run.artifact("first"), run.run.outcomes_folder("first")
+    assert artifact.seal_path.exists() and not list((artifact.folder / "elements").iterdir())
+    left = sorted(path.name for path in folder.glob("*.json"))
+    if not killed:  # the failure, and the word of the last one, who gathered
+        assert left == ["0001.a1.r0.json", "0002.a1.r0.json"]
+        assert sorted(path.name.split(".")[0] for path in artifact.leases_folder.iterdir()) == ["finish"]
+    assert len(list(folder.glob("*.jsonl"))) == 1
+    outcomes = run.run.outcomes("first")
+    told = [(outcome.element, outcome.restart, outcome.state) for outcome in outcomes]
+    assert sorted(told) == [(0, 0, "sealed"), (1, 0, "failed"), (1, 1, "sealed"), (2, 0, "sealed")]
+    assert [outcome.state for outcome in run.run.outcomes("first", element=1)] == ["failed", "sealed"]
+    assert run.run.outcomes("first", attempt=2) == [] and run.actions()["first"] == "reuse"
+    for element in range(3):
+        assert ended(run.start("first", element)) == EXIT_SEALED  # there is nothing to do for a late start

@@ -1,9 +1,13 @@
 """The ledger tells which cluster a run belongs to, and what became of its newest submission."""
 
+from dataclasses import replace
+
 import pytest
 
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from launchers.planning.ledger import Ledger
+from launchers.submission.steps import Submit, step_of
 
 
 def ledger_of(tmp_path, *events):
@@ -74,3 +78,35 @@ def test_what_a_bundles_shell_noted_reads_as_if_submit_had_written_it(tmp_path):
         sent.write_text(f"begin\n{wrong}\n")
         with pytest.raises(UserMistake, match="sent:2: .* is no line of submit.sh's"):
             ledger.jobs()
+
+
+MANY = [*range(99_000), 99_007]
+
+
+@pytest.mark.parametrize("told", [MANY, "0-98999,99007"])
+def test_a_job_of_many_elements_is_a_short_line_and_one_that_lists_them_is_read_alike(tmp_path, told):
+    step = Submit(phase="a", key="k", name="run.a", elements=MANY, is_array=True)
+    assert len(str(step.record())) < 400
+    assert step_of(step.record()) == step == step_of({**step.record(), "elements": MANY})
+    job = {name: value for name, value in step.record().items() if name != "do"} | {"job": "7", "waits": {}}
+    ledger = ledger_of(tmp_path, {"event": "job", "submission": 1, **job, "elements": told})
+    (entry,) = ledger.jobs()
+    assert entry.elements == MANY and entry == replace(step.entry(1), job="7")
+    if told is not MANY:
+        assert len(ledger.path.read_bytes()) < 500
+
+
+def test_the_lines_of_a_ledger_are_parsed_once_as_long_as_they_stay_the_same(tmp_path, monkeypatch):
+    ledger = ledger_of(tmp_path, sent("auto", "a"), {"event": "released", "submission": 1})
+    parsed = []
+    real = durable.parse_checked
+    monkeypatch.setattr(durable, "parse_checked", lambda line, name: parsed.append(name) or real(line, name))
+    for _ in range(3):
+        assert Ledger(ledger.path).jobs() == [] and not ledger.given_up() and len(list(ledger.events())) == 2
+    assert len(parsed) == 2
+    ledger.append("abandoned", submission=1, why="no", jobs=[])
+    assert len(list(ledger.events())) == 3
+    text = ledger.path.read_bytes()
+    ledger.path.write_bytes(text.replace(b"abandoned", b"abandonee"))
+    with pytest.raises(UserMistake, match="altered"):
+        list(ledger.events())

@@ -79,14 +79,18 @@ def code_of(run, phase):
     from jobs.artifacts.seal import read_seal
 
     seal = next((run / phase).glob("*/seals/0000.json"), None) or next((run / phase).glob("*/seal.json"))
-    return {Path(place).parent for place in read_seal(seal).facts["places"]}
+    return {Path(place).parent.resolve() for place in read_seal(seal).facts["places"]}
 
 
 def test_the_console_script_the_driver_the_worker_and_its_ranks_run_ours(project):
     run = f"{ODD}%a\\n"
     done = console(project, "run", "mine.yaml", f"--run={run}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert code_of(project / run, "one") == code_of(project / run, "two") == {project / run / "submissions/1/code"}
+    assert (
+        code_of(project / run, "one")
+        == code_of(project / run, "two")
+        == {(project / run / "submissions/1/code").resolve()}
+    )
     replay = console(project, "logs", run, "one", "--replay", "0/0/0")
     assert replay.returncode == 2 and "is no grpo phase" in replay.stderr  # said by ours
     by_hand = subprocess.run(
@@ -103,7 +107,7 @@ def test_slurms_jobs_run_ours(project, dev_cluster):  # noqa: F811
     done = console(project, "run", "mine.yaml", f"--run={ODD}", **dev_cluster.env())
     run = project / ODD
     assert done.returncode == 0, done.stdout + done.stderr
-    assert code_of(run, "one") == code_of(run, "two") == {run / "submissions/1/code"}
+    assert code_of(run, "one") == code_of(run, "two") == {(run / "submissions/1/code").resolve()}
     assert sorted(path.name for path in run.glob("one/logs/*")) == ["a1.0.out", "a1.1.out"]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
+from launchers.planning import snapshot
 from launchers.planning.snapshot import MOST_BYTES, find_code, take_snapshot
 
 
@@ -65,7 +66,7 @@ def test_a_snapshot_holds_code_alone_with_its_modes_and_digests(package, tmp_pat
     way, root = package
     old = os.umask(0o022)
     try:
-        take_snapshot(tmp_path / "code", [root])
+        take_snapshot(tmp_path / "code", tmp_path / "shared", [root])
     finally:
         os.umask(old)
     mine = {
@@ -83,6 +84,30 @@ def test_a_snapshot_holds_code_alone_with_its_modes_and_digests(package, tmp_pat
     assert os.readlink(tmp_path / "code" / "mine" / "same.py") == "rewards.py"
     assert "mine/outside.json" in said["left_out"]
     assert ("mine/credentials.json" in said["left_out"]) == (way == "git")
+
+
+def test_submissions_of_the_same_code_share_one_copy_and_an_edited_one_is_nobodys_but_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "PACKAGES", ())
+    mine, shared = tmp_path / "mine.py", tmp_path / "shared"
+    mine.write_text("x = 1\n")
+
+    def taken(number):
+        folder = tmp_path / str(number) / "code"
+        folder.parent.mkdir()
+        take_snapshot(folder, shared, [mine])
+        assert (folder / "mine.py").read_bytes() == mine.read_bytes()
+        return folder.resolve()
+
+    first = taken(1)
+    assert taken(2) == first and list(shared.iterdir()) == [first]
+    mine.chmod(0o600)  # the copy for all who may read would be more open than its source
+    closed = taken(3)
+    assert closed != first and stat.S_IMODE((closed / "mine.py").stat().st_mode) == 0o600
+    mine.chmod(0o644), mine.write_text("x = 2\n")
+    assert taken(4) not in (first, closed)
+    (first / "mine.py").write_text("x = 3  # by hand, for the jobs of before\n")
+    mine.write_text("x = 1\n")
+    assert taken(5) != first and len(list(shared.iterdir())) == 4
 
 
 def test_python_that_is_a_link_out_of_its_package_is_refused(package):

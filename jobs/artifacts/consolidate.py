@@ -1,0 +1,58 @@
+"""What is left of an array once its phase is sealed: how its elements ended in one file, and few of their leases.
+
+A phase of thousands of elements otherwise keeps two small files of each for good. The leases of sealed elements decide
+nothing any more: whoever would work on one finds its seal, and owners before the one that sealed cannot seal.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from data_tools.base import durable
+from jobs.artifacts.layout import read_lease_name
+from jobs.artifacts.run_folder import FrozenPhase, RunFolder
+
+FROM_ELEMENTS = 1000  # of a phase
+
+
+def consolidate(run: RunFolder, phase: FrozenPhase, attempt: int, sealed_by: Mapping[int, tuple[int, int]]) -> None:
+    """Gather what the elements of a sealed phase left, so that it is read as before; a kill in between does no harm.
+
+    Args:
+        attempt: the submission whose element merged the phase.
+        sealed_by: element -> (submission, restart) of the owner that sealed it.
+    """
+    if phase.elements < FROM_ELEMENTS:
+        return
+    with contextlib.suppress(OSError):  # the phase is sealed, and what is not gathered is found where it is
+        _remove(_gathered(run, phase, attempt))
+        _remove(_idle_leases(run, phase, sealed_by))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _gathered(run: RunFolder, phase: FrozenPhase, attempt: int) -> list[Path]:
+    """Gather the outcomes of sealed elements in one file and return their own; none where another one did so."""
+    folder, lines, paths = run.outcomes_folder(phase.name), [], []
+    for name, told in run.outcome_files(phase.name):
+        if told.get("state") == "sealed" and told.get("key") == phase.key:
+            lines.append(durable.canonical_json(durable.with_sum(told)) + "\n")
+            paths.append(folder / name)
+    first = durable.create_file(run.gathered_outcomes_path(phase.name, phase.key, attempt), "".join(lines))
+    return paths if first else []
+
+
+def _idle_leases(run: RunFolder, phase: FrozenPhase, sealed_by: Mapping[int, tuple[int, int]]) -> Iterator[Path]:
+    """Yield the leases of elements that had one life; of others they tell when a life began that left no word."""
+    leases: dict[str, list[tuple[Path, tuple[int, int]]]] = {}
+    for folder in run.artifact(phase).lease_folders():
+        for name in os.listdir(folder):
+            if lease := read_lease_name(name):
+                leases.setdefault(lease[0], []).append((folder / name, lease[1][:2]))
+    for element, (first, *others) in leases.items():
+        if element.isdigit() and not others and first[1] == sealed_by.get(int(element)):
+            yield first[0]
