@@ -97,6 +97,9 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+SEEDS = {"least": -(2**63), "most": 2**63 - 1}  # what torch takes
+
+
 def names_a_file(text: str) -> bool:
     """Return whether a setting FILE_OR_NAME gives a file: it has a slash, or ends in .yaml."""
     return "/" in text or text.endswith((".yaml", ".yml"))

@@ -21,6 +21,7 @@ from data_tools.base import durable
 from data_tools.evaluations.accuracy import MEANS, Values, intervals_of, samples_of, values_of
 from data_tools.evaluations.lines import Line, asked
 from data_tools.records import readers
+from data_tools.records.json_text import json_line
 from data_tools.tasks.estimators import standard_error
 from data_tools.tasks.mix import Entry, compared
 from data_tools.tasks.task import Item, code_digest, load_task
@@ -59,7 +60,7 @@ def write_samples(
         values = _with_majorities(values_of(group), evaluated.entries[name].task or name)
         placed = sorted(group, key=lambda line: found[asked(line)][0])
         rows = [row for line in placed for row in _rows(evaluated, line, values, found[asked(line)])]
-        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        text = "".join(json_line(row, default=str) for row in rows)
         (out / FOLDER).mkdir(exist_ok=True)
         durable.write_file(_file(out, name), text)
 
@@ -80,7 +81,7 @@ def join_samples(out: Path, evaluated: Evaluated, parts: Sequence[Path]) -> None
     for name in evaluated.entries:
         files = [_file(part, name) for part in parts if _file(part, name).is_file()]
         rows = heapq.merge(*map(_read, files), key=lambda row: row["doc_id"])
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(map(json_line, rows))
         if files:
             durable.write_file(_file(out, name), text)
 

@@ -27,6 +27,7 @@ from data_tools.prepare.rejection import Config, buckets_of, check, method_of, o
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
+from data_tools.records.json_text import json_line
 from data_tools.records.shares import open_share
 
 LEFT, PROMPTS, ORIGINS = "left.jsonl", "prompts.npy", "origins.json"
@@ -241,7 +242,7 @@ def _write(
                     "method": method_of(row["completion"]) if config.one_of_a_method == "run" else "",
                     "chat": _chat_row(row, rate, agreement),
                 }
-                left.write(json.dumps(line, ensure_ascii=False) + "\n")
+                left.write(json_line(line))
     progress(len(groups), len(groups), "prompts")
 
 

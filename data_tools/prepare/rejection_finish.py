@@ -25,6 +25,7 @@ from data_tools.prepare.rejection import Band, Config
 from data_tools.prepare.rejection_element import LEFT, ORIGINS, PROMPTS
 from data_tools.progress import Progress, silent
 from data_tools.records.balance import Balance
+from data_tools.records.json_text import json_line
 
 CHAT = "chat.jsonl"
 
@@ -68,7 +69,7 @@ def finish(config: Config, parts: Sequence[Path], out: Path, progress: Progress 
             if done % _REPORT_EVERY == 0:
                 progress(done, len(samples), "samples")
             if not bucket:
-                chat.write(json.dumps(line["chat"], ensure_ascii=False) + "\n")
+                chat.write(json_line(line["chat"]))
     progress(len(samples), len(samples), "samples")
     balance.write(out)
     fsync_tree(out)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from data_tools.base.declared import setting, with_default
+from data_tools.base.declared import SEEDS, setting, with_default
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.settings import ModelSettings
 from megatron_ext.training.options import Engine, ExpertBalance
@@ -90,7 +90,7 @@ class SftSettings(TrainingSettings):
         unit="minutes", least=0,
     )  # fmt: skip
     global_batch: int = setting(2, "packs of an update", unit="packs", least=1)
-    seed: int = setting(0, "order of the packs, dropout", free=True)
+    seed: int = setting(0, "order of the packs, dropout", **SEEDS)
 
     schedule: str = with_default(TrainingSettings, "schedule", "wsd")
     lr: float = with_default(TrainingSettings, "lr", 1e-3)
