@@ -96,6 +96,7 @@ class Pipeline:
     declared: dict[str, str] = field(default_factory=dict)  # all that may be: {variable: dotted key}
     rehearsed: float = 0.0  # of a rehearsal: the share of its planned time that each phase sleeps; 0: it is none
     waive: list[str] = field(default_factory=list)  # ids of checks, those of the command line included
+    left_out: list[str] = field(default_factory=list)  # phases whose `when` is false
 
     def descendants(self, name: str) -> set[str]:
         """Return the phases that need a phase, directly or through others."""
@@ -174,6 +175,7 @@ class _Loader:
             variables=variables,
             declared=names,
             waive=waive,
+            left_out=[str(phase) for phase in written if str(phase) in self.left_out],
         )
 
     # -- reading -------------------------------------------------------------------------------------------------

@@ -142,6 +142,8 @@ class _Planner:
         if other := rehearsal.why_not_mixed(self.pipeline, self.run):
             raise UserMistake(other)
         self.remarks += rehearsal.remarks(self.pipeline)
+        if left_out := self.pipeline.left_out:
+            self.remarks.append(f"left out, since `when` is false: {', '.join(left_out)}")
         profile = self.cluster.profile
         file = self.cluster.profile_file or profile.meta.name
         self.problems += by_check("A001", [*own_setting_problems(profile, file), *_unknown_kinds(profile, file)])

@@ -12,6 +12,9 @@ from jobs.schema.pipeline import load_pipeline
 from jobs.schema.problems import Problems
 from jobs.schema.references import references, substitute
 from jobs.schema.typed import structured
+from launchers.planning.planner import default_run_folder, make_plan
+from launchers.submission.submit import resubmit
+from slurm.detect import find_cluster
 
 GOOD = """
 name: good
@@ -280,6 +283,12 @@ def test_a_phase_whose_when_is_false_is_left_out_and_nothing_may_count_on_it(tmp
     ):  # fmt: skip
         found = problems(tmp_path, text, *overrides)
         assert any(expected in line for line in found), found
+        assert len(found) == len(set(found))
+    pipeline = load_pipeline(write(tmp_path, WHEN))
+    plan = make_plan(pipeline, default_run_folder(pipeline, tmp_path / "run"), find_cluster("local"))
+    assert plan.notes == ["left out, since `when` is false: extra, more"]
+    with pytest.raises(UserMistake, match="phase more is left out, since its `when` is false; set that, too"):
+        resubmit(plan, "more", dry_run=True)
 
 
 @pytest.mark.parametrize("uses, setting, value", [
