@@ -157,13 +157,14 @@ def _metric(measure: str, choices: bool, samples: int) -> tuple[str, str]:
     return measure.removeprefix("sampled_"), _SAMPLED if measure.startswith("sampled_") else _GREEDY
 
 
-def _means(values: Values, metrics: Mapping[str, tuple[str, str]]) -> dict[str, float]:
-    """Return mean and standard error of each measure over prompts."""
-    told = {}
+def _means(values: Values, metrics: Mapping[str, tuple[str, str]]) -> dict[str, float | str]:
+    """Return mean and standard error of each measure over prompts; for what is not known the harness says N/A."""
+    told: dict[str, float | str] = {}
     for measure, by_prompt in values.items():
         each, (metric, of) = list(by_prompt.values()), metrics[measure]
         told[f"{metric},{of}"] = sum(each) / len(each)
-        told[f"{metric}_stderr,{of}"] = standard_error(each)
+        error = standard_error(each)
+        told[f"{metric}_stderr,{of}"] = "N/A" if error is None else error
     return told
 
 
