@@ -109,31 +109,33 @@ def _places(seed: int, name: str, hashes: np.ndarray) -> np.ndarray:
 
 def _take(recipe: Recipe, drawn: dict[str, _Drawn]) -> dict[str, int]:
     """Write into each source how many of its rows are taken; return what is short of a share."""
-    by_tokens = recipe.by == "tokens"
-    shares = {source.name: source for source in recipe.sources if source.share is not None}
-    rest = next((drawn[name] for name, source in shares.items() if source.is_rest), None)
     for given in drawn.values():
         given.taken = len(given.order)
-    if rest is not None and not rest.taken:
-        name = next(name for name, source in shares.items() if source.is_rest)
-        told = f"{name} has no row to be trained on, and with `share: rest` it sets the measure of the others"
+    rest, short = next((source for source in recipe.sources if source.is_rest), None), dict[str, int]()
+    if rest is None:
+        return short
+    if not drawn[rest.name].taken:
+        told = f"{rest.name} has no row to be trained on, and with `share: rest` it sets the measure of the others"
         raise UserMistake(Problem("recipe", f"{told}; see what became of its rows, or give other files"))
-    short: dict[str, int] = {}
-    for name, source in shares.items():
-        given = drawn[name]
-        if rest is None or source.share is None or source.is_rest:
+    size = _size(recipe, drawn[rest.name])
+    for source in recipe.sources:
+        if source.share is None or source.is_rest:
             continue
-        size = _sum(rest, len(rest.order)) if by_tokens else len(rest.order)
-        share_of_rest = next(other.share for other in shares.values() if other.is_rest)
-        given.wanted = size * (source.share / (share_of_rest or 1))
-        has = _sum(given, len(given.order)) if by_tokens else len(given.order)
-        given.taken = _nearest(given.tokens, given.wanted) if by_tokens else min(int(given.wanted + _EPSILON), has)
-        if int(given.wanted + _EPSILON) > has:
-            short[name] = int(given.wanted + _EPSILON) - has
+        given, wanted = drawn[source.name], size * (source.share / (rest.share or 1))
+        given.wanted, has = wanted, _size(recipe, given)
+        rows = min(int(wanted + _EPSILON), has)
+        given.taken = _nearest(given.tokens, wanted) if recipe.by == "tokens" else rows
+        if int(wanted + _EPSILON) > has:
+            short[source.name] = int(wanted + _EPSILON) - has
     if short and recipe.short == "fail":
-        told = [f"{name} is {missing:,} {recipe.by} short of its share" for name, missing in short.items()]
-        raise UserMistake(Problem("recipe", f"{'; '.join(told)}; {_REMEDY}"))
+        lines = [f"{name} is {missing:,} {recipe.by} short of its share" for name, missing in short.items()]
+        raise UserMistake(Problem("recipe", f"{'; '.join(lines)}; {_REMEDY}"))
     return short
+
+
+def _size(recipe: Recipe, given: _Drawn) -> int:
+    """Return the rows or the tokens of all that may be drawn of a source."""
+    return _sum(given, len(given.order)) if recipe.by == "tokens" else len(given.order)
 
 
 def _sum(given: _Drawn, rows: int) -> int:

@@ -125,7 +125,7 @@ class _Loader:
         self.path, self.overrides, self.environment = path, overrides, environment
         self.problems = Problems(path)
         self.of_phases: list[tuple[list[str], Any]] = []  # (parts of a dotted key, value) of overrides, in their order
-        self.left_out: set[str] = set()  # phases whose `when` is false
+        self.left_out: list[str] = []  # phases whose `when` is false
 
     def load(self) -> Pipeline:
         """Return the pipeline. Raises UserMistake with all problems."""
@@ -175,7 +175,7 @@ class _Loader:
             variables=variables,
             declared=names,
             waive=waive,
-            left_out=[str(phase) for phase in written if str(phase) in self.left_out],
+            left_out=[*self.left_out],
         )
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ class _Loader:
                 if key not in resolver.unresolved:
                     self.problems.note(key, f"{when!r} is neither true nor false")
             elif not when:
-                self.left_out.add(str(name))
+                self.left_out.append(str(name))
         for parts, _ in self.of_phases:
             if parts[0] in self.left_out and parts[1:] != ["when"]:
                 self.problems.note(f"phases.{'.'.join(parts)}", f"phase {parts[0]} is left out: its `when` is false")

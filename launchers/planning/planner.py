@@ -16,7 +16,7 @@ from jobs.artifacts.hash_cache import HashCache
 from jobs.artifacts.keys import content_digest, key_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder, path_problem
 from jobs.artifacts.seal import Seal
-from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, user_modules
+from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, user_modules, wrong_makers
 from jobs.schema.pipeline import Phase, Pipeline
 from jobs.schema.references import references, substitute
 from launchers.planning import limits, rehearsal
@@ -354,7 +354,8 @@ class _Planner:
             },
             forecasts={folder: self.forecasts[name] for name, folder in folders.items()},
         )
-        problems = phase.kind.check(config, placement)
+        uses = {name: each.uses for name, each in self.pipeline.phases.items()}
+        problems = [*wrong_makers(phase.kind, phase.config, uses), *phase.kind.check(config, placement)]
         for problem in problems:
             if self.cluster.unasked and problem.where.endswith(".inputs"):  # files, or the hub's cache, of there
                 self.not_asked.append(f"{phase.name}: with.{problem}")

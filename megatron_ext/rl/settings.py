@@ -5,7 +5,7 @@ No torch: plans and checks read it too. The formulas stand in rl/losses.py and r
 
 from dataclasses import dataclass
 
-from data_tools.base.declared import SEEDS, setting
+from data_tools.base.declared import MODELS, SEEDS, setting
 from data_tools.mistake import Problem
 from megatron_ext.rollout.settings import RolloutSettings, Sampling
 from megatron_ext.training.schedule import Schedule
@@ -134,7 +134,9 @@ class GenerateSettings(RolloutSettings):
 class GrpoSettings(TrainingSettings, RolloutSettings):
     """In-place GRPO on tasks: the config of the phase grpo."""
 
-    reference: str = setting("", 'model folder of the KL term; "": the model itself', free=True, input=True)
+    reference: str = setting(
+        "", 'model folder of the KL term; "": the model itself', free=True, input=True, made_by=MODELS
+    )
     evaluation: Evaluation = setting(Evaluation, "evaluation in the loop, of the weights in training")
 
     steps: int = setting(100, "how often prompts are drawn, sampled and trained on", unit="steps", least=1)

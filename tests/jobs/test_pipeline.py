@@ -7,7 +7,7 @@ from typing import get_type_hints
 import pytest
 
 from data_tools.mistake import UserMistake
-from jobs.kind import find_kind
+from jobs.kind import find_kind, wrong_makers
 from jobs.schema.pipeline import load_pipeline
 from jobs.schema.problems import Problems
 from jobs.schema.references import references, substitute
@@ -15,6 +15,7 @@ from jobs.schema.typed import structured
 from launchers.planning.planner import default_run_folder, make_plan
 from launchers.submission.submit import resubmit
 from slurm.detect import find_cluster
+from tests.command import ROOT
 
 GOOD = """
 name: good
@@ -333,3 +334,35 @@ def test_an_override_leads_into_nothing_but_mappings(tmp_path, override, said):
     with pytest.raises(UserMistake) as caught:
         load_pipeline(write(tmp_path, text), [override])
     assert str(caught.value).startswith(said) and len(str(caught.value).splitlines()) == 1
+
+
+def wrong(path, overrides=()):
+    pipeline = load_pipeline(path, list(overrides))
+    uses = {name: phase.uses for name, phase in pipeline.phases.items()}
+    return [
+        f"{phase.name}.{problem}"
+        for phase in pipeline.phases.values()
+        for problem in wrong_makers(phase.kind, phase.config, uses)
+    ]
+
+
+def test_a_phase_that_makes_no_such_thing_is_no_input():
+    for path in (ROOT / "jobs" / "pipelines").glob("*.yaml"):
+        assert wrong(path) == [], path.name
+    makers = {"model": "import_hf or sft or grpo or merge_lora", "store": "materialize", "packs": "pack"}
+    swapped = [
+        ("sft.model", "data", "materialize", "model"), ("sft.store", "packs", "pack", "store"),
+        ("sft.packs", "data", "materialize", "packs"), ("sft.valid_stores", "imported", "import_hf", "store"),
+        ("packs.store", "init", "init_model", "store"), ("grpo.model", "init", "init_model", "model"),
+        ("grpo.reference", "packs", "pack", "model"), ("exported.model", "data", "materialize", "model"),
+        ("trained.model", "init", "init_model", "model"), ("trained.seen_in", "imported", "import_hf", "store"),
+    ]  # fmt: skip
+    overrides = []
+    for key, phase, _, _ in swapped:
+        value = f"'${{phases.{phase}.out}}'"
+        overrides.append(f"{key.replace('.', '.with.')}={f'[{value}]' if key.endswith('stores') else value}")
+    told = wrong(ROOT / "jobs" / "pipelines" / "tiny.yaml", overrides)
+    assert sorted(told) == sorted(
+        f"{key}: phase {phase} uses {uses}, which makes no such thing; {makers[wanted]} does"
+        for key, phase, uses, wanted in swapped
+    )
