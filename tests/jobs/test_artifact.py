@@ -213,6 +213,21 @@ def test_inputs_enter_by_content_and_the_cache_sees_every_change(tmp_path, size)
     assert content_digest(file.parent, cache) != folder
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_a_file_that_goes_away_while_its_folder_is_hashed_is_no_traceback(tmp_path, monkeypatch, error):
+    (tmp_path / "model.safetensors.incomplete").write_text("1")
+
+    def gone(self, path):
+        raise error(2, "is gone", str(path))
+
+    monkeypatch.setattr(HashCache, "sha256", gone)
+    for place in (tmp_path, tmp_path / "model.safetensors.incomplete"):
+        with pytest.raises(
+            UserMistake, match=r"cannot be read as it stands \(.*\.incomplete: is gone\); wait for what"
+        ):
+            content_digest(place, HashCache(tmp_path / "cache"))
+
+
 def test_the_hash_cache_keeps_large_files_only_each_by_itself_and_forgets_old_ones(tmp_path, monkeypatch):
     cache = HashCache(tmp_path / "cache")
     for name, text in (("small", "x"), ("one", LARGE), ("two", LARGE)):
