@@ -1,5 +1,7 @@
 """Keys: what decides a phase's result, and of what an input consists, as short digests."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ def key_of(material: dict[str, Any]) -> str:
 
 
 def content_digest(path: Path, cache: HashCache) -> str:
-    """Return the SHA-256 of a file's bytes, or of a folder's sorted (name, digest) pairs.
+    """Return the SHA-256 of a file's bytes, or of a folder's sorted (name, digest) pairs, behind links, too.
 
     Raise UserMistake where a file of it goes away meanwhile, or may not be read.
     """
@@ -24,8 +26,21 @@ def content_digest(path: Path, cache: HashCache) -> str:
     try:
         if path.is_file():
             return cache.sha256(path)
-        names = sorted(p for p in path.rglob("*") if p.is_file())
+        names = sorted(_files(path))
         return durable.sha256_bytes("\n".join(f"{p.relative_to(path)} {cache.sha256(p)}" for p in names))
     except (FileNotFoundError, PermissionError) as error:
         told = f"{error.filename}: {error.strerror}"
         raise UserMistake(f"{path} cannot be read as it stands ({told}); wait for what writes it, or mend it") from None
+
+
+def _files(folder: Path, within: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield the files below a folder, those of linked ones under the links' names; none of a folder within itself.
+
+    `within` are the real paths of those that it lies in.
+    """
+    own = os.path.realpath(folder)
+    for path in folder.iterdir() if own not in within else ():
+        if path.is_dir():
+            yield from _files(path, (*within, own))
+        elif path.is_file():
+            yield path
