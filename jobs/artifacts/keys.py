@@ -17,8 +17,9 @@ def key_of(material: dict[str, Any]) -> str:
     return durable.sha256_bytes(durable.canonical_json(material))[:KEY_LENGTH]
 
 
-def content_digest(path: Path, cache: HashCache) -> str:
-    """Return the SHA-256 of a file's bytes, or of a folder's sorted (name, digest) pairs, behind links, too.
+def content_digest(path: Path, cache: HashCache, follow: bool = True) -> str:
+    """Return the SHA-256 of a file's bytes, or of a folder's sorted (name, digest) pairs, behind links to folders
+    too where they are to be followed: those of an image lead into the machine that runs it.
 
     Raise UserMistake where a file of it goes away meanwhile, or may not be read.
     """
@@ -26,14 +27,14 @@ def content_digest(path: Path, cache: HashCache) -> str:
     try:
         if path.is_file():
             return cache.sha256(path)
-        names = sorted(_files(path))
+        names = sorted(_files(path, follow))
         return durable.sha256_bytes("\n".join(f"{p.relative_to(path)} {cache.sha256(p)}" for p in names))
     except (FileNotFoundError, PermissionError) as error:
         told = f"{error.filename}: {error.strerror}"
         raise UserMistake(f"{path} cannot be read as it stands ({told}); wait for what writes it, or mend it") from None
 
 
-def _files(folder: Path, within: tuple[str, ...] = ()) -> Iterator[Path]:
+def _files(folder: Path, follow: bool, within: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield the files below a folder, those of linked ones under the links' names; none of a folder within itself.
 
     `within` are the real paths of those that it lies in.
@@ -41,6 +42,6 @@ def _files(folder: Path, within: tuple[str, ...] = ()) -> Iterator[Path]:
     own = os.path.realpath(folder)
     for path in folder.iterdir() if own not in within else ():
         if path.is_dir():
-            yield from _files(path, (*within, own))
+            yield from _files(path, follow, (*within, own)) if follow or not path.is_symlink() else ()
         elif path.is_file():
             yield path

@@ -243,7 +243,7 @@ class _Planner:
             )
         if not path.is_absolute() or not path.exists():
             return {"name": name}
-        return {"name": name, "sha256": content_digest(path, self.cache)}
+        return {"name": name, "sha256": content_digest(path, self.cache, follow=False)}
 
     def _check_container(self, phase: Phase, role: str, frozen: FrozenPhase) -> None:
         """Refuse inputs and files of secrets that the container of a phase does not see, and a run it cannot mount."""

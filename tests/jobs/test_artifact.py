@@ -227,6 +227,7 @@ def test_what_lies_behind_a_link_is_part_of_a_folder(tmp_path):
     assert content_digest(tmp_path / "in", cache) == plain  # they lead on without end
     (tmp_path / "in" / "link").symlink_to(tmp_path / "other")
     linked = content_digest(tmp_path / "in", cache)
+    assert content_digest(tmp_path / "in", cache, follow=False) == plain
     (tmp_path / "other" / "c").write_text("2")
     assert len({plain, linked, content_digest(tmp_path / "in", cache)}) == 3
 
