@@ -188,9 +188,7 @@ class _Program:
         return simple[what](target, *given)
 
     def _refer(self, value: Any) -> Any:
-        if name := next(
-            (name for name, built_in in vars(builtins).items() if _is_named(value) and built_in is value), ""
-        ):
+        if _is_named(value) and (name := _built_in(value)):
             return {"builtin": name}
         place = next((place for place, kept in enumerate(self._kept) if kept is value), len(self._kept))
         if place == len(self._kept):

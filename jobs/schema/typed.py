@@ -87,7 +87,8 @@ def _refuse_misplaced(wanted: Any, value: Any) -> None:
         raise ValidationError(f"a {type(value).__name__} in place of a {kind.__name__}")
     if kind in (str, int, float, bool) and isinstance(value, (list, dict)):
         raise ValidationError(f"{value!r} in place of a {kind.__name__}")
-    if kind is str and isinstance(value, (bool, float)):
+    is_text = kind is str or {*get_args(wanted)} == {str, type(None)}
+    if is_text and isinstance(value, (bool, float)):
         raise ValidationError("YAML reads it as no text: put what you mean in quotes")
     for inner in get_args(wanted)[-1:] if kind in (list, dict) else ():
         for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
