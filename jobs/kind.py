@@ -42,6 +42,7 @@ from data_tools.base import declared
 from data_tools.mistake import Problem, UserMistake
 from data_tools.own_packages import taken
 from jobs.schema.imports import beside
+from jobs.schema.references import references
 from megatron_ext.parallel.plan import Site
 
 
@@ -161,18 +162,35 @@ def _keyed(value: Any) -> Any:
 
 def inputs(schema: type, config: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     """Yield (dotted config key, path or name, metadata value) of every input that a config names."""
+    for key, entry, field in _inputs(schema, config, prefix):
+        kind = field.metadata["input"]
+        if kind != declared.FILE_OR_NAME or declared.names_a_file(entry):
+            yield key, entry, kind
+
+
+def wrong_makers(kind: "PhaseKind", config: Any, uses: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield a problem for each input that refers to a phase of a kind of ours which makes no such thing; `uses` are
+    the kinds of all phases by their names."""
+    for key, entry, field in _inputs(kind.config, config):
+        makers = known.made_by if (known := declared.declaration_of(field)) else ()
+        for phase in sorted(references(entry)) if makers else ():
+            if "." not in uses[phase] and uses[phase] not in makers:
+                told = f"phase {phase} uses {uses[phase]}, which makes no such thing; {' or '.join(makers)} does"
+                yield Problem(key, told)
+
+
+def _inputs(schema: type, config: Any, prefix: str = "") -> "Iterator[tuple[str, str, dataclasses.Field[Any]]]":
+    """Yield (dotted config key, what it says, its field) of every setting that is an input and says something."""
     for field in dataclasses.fields(schema):
         value, key = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
-            yield from inputs(type(value), value, f"{key}.")
+            yield from _inputs(type(value), value, f"{key}.")
         elif isinstance(value, dict):
             for name, entry in value.items():
                 if dataclasses.is_dataclass(entry) and not isinstance(entry, type):
-                    yield from inputs(type(entry), entry, f"{key}.{name}.")
-        elif (kind := field.metadata.get("input")) and value:
-            for entry in value if isinstance(value, list) else [value]:
-                if kind != declared.FILE_OR_NAME or declared.names_a_file(entry):
-                    yield key, entry, kind
+                    yield from _inputs(type(entry), entry, f"{key}.{name}.")
+        elif field.metadata.get("input") and value:
+            yield from ((key, entry, field) for entry in (value if isinstance(value, list) else [value]))
 
 
 def user_code(uses: str, config: Any) -> list[Path]:

@@ -4,11 +4,15 @@ commands do.
     python -m tests.forks SOCKET     # one for each pytest process, started by tests.command
 
 Each fork is a process of its own, with its own words, environment, umask and streams, and ends as `python -m
-launchers.cli` does. What Python reads of the environment only when it starts cannot be changed by then: see `warm`.
+launchers.cli` does: its output is a pipe, read until nobody can write into it any more. What is read of the environment
+only when Python, its libraries or a module of theirs begins cannot be changed by then (`AT_START`), and the seed of
+hashes is one for all forks: tests of what must not depend on it start Python themselves.
 """
 
+import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -17,15 +21,17 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from runpy import run_module
-from typing import IO
 
 ROOT = Path(__file__).parents[1]
 CLI = "launchers.cli"
-AT_START = ("PYTHON", "LC_", "LANG", "LD_")  # variables with these beginnings are read when Python starts
+# Variables with these beginnings are read when Python or a library starts: NumPy's, submitit's, the C library's.
+AT_START = (
+    "PYTHON", "LC_", "LANG", "LD_", "TZ", "MALLOC_", "GLIBC_", "OMP_", "OPENBLAS_", "NPY_", "NUMPY_", "SUBMITIT_",
+)  # fmt: skip
 MOST_BYTES = 1 << 17  # of the words and environment of one command
 
 
@@ -36,7 +42,9 @@ class Forks:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.at_start = _at_start(os.environ)
         command = [sys.executable, "-m", "tests.forks", str(theirs.fileno())]
-        self.server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        self.server = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+        )
         theirs.close()
 
     def may_run(self, env: Mapping[str, str]) -> bool:
@@ -47,17 +55,18 @@ class Forks:
         """Run one command to its end. Raises subprocess.TimeoutExpired as subprocess.run does."""
         request = json.dumps({"words": words, "env": dict(env), "umask": _umask()}).encode(errors="surrogateescape")
         assert len(request) < MOST_BYTES, f"{len(request)} bytes of words and environment"
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            told, tell = os.pipe()
-            socket.send_fds(self.socket, [request], [out.fileno(), err.fileno(), tell])
-            os.close(tell)
-            with open(told) as answers:
-                pid = int(answers.readline())
-                if not select.select([answers], [], [], timeout)[0]:
-                    os.kill(pid, signal.SIGKILL)
-                    raise subprocess.TimeoutExpired([CLI, *words], timeout, _text(out), _text(err))
-                code = int(answers.readline())
-            return subprocess.CompletedProcess([CLI, *words], code, _text(out), _text(err))
+        pipes = [os.pipe() for _ in range(3)]
+        socket.send_fds(self.socket, [request], [write for _, write in pipes])
+        for _, write in pipes:
+            os.close(write)
+        told = os.read(pipes[2][0], 64)  # its pid, then how it ended
+        is_over, (out, err, more) = _read([read for read, _ in pipes], time.monotonic() + timeout)
+        pid, *code = map(int, (told.decode() + more).split())
+        if not is_over:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired([CLI, *words], timeout, out, err)
+        return subprocess.CompletedProcess([CLI, *words], code[0], out, err)
 
 
 def _at_start(env: Mapping[str, str]) -> dict[str, str]:
@@ -70,9 +79,18 @@ def _umask() -> int:
     return now
 
 
-def _text(file: IO[bytes]) -> str:
-    file.seek(0)
-    return file.read().decode()
+def _read(pipes: Sequence[int], until: float) -> tuple[bool, list[str]]:
+    """Return (whether nobody can write any more, which is awaited, the text of each pipe), and close them."""
+    got = {pipe: bytearray() for pipe in pipes}
+    still = set(pipes)
+    while still and (ready := select.select(still, [], [], max(0.0, until - time.monotonic()))[0]):
+        for pipe in ready:
+            more = os.read(pipe, 1 << 16)
+            got[pipe] += more
+            still -= set() if more else {pipe}
+    for pipe in pipes:
+        os.close(pipe)
+    return not still, [io.TextIOWrapper(io.BytesIO(data)).read() for data in got.values()]
 
 
 def serve(asked: socket.socket) -> None:

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.answers import syscalls
-from data_tools.answers.sandboxed import NOT_BEGUN, Connection, Gone
+from data_tools.answers.sandboxed import Connection, Gone
 
 PROCESSES = 8  # of a sandbox, threads counted
 TMP_MIB, TMP_FILES, FILE_MIB, OPEN_FILES = 64, 1024, 16, 64
@@ -93,17 +93,17 @@ def verdict(
         told = Connection(ours.detach())
         told.limit(_START_LIMIT_S)
         try:
-            told.receive()
+            stands = told.receive()
         except Gone:
             raise NoSandbox("the sandbox of the tests did not begin") from None
+        if not stands:
+            raise NoSandbox("the sandbox of the program did not begin")
         told.limit(limits.time_s)
         try:
             told.send(given)
             found = told.receive()
         except Gone as gone:
             return Verdict(False, str(gone))
-        if found["why"] == NOT_BEGUN:
-            raise NoSandbox("the sandbox of the program did not begin")
         return Verdict(found["passed"], found["why"])
 
 

@@ -11,6 +11,7 @@ What is no plain data (an object of a class of the program's, a generator) stays
 This file imports the standard library alone, as sandboxes see no other.
 """
 
+import array
 import builtins
 import collections
 import datetime
@@ -28,18 +29,38 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 LONGEST = 32 << 20  # bytes of a message
-NOT_BEGUN = "the sandbox did not begin"
-_TEXTS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {  # name: type, to and from text
+_Kinds = dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]]  # name: type, to and from what JSON has
+_PLAIN: _Kinds = {
     "Decimal": (decimal.Decimal, str, decimal.Decimal),
     "Fraction": (fractions.Fraction, str, fractions.Fraction),
     "datetime": (datetime.datetime, datetime.datetime.isoformat, datetime.datetime.fromisoformat),
     "date": (datetime.date, datetime.date.isoformat, datetime.date.fromisoformat),
+    "time": (datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
+    "timedelta": (datetime.timedelta, lambda value: [value.days, value.seconds, value.microseconds],
+                  lambda given: datetime.timedelta(*given)),
     "float": (float, float.hex, float.fromhex),
     "int": (int, lambda value: int.__format__(value, "x"), lambda text: int(text, 16)),  # of any length
-}
-_LISTS: dict[str, Any] = {
-    "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque,
+    "complex": (complex, lambda value: [value.real.hex(), value.imag.hex()],
+                lambda given: complex(*map(float.fromhex, given))),
+    "bytes": (bytes, bytes.hex, bytes.fromhex),
+    "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
+    "array": (array.array, lambda value: [value.typecode, value.tobytes().hex()],
+              lambda given: array.array(given[0], bytes.fromhex(given[1]))),
+    "range": (range, lambda value: [value.start, value.stop, value.step], lambda given: range(*given)),
 }  # fmt: skip
+_pairs = operator.methodcaller("items")
+_HOLDING: _Kinds = {  # to and from a list of other values
+    "list": (list, iter, list),
+    "tuple": (tuple, iter, tuple),
+    "set": (set, iter, set),
+    "frozenset": (frozenset, iter, frozenset),
+    "deque": (collections.deque, iter, collections.deque),
+    "keys": (type({}.keys()), iter, lambda items: dict.fromkeys(items).keys()),
+    "items": (type({}.items()), iter, lambda items: dict(items).items()),
+    "Counter": (collections.Counter, _pairs, lambda items: collections.Counter(dict(items))),
+    "OrderedDict": (collections.OrderedDict, _pairs, collections.OrderedDict),
+    "dict": (dict, _pairs, dict),
+}
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
@@ -49,20 +70,12 @@ def packed(value: Any, refer: Callable[[Any], Any]) -> Any:
     """Return a value as JSON that says its type; `refer` says what stands for what is no plain data."""
     if value is None or isinstance(value, (bool, str)):
         return value
-    for name, (kind, told, _) in _TEXTS.items():
+    for name, (kind, told, _) in _PLAIN.items():
         if isinstance(value, kind):
             return {name: told(value)}
-    for name, kind in _LISTS.items():
+    for name, (kind, items, _) in _HOLDING.items():
         if isinstance(value, kind):
-            return {name: [packed(item, refer) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[packed(key, refer), packed(item, refer)] for key, item in value.items()]}
-    if isinstance(value, (bytes, bytearray)):
-        return {"bytes": value.hex()}
-    if isinstance(value, complex):
-        return {"complex": [value.real.hex(), value.imag.hex()]}
-    if isinstance(value, range):
-        return {"range": [value.start, value.stop, value.step]}
+            return {name: [packed(item, refer) for item in items(value)]}
     return refer(value)
 
 
@@ -71,19 +84,22 @@ def unpacked(told: Any, referred: Callable[[Any], Any]) -> Any:
     if not isinstance(told, dict):
         return told
     [(name, given)] = told.items()
-    if name in _TEXTS:
-        return _TEXTS[name][2](given)
-    if name in _LISTS:
-        return _LISTS[name]([unpacked(item, referred) for item in given])
-    if name == "dict":
-        return {unpacked(key, referred): unpacked(item, referred) for key, item in given}
-    if name == "bytes":
-        return bytes.fromhex(given)
-    if name == "complex":
-        return complex(float.fromhex(given[0]), float.fromhex(given[1]))
-    if name == "range":
-        return range(*given)
+    if name in _PLAIN:
+        return _PLAIN[name][2](given)
+    if name in _HOLDING:
+        return _HOLDING[name][2]([unpacked(item, referred) for item in given])
     return referred(told)
+
+
+def _built_in(value: Any) -> str:
+    """Return the name that Python has built in for a value, "" where it has none."""
+    return next((name for name, own in vars(builtins).items() if own is value), "")
+
+
+def _is_named(value: Any) -> bool:
+    """Return whether a program may give a value by such a name: a type, or `...`; no function, since tests may call
+    what they get."""
+    return isinstance(value, type) or value is ... or value is NotImplemented
 
 
 class Gone(BaseException):
@@ -152,13 +168,12 @@ class _Program:
 
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to a call, and arguments that it changed."""
-        given = [unpacked(item, self._referred) for item in asked["given"]]
-        named = {name: unpacked(item, self._referred) for name, item in asked["named"].items()}
-        result = self._do(asked["do"], asked["of"], given, named)
-        told = packed(result, self._refer)
-        after = [packed(item, self._refer) for item in given] if asked["do"] == "call" else asked["given"]
-        changed = {str(place): new for place, (old, new) in enumerate(zip(asked["given"], after)) if old != new}
-        return {"gave": told, "changed": changed}
+        before = {**dict(enumerate(asked["given"])), **asked["named"]}  # by place or name
+        values = {place: unpacked(item, self._referred) for place, item in before.items()}
+        given, named = [values[place] for place in range(len(asked["given"]))], {n: values[n] for n in asked["named"]}
+        told = packed(self._do(asked["do"], asked["of"], given, named), self._refer)
+        after = {place: packed(value, self._refer) for place, value in values.items()} if asked["do"] == "call" else {}
+        return {"gave": told, "changed": [[place, new] for place, new in after.items() if before[place] != new]}
 
     def _do(self, what: str, of: Any, given: list[Any], named: dict[str, Any]) -> Any:
         target = getattr(self.module, of) if isinstance(of, str) else self._kept[of]
@@ -173,6 +188,8 @@ class _Program:
         return simple[what](target, *given)
 
     def _refer(self, value: Any) -> Any:
+        if _is_named(value) and (name := _built_in(value)):
+            return {"builtin": name}
         place = next((place for place, kept in enumerate(self._kept) if kept is value), len(self._kept))
         if place == len(self._kept):
             self._kept.append(value)
@@ -253,10 +270,14 @@ class Remote:
         walk = self._calls.ask("iter", self._of)
         while isinstance(walk, Remote):
             try:
-                [item] = self._calls.ask("next", walk._of)
+                item = next(walk)
             except StopIteration:
                 return
             yield item
+
+    def __next__(self) -> Any:
+        [item] = self._calls.ask("next", self._of)
+        return item
 
 
 class _Calls:
@@ -280,12 +301,14 @@ class _Calls:
         answer = self._connection.receive()
         if "raised" in answer:
             raise _exception(*answer["raised"])
-        for place, told in answer["changed"].items():
-            _become(given[int(place)], unpacked(told, self._referred))
+        for place, told in answer["changed"]:
+            _become(named[place] if isinstance(place, str) else given[place], unpacked(told, self._referred))
         return unpacked(answer["gave"], self._referred)
 
-    def _referred(self, told: Any) -> "Remote":
-        if not isinstance(told["object"], int):
+    def _referred(self, told: Any) -> Any:
+        if isinstance(told.get("builtin"), str) and _is_named(value := getattr(builtins, told["builtin"], None)):
+            return value
+        if not isinstance(told.get("object"), int):
             raise ValueError("no object")
         return Remote(self, told["object"])
 
@@ -293,8 +316,7 @@ class _Calls:
 def _told(value: Any) -> Any:
     """Return what stands for a remote value on its way back, or for what Python has built in (int, len). Raise
     Unsupported for what is of the tests alone."""
-    name = getattr(value, "__name__", "")
-    if name and getattr(builtins, name, None) is value:
+    if name := _built_in(value):
         return {"builtin": name}
     if not isinstance(value, Remote):
         raise Unsupported(f"a {type(value).__name__} cannot be handed to the program")
@@ -327,11 +349,11 @@ class _OfProgram(Exception):
 
 
 def _become(mine: Any, new: Any) -> None:
-    if isinstance(mine, list) and isinstance(new, list):
+    if isinstance(mine, (list, bytearray, array.array)) and isinstance(mine, type(new)):
         mine[:] = new
-    elif isinstance(mine, (set, dict)) and type(mine) is type(new):
+    elif isinstance(mine, (set, dict, collections.deque)) and type(mine) is type(new):
         mine.clear()
-        mine.update(new)
+        (mine.extend if isinstance(mine, collections.deque) else mine.update)(new)
 
 
 _OF_THE_ROW = (ImportError, SyntaxError, NameError)  # of tests that ask for what is not here: numpy, a lost name
@@ -339,11 +361,7 @@ _OF_THE_ROW = (ImportError, SyntaxError, NameError)  # of tests that ask for wha
 
 def judge(connection: Connection, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return {"passed", "why"} of the tests of `given`: the program's source, what the tests need and may call."""
-    begun = False
     try:
-        if connection.receive() != "ready":
-            raise Gone("what was sent is no message")
-        begun = True
         connection.send(given["program"])
         loaded = connection.receive()
         if "raised" in loaded:
@@ -358,7 +376,7 @@ def judge(connection: Connection, given: Mapping[str, Any]) -> dict[str, Any]:
         if calls.failed:
             raise calls.failed
     except Gone as error:
-        return {"passed": False, "why": str(error)} if begun else {"passed": None, "why": NOT_BEGUN}
+        return {"passed": False, "why": str(error)}
     except Unsupported as error:
         return {"passed": None, "why": str(error)}
     except BaseException as error:
@@ -372,9 +390,19 @@ def main(role: str, connection: str, result: str) -> None:
     if role == "program":
         serve(Connection(int(connection)))
         return
-    told = Connection(int(result))
-    told.send("ready")
-    told.send(judge(Connection(int(connection)), told.receive()))
+    program, told = Connection(int(connection)), Connection(int(result))
+    stands = begun(program)
+    told.send(stands)  # nothing that is sent later can say that a sandbox does not stand
+    if stands:
+        told.send(judge(program, told.receive()))
+
+
+def begun(program: Connection) -> bool:
+    """Return whether the sandbox of the program, which it was not sent yet, stands."""
+    try:
+        return program.receive() == "ready"
+    except Gone:
+        return False
 
 
 if __name__ == "__main__":

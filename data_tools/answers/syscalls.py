@@ -14,7 +14,8 @@ _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
 LAST = 450  # the newest call that was looked at, of Linux 5.17
 REFUSED: dict[str, tuple[int, int | None]] = {  # numbers of x86_64 and aarch64
     # memory of no process: System V's and POSIX' shared things, files without a name, rings, keys, watched inodes,
-    # whole huge pages that a pipe holds by one of their bytes, buffers of sockets (net.core.wmem_max of a cluster)
+    # whole huge pages that a pipe holds by one of their bytes, buffers of sockets (net.core.wmem_max of a cluster),
+    # what waits at a named socket, sent by those that are closed since (listen(4096): hundreds of MiB), rules
     "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "msgget": (68, 186), "semget": (64, 190),
     "mq_open": (240, 180), "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75),
     "splice": (275, 76), "tee": (276, 77), "sendfile": (40, 71),
@@ -22,6 +23,8 @@ REFUSED: dict[str, tuple[int, int | None]] = {  # numbers of x86_64 and aarch64
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "add_key": (248, 217),
     "request_key": (249, 218), "keyctl": (250, 219), "inotify_init": (253, None), "inotify_init1": (294, 26),
     "fanotify_init": (300, 262), "setsockopt": (54, 208),
+    "bind": (49, 200), "listen": (50, 201), "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445),
+    "landlock_restrict_self": (446, 446),
     # ways out
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
     "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
@@ -37,8 +40,12 @@ REFUSED: dict[str, tuple[int, int | None]] = {  # numbers of x86_64 and aarch64
 CLONE3 = 435  # on both; its flags cannot be read here: C libraries fall back on clone, where it is unknown
 CLONE, SOCKET, SOCKETPAIR = (56, 220), (41, 198), (53, 199)
 NAMESPACES = 0x7E020000  # CLONE_NEW*, of clone
+FCNTL = (72, 25)
+# of fcntl: locks of open files, which a mapping holds when the file is closed, so that OPEN_FILES does not bound them;
+# leases and notices, for which other processes have to wait
+COMMANDS = {"F_OFD_SETLK": 37, "F_OFD_SETLKW": 38, "F_SETLEASE": 1024, "F_NOTIFY": 1026}
 
-_NUMBER, _ARCHITECTURE, _FIRST = 0, 4, 16  # bytes of struct seccomp_data; the low half of the first argument
+_NUMBER, _ARCHITECTURE, _FIRST, _SECOND = 0, 4, 16, 24  # bytes of struct seccomp_data; low halves of arguments
 _LOAD, _EQUAL, _ABOVE, _HAS, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 
@@ -54,14 +61,17 @@ def filter_for(machine: str = platform.machine()) -> bytes | None:
     for numbers in REFUSED.values():
         if (number := numbers[own]) is not None:
             code += [(_EQUAL, 0, 1, number), _error(errno.EPERM)]
-    # of the others some arguments: (call, test of its first one, steps to go on where it holds and where not)
-    for number, test, holds, fails, why in (
-        (CLONE[own], (_HAS, NAMESPACES), 0, 1, errno.EPERM),
-        (SOCKET[own], (_EQUAL, int(socket.AF_UNIX)), 1, 0, errno.EAFNOSUPPORT),
-        (SOCKETPAIR[own], (_EQUAL, int(socket.AF_UNIX)), 1, 0, errno.EAFNOSUPPORT),
+    # of the others some values of an argument; a test says how many steps to go on where it holds, and where not
+    unix_alone = [(_EQUAL, 1, 0, int(socket.AF_UNIX))]
+    for numbers, argument, tests, why in (
+        (CLONE, _FIRST, [(_HAS, 0, 1, NAMESPACES)], errno.EPERM),
+        (SOCKET, _FIRST, unix_alone, errno.EAFNOSUPPORT),
+        (SOCKETPAIR, _FIRST, unix_alone, errno.EAFNOSUPPORT),
+        (FCNTL, _SECOND, [(_EQUAL, 0, 1, command) for command in COMMANDS.values()], errno.EPERM),
     ):
-        code += [(_EQUAL, 0, 4, number), (_LOAD, 0, 0, _FIRST), (test[0], holds, fails, test[1]), _error(why)]
-        code += [(_RETURN, 0, 0, _ALLOW)]
+        asked = [(_LOAD, 0, 0, argument), *(step for test in tests for step in (test, _error(why)))]
+        asked += [(_RETURN, 0, 0, _ALLOW)]
+        code += [(_EQUAL, 0, len(asked), numbers[own]), *asked]
     code += [(_RETURN, 0, 0, _ALLOW)]
     return b"".join(struct.pack("=HBBI", *step) for step in code)
 

@@ -42,6 +42,7 @@ class Declaration:
     names: tuple[str, ...] = ()  # of a mapping, the legal keys
     needed: bool = False  # an empty value is refused
     free: bool = False  # every value of its type is legal
+    made_by: tuple[str, ...] = ()  # of an input: the kinds of phases whose output it may be, of those we have
 
     @property
     def legal(self) -> str:
@@ -87,7 +88,7 @@ def setting(
 
     A default that is a class or a function is called for each config.
     """
-    for name in ("choices", "names", "also"):
+    for name in ("choices", "names", "also", "made_by"):
         declared[name] = tuple(declared.get(name, ()))
     metadata: dict[str, Any] = {_DECLARATION: Declaration(help, **declared)}
     metadata |= {name: value for name, value in (("input", input), ("module", module)) if value}
@@ -95,6 +96,11 @@ def setting(
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+MODELS = ("import_hf", "sft", "grpo", "merge_lora")  # the kinds of phases that make a model folder
+STORES, PACKS, EVALUATIONS = ("materialize",), ("pack",), ("evaluate", "run_exported")
+SEEDS = {"least": -(2**63), "most": 2**63 - 1}  # what torch takes
 
 
 def names_a_file(text: str) -> bool:

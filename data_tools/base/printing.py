@@ -8,6 +8,7 @@ name as another one. Everything that `afterok` prints goes through `clean_stream
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 import traceback
@@ -73,10 +74,19 @@ class CleanStream(io.TextIOBase):
 
 @contextlib.contextmanager
 def clean_streams() -> Iterator[None]:
-    """Clean what is written to stdout and stderr within, and the traceback of what nobody caught."""
+    """Clean what is written to stdout and stderr within, and the traceback of what nobody caught.
+
+    A stream that is closed, as some services start programs, is one to /dev/null: else the next file that is opened
+    would get its number, and what children print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the least number that is free
     before = sys.stdout, sys.stderr
     sys.excepthook = _print_cleaned
-    sys.stdout, sys.stderr = (CleanStream(raw(stream)) for stream in before)
+    sys.stdout, sys.stderr = (CleanStream(raw(stream or open(os.devnull, "w"))) for stream in before)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
-"""YAML as people read it, for pipelines and profiles: no key twice, 1e-5 a number, the time 1:30:00 not.
+"""YAML as people read it, for pipelines and profiles: no key twice, 1e-5 a number, 1:30:00 and 2026-01-01 texts.
 
-PyYAML reads YAML 1.1, where 1:30:00 is the number 5400, 1e-5 is text and the second of two equal keys wins.
+PyYAML reads YAML 1.1, where 1:30:00 is the number 5400, 2026-01-01 is no text, 1e-5 is one, and the second of two equal
+keys wins.
 """
 
 import re
@@ -109,7 +110,7 @@ class ValueLoader(_Strict, yaml.SafeLoader):
     """Loads scalars as null, booleans, integers and floats as in YAML 1.2, or text."""
 
     yaml_implicit_resolvers = {
-        first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+        first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_tools.base.tables import write_table
 from data_tools.evaluations.lines import Line, asked
-from data_tools.tasks.estimators import Z, bootstrap, each_at_k, standard_error, wilson
+from data_tools.tasks.estimators import Z, bootstrap, each_at_k, plus_or_minus, standard_error, wilson
 from data_tools.tasks.mix import counts_table
 from data_tools.tasks.outcome import graded, is_graded, is_unjudged
 
@@ -102,7 +102,7 @@ def intervals_of(values: Values, samples: int = 0, low: float = 0.0) -> dict[str
     """Return the 95% interval of the mean of each measure over its prompts.
 
     Of one answer a prompt it is Wilson's; where a prompt has several `samples`, or values are differences (`low` -1),
-    it is that of a bootstrap over prompts.
+    it is that of a bootstrap over prompts. A reward of one prompt alone has none, since it may lie anywhere.
     """
     intervals = {}
     drawn: dict[tuple[int, bool], dict[str, list[float]]] = {}
@@ -110,7 +110,7 @@ def intervals_of(values: Values, samples: int = 0, low: float = 0.0) -> dict[str
         each = list(by_prompt.values())
         if measure not in REWARDS and low == 0 and (measure in MEANS[:2] or samples == 1):
             intervals[measure] = wilson(sum(each), len(each))
-        elif each:
+        elif len(each) > 1 or (each and measure not in REWARDS):
             drawn.setdefault((len(each), measure in REWARDS), {})[measure] = each
     for (_, of_rewards), measures in drawn.items():
         intervals |= bootstrap(measures, None if of_rewards else low)
@@ -236,12 +236,13 @@ def _told_gain(one: Mapping[str, Any]) -> str:
     """Return what is said of what was gained over an earlier evaluation; "" where none was named."""
     text = ""
     if "gain" in one:
-        text += f", gain {100 * one['gain']:+.1f} ± {100 * one['gain_error']:.1f} points"
+        error = plus_or_minus(one["gain_error"], lambda value: f"{100 * value:.1f}")
+        text += f", gain {100 * one['gain']:+.1f}{error} points"
         text += f" of {one['compared_prompts']:,} prompts that both asked" if "compared_prompts" in one else ""
     elif "compared_prompts" in one:
         text += ", no gain: compare_with asked none of these prompts"
     if "reward_gain" in one:
-        text += f", reward gain {one['reward_gain']:+.3f} ± {one['reward_gain_error']:.3f}"
+        text += f", reward gain {one['reward_gain']:+.3f}{plus_or_minus(one['reward_gain_error'], '{:.3f}'.format)}"
     return text
 
 

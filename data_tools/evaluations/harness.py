@@ -20,6 +20,7 @@ from data_tools.base import durable
 from data_tools.evaluations.accuracy import MEANS, Values, intervals_of, samples_of, values_of
 from data_tools.evaluations.lines import Line, asked
 from data_tools.records import readers
+from data_tools.records.json_text import json_line
 from data_tools.records.merge_sorted import merged
 from data_tools.tasks.estimators import standard_error
 from data_tools.tasks.mix import Entry, compared
@@ -59,7 +60,7 @@ def write_samples(
         values = _with_majorities(values_of(group), evaluated.entries[name].task or name)
         placed = sorted(group, key=lambda line: found[asked(line)][0])
         rows = [row for line in placed for row in _rows(evaluated, line, values, found[asked(line)])]
-        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        text = "".join(json_line(row, default=str) for row in rows)
         (out / FOLDER).mkdir(exist_ok=True)
         durable.write_file(_file(out, name), text)
 
@@ -81,7 +82,7 @@ def join_samples(out: Path, evaluated: Evaluated, parts: Sequence[Path]) -> None
         files = [_file(part, name) for part in parts if _file(part, name).is_file()]
         if files:
             with merged(files, _read, lambda row: row["doc_id"], scratch=out) as rows:
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
+                text = "".join(map(json_line, rows()))
             durable.write_file(_file(out, name), text)
 
 
@@ -156,13 +157,14 @@ def _metric(measure: str, choices: bool, samples: int) -> tuple[str, str]:
     return measure.removeprefix("sampled_"), _SAMPLED if measure.startswith("sampled_") else _GREEDY
 
 
-def _means(values: Values, metrics: Mapping[str, tuple[str, str]]) -> dict[str, float]:
-    """Return mean and standard error of each measure over prompts."""
-    told = {}
+def _means(values: Values, metrics: Mapping[str, tuple[str, str]]) -> dict[str, float | str]:
+    """Return mean and standard error of each measure over prompts; for what is not known the harness says N/A."""
+    told: dict[str, float | str] = {}
     for measure, by_prompt in values.items():
         each, (metric, of) = list(by_prompt.values()), metrics[measure]
         told[f"{metric},{of}"] = sum(each) / len(each)
-        told[f"{metric}_stderr,{of}"] = standard_error(each)
+        error = standard_error(each)
+        told[f"{metric}_stderr,{of}"] = "N/A" if error is None else error
     return told
 
 

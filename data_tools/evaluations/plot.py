@@ -27,7 +27,8 @@ def svg_of(found: SideBySide) -> str:
             if score is None:
                 continue
             y, colour = top + _LINE * (place + 0.5), _COLOURS[place % len(_COLOURS)]
-            parts.append(_line(_x(score.interval[0]), y, _x(score.interval[1]), y, colour))
+            if score.interval:
+                parts.append(_line(_x(score.interval[0]), y, _x(score.interval[1]), y, colour))
             told = f"{found.names[place]}: {100 * score.value:.1f}% of {score.prompts:,} prompts"
             dot = f'<circle cx="{_x(score.value):.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
             parts.append(f"{dot}<title>{escape(told)}</title></circle>")

@@ -15,7 +15,7 @@ from data_tools.base.tables import ShownTable
 from data_tools.evaluations import harness
 from data_tools.evaluations.accuracy import MEANS, REWARDS, Values, difference, intervals_of, samples_of, values_of
 from data_tools.evaluations.lines import RESULT, Line, lines_of
-from data_tools.tasks.estimators import standard_error
+from data_tools.tasks.estimators import plus_or_minus, standard_error
 
 _LABELS = {"accuracy": "greedy", "accuracy_normalized": "by characters", "sampled_accuracy": "sampled"}
 Interval = tuple[float, float]
@@ -26,8 +26,8 @@ class Gain:
     """Holds the mean of what each prompt that both asked gained, with its standard error and 95% interval."""
 
     value: float
-    error: float
-    interval: Interval
+    error: float | None  # None: of one prompt
+    interval: Interval | None  # None: of a reward of one prompt
     prompts: int
 
 
@@ -36,7 +36,7 @@ class Score:
     """Holds a measure of one evaluation: its mean over prompts, and what that gained over the first evaluation."""
 
     value: float
-    interval: Interval
+    interval: Interval | None
     prompts: int
     gain: Gain | None = None  # None: of the first, or no prompt was asked by both
 
@@ -114,12 +114,12 @@ def _at_k(values: Sequence[Values]) -> list[str]:
 def _score(measure: str, values: Values, first: Values, samples: int) -> Score | None:
     if not (by_prompt := values.get(measure)):
         return None
-    interval = intervals_of({measure: by_prompt}, samples)[measure]
+    interval = intervals_of({measure: by_prompt}, samples).get(measure)
     gains = difference(by_prompt, first.get(measure, {}))
     gain = None
     if gains:
         mean = sum(gains.values()) / len(gains)
-        reach = intervals_of({measure: gains}, low=-1.0)[measure]
+        reach = intervals_of({measure: gains}, low=-1.0).get(measure)
         gain = Gain(mean, standard_error([*gains.values()]), reach, len(gains))
     return Score(sum(by_prompt.values()) / len(by_prompt), interval, len(by_prompt), gain)
 
@@ -170,13 +170,13 @@ def _cell(score: Score | None, is_reward: bool) -> str:
     def spelled(value: float, sign: str = "") -> str:
         return f"{scale * value:{sign}.{digits}f}"
 
-    def within(interval: Interval, sign: str = "") -> str:
-        return f"[{spelled(interval[0], sign)}, {spelled(interval[1], sign)}]"
+    def within(interval: Interval | None, sign: str = "") -> str:
+        return f" [{spelled(interval[0], sign)}, {spelled(interval[1], sign)}]" if interval else ""
 
     unit = "" if is_reward else "%"
-    text = f"{spelled(score.value)}{unit} {within(score.interval)} of {score.prompts:,}"
+    text = f"{spelled(score.value)}{unit}{within(score.interval)} of {score.prompts:,}"
     if score.gain is None:
         return text
     gain = score.gain
-    text += f"; {spelled(gain.value, '+')} ± {spelled(gain.error)} {within(gain.interval, '+')}"
+    text += f"; {spelled(gain.value, '+')}{plus_or_minus(gain.error, spelled)}{within(gain.interval, '+')}"
     return text if gain.prompts == score.prompts else f"{text} of {gain.prompts:,} that both asked"

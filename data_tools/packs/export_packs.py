@@ -10,7 +10,6 @@ megatron_bridge  packed.idx.parquet for Megatron-Bridge's GPTSFTPackedParquetDat
                  one to lie on the label, seq_start_id (packed_parquet.py, packing_utils.py `fill_packing_strategy`).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from data_tools.mistake import UserMistake
 from data_tools.packs.pack import Config
 from data_tools.packs.plan import PackReader
 from data_tools.progress import Progress, silent
+from data_tools.records.json_text import json_line
 
 MEGATRON_LM, MEGATRON_BRIDGE = "packed.jsonl", "packed.idx.parquet"
 
@@ -85,7 +85,7 @@ def to_megatron_lm(
                 documents += 1
                 without_end += ids[-1] != tokenizer.eos_id
             if line:
-                file.write(json.dumps({"messages": line}, ensure_ascii=False) + "\n")
+                file.write(json_line({"messages": line}))
             progress(pack + 1, reader.n_packs, "packs", MEGATRON_LM)
     return {"documents": documents, "unstable": unstable, "without_end": without_end}
 

@@ -16,7 +16,7 @@ from data_tools.base.open_cache import OPEN_AT_ONCE, OpenCache
 from data_tools.chats.fields import remedies
 from data_tools.mistake import UserMistake
 from data_tools.packs.store import Store, StoreFacts, StoreWriter
-from data_tools.recipes.draw import BUCKETS, DUPLICATE, KEPT, VALIDATION, draw, undrawn
+from data_tools.recipes.draw import BUCKETS, DUPLICATE, KEPT, VALIDATION, draw, empty, undrawn
 from data_tools.recipes.recipe import Recipe
 from data_tools.records.balance import Balance, SourceBalance
 
@@ -65,6 +65,7 @@ def join(
             first = np.where(is_validation, first, _first_of_equals(pieces, left))
         fate, table, short = draw(recipe, numbers, hashes, lengths.astype(np.int64), first)
         drawn = {"recipe": {"name": recipe.name, **recipe.plain()}, "short": short, "recipe_table": table}
+        drawn["empty"] = empty(recipe, numbers, fate)
     writer = StoreWriter(out)
     _copy(pieces, fate, KEPT, writer)
     held_out = _validation(pieces, fate, out, balance) if (fate == VALIDATION).any() else {}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.base.declared import setting
+from data_tools.base.declared import STORES, setting
 from data_tools.base.durable import fsync_tree, write_json
 from data_tools.base.seeded import permutation
 from data_tools.base.tables import ShownTable
@@ -40,7 +40,7 @@ _PREDICTED_STEPS = 64  # steps of 8 packs a rank over which idle time is predict
 class Config:
     """The config of the phase pack. The default costs are verl's for a 7B model."""
 
-    store: str = setting("", "token store, such as a materialize output", needed=True, input=True)
+    store: str = setting("", "token store, such as a materialize output", needed=True, input=True, made_by=STORES)
     pack_length: int = setting(2048, "length of a pack", unit="tokens", least=2)
     align: int = setting(
         1, "documents are padded to a multiple of it: 2 * context, times tensor with sequence parallelism",

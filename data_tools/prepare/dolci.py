@@ -10,7 +10,6 @@ A category that has too few rows says by how many, and `redistribute` says who t
 """
 
 import hashlib
-import json
 import re
 import struct
 from collections.abc import Sequence
@@ -21,13 +20,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_tools.base.declared import setting
+from data_tools.base.declared import SEEDS, setting
 from data_tools.base.durable import canonical_json, fsync_tree
 from data_tools.base.open_cache import OpenCache
 from data_tools.chats.conversation import BadRecord, Conversation, read_record
 from data_tools.chats.encoder import Encoder
 from data_tools.chats.tokenizer import load_tokenizer
-from data_tools.mistake import Problem, UserMistake
+from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
@@ -66,6 +65,13 @@ INDEX_RECORD = np.dtype(
 
 _ENTRY = struct.Struct("<Qqiib")  # the same, for one record
 
+# ISO 639-1's codes of the languages that py3langid tells apart.
+LANGUAGES = (
+    "af am an ar as az ba be bg bn br bs ca cs cy da de dz el en eo es et eu fa fi fo fr fy ga gd gl gu ha he hi hr ht "
+    "hu hy id ig is it ja jv ka kk km kn ko ku ky la lb lg ln lo lt lv mg mk ml mn mr ms mt my ne nl nn no oc om or pa "
+    "pl ps pt qu ro ru rw sa se si sk sl sn so sq sr st sv sw ta te tg th tk tl tr tt ug uk ur uz vi vo wa xh yo zh zu"
+).split()
+
 _THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _CODE_FENCE = re.compile(r"```.*?```", re.DOTALL)
 _MATHS = re.compile(r"\\boxed|\\frac|\\\(|\\\[|\$[^$\n]+\$")
@@ -99,17 +105,28 @@ class Config:
         lambda: {name: list(parts) for name, parts in SOURCES.items()},
         "parts of source names, in lower case, by the category that they mean", free=True, names=SHARES,
     )  # fmt: skip
-    seed: int = setting(0, "draw of the sample", free=True)
+    seed: int = setting(0, "draw of the sample", **SEEDS)
     on_bad_row: str = setting("fail", "what a malformed row does: bucket counts it", choices=ON_BAD_ROW)
 
 
 def check(config: Config) -> list[Problem]:
-    """Refuse shares that do not add up to 1, and no room between the limits of tokens."""
+    """Refuse shares that do not add up to 1, no room between the limits of tokens, and what no row would ever match."""
     problems = []
     if not np.isclose(sum(config.shares.values()), 1):
         problems.append(Problem("shares", f"they add up to {sum(config.shares.values()):g}, not 1"))
     if config.max_tokens and config.min_tokens > config.max_tokens:
         problems.append(Problem("min_tokens", f"{config.min_tokens} is above max_tokens {config.max_tokens}"))
+    if config.language and config.language not in LANGUAGES:
+        near = nearest(config.language.lower(), LANGUAGES)
+        problems.append(Problem("language", f"{config.language!r} is no language that is told apart{near}"))
+    for name, parts in config.sources.items():
+        problems += [
+            Problem(
+                f"sources.{name}", f"{part!r} is in no source's name; write it in lower case, with no spaces around"
+            )
+            for part in parts
+            if not part or part != part.lower().strip()
+        ]
     return problems
 
 
@@ -205,23 +222,21 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
                 sheet.lines += 1
                 if sheet.lines % _REPORT_EVERY == 0:
                     progress(share.done, share.total, share.unit, name)
-                chat = _chat(record, sheet, config)
+                chat = _chat(record, sheet, config, encoder)
                 if chat is None:
                     continue
                 sheet.lines_with_rows += 1
                 sheet.rows += 1
-                row, conversation = chat
-                tokens = sum(len(encoder.encode(text, [])[0]) for text in _texts(conversation))
+                row, conversation, tokens = chat
                 bucket = _bucket(conversation, tokens, config)
                 if bucket:
                     sheet.refuse(bucket, tokens)
                     continue
-                category = category_of(
-                    conversation, str(row.get("source", row.get("dataset_source", ""))), config.sources
-                )
+                source = row.get("source") or row.get("dataset_source") or ""
+                category = category_of(conversation, str(source), config.sources)
                 place = priority(config.seed, conversation)
                 entries += _ENTRY.pack(place, rows.tell(), tokens, number, names.index(category))
-                rows.write(json.dumps({**row, "category": category}, ensure_ascii=False).encode() + b"\n")
+                rows.write(record.line({**row, "category": category}).encode())
                 sheet.keep(tokens, 0)
             progress(share.total, share.total, share.unit, name)
     np.save(out / INDEX, np.frombuffer(entries, dtype=INDEX_RECORD))
@@ -230,15 +245,18 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
     return {"rows": balance.total().rows, "kept": balance.total().kept}
 
 
-def _chat(record: readers.Record, sheet: SourceBalance, config: Config) -> tuple[dict[str, Any], Conversation] | None:
-    """Return (the record's value, its conversation), or None for a line that went to a bucket."""
+def _chat(
+    record: readers.Record, sheet: SourceBalance, config: Config, encoder: Encoder
+) -> tuple[dict[str, Any], Conversation, int] | None:
+    """Return (the record's value, its conversation, tokens of that), or None for a line that went to a bucket."""
     if record.is_blank:
         sheet.lines_dropped["blank_line"] += 1
         return None
     bucket, reason = "malformed_line", record.problem
     if not reason:
         try:
-            return _row(record.value)
+            row, conversation = _row(record.value)
+            return row, conversation, sum(len(encoder.encode(text, [])[0]) for text in _texts(conversation))
         except BadRecord as error:
             bucket, reason = error.bucket, str(error)
     if config.on_bad_row == "fail":
@@ -306,7 +324,8 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
     """
     indices = [np.load(part / INDEX) for part in parts]
     entries, part_of = np.concatenate(indices), np.repeat(np.arange(len(parts)), list(map(len, indices)))
-    order = np.lexsort((part_of, entries["priority"]))  # equal rows: the first element's counts
+    # Of equal rows the first counts: of the first file, and in it of the first element.
+    order = np.lexsort((part_of, entries["source"], entries["priority"]))
     entries, part_of = entries[order], part_of[order]
     first = np.append(True, entries["priority"][1:] != entries["priority"][:-1]) if len(entries) else np.empty(0, bool)
     names = list(SHARES)
@@ -322,6 +341,10 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
     for i, name in enumerate(names):
         chosen[np.flatnonzero(first & (entries["category"] == i))[: drawn.get(name, 0)]] = True
     balance = _balance(parts, entries, first, chosen)
+    if not chosen.any():
+        buckets = balance.total().lines_dropped + balance.total().dropped
+        told = ", ".join(f"{count:,} {bucket}" for bucket, count in sorted(buckets.items())) or "the inputs are empty"
+        raise UserMistake(Problem("inputs", f"no row can be drawn ({told}); give other files, or other limits"))
     _write(parts, entries[chosen], part_of[chosen], out=out, progress=progress)
     balance.write(out)
     fsync_tree(out)

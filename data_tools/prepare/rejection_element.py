@@ -28,6 +28,7 @@ from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
 from data_tools.records.inputs import JSONL, files_of
+from data_tools.records.json_text import json_line
 from data_tools.records.shares import open_share
 
 LEFT, PROMPTS, ORIGINS = "left.jsonl", "prompts.npy", "origins.json"
@@ -224,7 +225,7 @@ def _write(
                     "method": method_of(row["completion"]) if config.one_of_a_method == "run" else "",
                     "chat": _chat_row(row, rate, agreement),
                 }
-                left.write(json.dumps(line, ensure_ascii=False) + "\n")
+                left.write(json_line(line))
     progress(len(groups), len(groups), "prompts")
 
 

@@ -24,6 +24,7 @@ from data_tools.prepare.rejection import Band, Config
 from data_tools.prepare.rejection_element import LEFT, ORIGINS, PROMPTS
 from data_tools.progress import Progress, silent
 from data_tools.records.balance import Balance
+from data_tools.records.json_text import json_line
 from data_tools.records.merge_sorted import merged
 
 CHAT = "chat.jsonl"
@@ -66,7 +67,7 @@ def finish(config: Config, parts: Sequence[Path], out: Path, progress: Progress 
                 if done % _REPORT_EVERY == 0:
                     progress(done, len(samples), "samples")
                 if not bucket:
-                    chat.write(json.dumps(line["chat"], ensure_ascii=False) + "\n")
+                    chat.write(json_line(line["chat"]))
     for sample, bucket in zip(samples, buckets):
         if bucket:
             balance.sources[sample.file].drop_kept(bucket, 1, sample.tokens, sample.tokens)

@@ -36,6 +36,7 @@ from data_tools.prepare.contamination import (
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
+from data_tools.records.json_text import json_line
 from data_tools.records.shares import open_share
 from data_tools.tasks.mix import MixConfig, check_mix, entries_of, load_items
 from data_tools.tasks.task import Item, Prompt
@@ -158,11 +159,11 @@ def decontaminate(config: Config, out: Path, index: int, count: int, progress: P
                         continue
                     hit = next(filter(None, map(known.find, every_text(record.value))), None)
                     if hit:
-                        found.write(_line(_told(hit, record, name, number=sheet.lines, config=config)))
+                        found.write(json_line(_told(hit, record, name, number=sheet.lines, config=config)))
                         sheet.dropped["contaminated"] += config.on_found == "drop"
                     if not hit or config.on_found == "report":
                         sheet.keep(0, 0)
-                        kept.write(_kept(record))
+                        kept.write(record.line(record.value))
             sheet.dropped += Counter()  # without the buckets of nothing
             progress(share.total, share.total, share.unit, name)
     balance = Balance(sheets)
@@ -181,14 +182,6 @@ def _is_row(record: readers.Record, sheet: SourceBalance, config: Config) -> boo
     sheet.lines_with_rows += 1
     sheet.rows += 1
     return True
-
-
-def _kept(record: readers.Record) -> str:
-    """Return the line of a row that stays. Raise UserMistake where it holds what JSON has not, such as a date."""
-    try:
-        return _line(record.value)
-    except TypeError as error:  # of Parquet
-        raise record.mistake(f"cannot be written as JSON Lines: {error}", "write that column as text") from None
 
 
 def _told(hit: Hit, record: readers.Record, name: str, *, number: int, config: Config) -> dict[str, Any]:
@@ -270,18 +263,9 @@ def _found(config: Config, parts: Sequence[Path], sheets: Sequence[Balance]) -> 
 
 def _write_lines(path: Path, rows: Iterable[Any]) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        file.writelines(map(_line, rows))
+        file.writelines(map(json_line, rows))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
         yield from map(json.loads, file)
-
-
-def _line(row: Any) -> str:
-    text = json.dumps(row, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair stays as JSON spells it
-        text = json.dumps(row)
-    return f"{text}\n"

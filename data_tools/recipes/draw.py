@@ -2,7 +2,8 @@
 
 A row's place in its source's draw is a hash of (seed, source, text), so that neither the number of elements nor the
 order of files decides. In that order come first those held out for validation, then those up to `stop`, and of a source
-with a share as many of these as the share allows:
+with a share as many of these as the share allows. No text that is held out is trained on, whatever its loss mask, and
+however often it stands there:
 
     rows      share · measure, rounded down       measure = what the source with `share: rest` has / its share
     tokens    the first rows that come nearest to that
@@ -20,6 +21,7 @@ from data_tools.recipes.recipe import Recipe
 KEPT, DUPLICATE, NOT_DRAWN, VALIDATION = range(4)  # what becomes of a row
 BUCKETS = {DUPLICATE: "duplicate", NOT_DRAWN: "not_drawn", VALIDATION: "validation"}
 
+_REMEDY = "lower the stop of the source that has the rest, change the shares, or say short: report in the recipe"
 _EPSILON = 1e-9  # of a product of shares: 700 / 0.7 · 0.3 is 300 rows, and not 299
 
 
@@ -40,22 +42,42 @@ def draw(
     """Return (uint8[rows] what becomes of each row, a table for people, {source: rows or tokens that it is short}).
 
     `source_of` int[rows] is the number of a row's source, `hashes` uint64[rows, 2] of its text, `tokens` its length,
-    `first` whether no row before is equal. Raise UserMistake, with the numbers, where a source is short and that fails.
+    `first` whether no row before is equal. Raise UserMistake, with the numbers, where a source is short and that fails,
+    and where the source with the rest has no row.
     """
     fate = np.where(first, NOT_DRAWN, DUPLICATE).astype(np.uint8)
+    orders = [_in_order(recipe, number, source_of, hashes, first) for number in range(len(recipe.sources))]
+    for source, order in zip(recipe.sources, orders):
+        fate[order[: source.stop or None if source.is_validation else source.held_out]] = VALIDATION
+    fate[_of_held_out_texts(fate, hashes)] = DUPLICATE
     drawn = {}
-    for number, source in enumerate(recipe.sources):
-        order = _in_order(recipe, number, source_of, hashes, first)
-        if source.is_validation:
-            fate[order[: source.stop or None]] = VALIDATION
-            continue
-        fate[order[: source.held_out]] = VALIDATION
-        left = order[source.held_out :][: source.stop or None]
-        drawn[source.name] = _Drawn(len(order), left, np.cumsum(tokens[left], dtype=np.int64))
+    for source, order in zip(recipe.sources, orders):
+        if not source.is_validation:
+            there = order[fate[order] != DUPLICATE]
+            left = there[fate[there] == NOT_DRAWN][: source.stop or None]
+            drawn[source.name] = _Drawn(len(there), left, np.cumsum(tokens[left], dtype=np.int64))
     short = _take(recipe, drawn)
     for given in drawn.values():
         fate[given.order[: given.taken]] = KEPT
+    if recipe.short == "fail" and (none := empty(recipe, source_of, fate)):
+        raise UserMistake(Problem("recipe", f"no row of {', '.join(none)} is drawn; {_REMEDY}"))
     return fate, _table(recipe, drawn, fate, source_of, tokens), short
+
+
+def _of_held_out_texts(fate: np.ndarray, hashes: np.ndarray) -> list[int]:
+    """Return the rows that might be drawn and whose text a row has that is held out."""
+    held = hashes[fate == VALIDATION]
+    texts = set(map(bytes, held))
+    alike = np.flatnonzero((fate == NOT_DRAWN) & np.isin(hashes[:, 0], held[:, 0]))
+    return [row for row in alike.tolist() if bytes(hashes[row]) in texts]
+
+
+def empty(recipe: Recipe, source_of: np.ndarray, fate: np.ndarray) -> list[str]:
+    """Return the sources that give no row, though the recipe asks for some; of a validation set, none that is held
+    out."""
+    wanted = [(number, source) for number, source in enumerate(recipe.sources) if source.share is None or source.share]
+    fates = [(source.name, fate[source_of == number], source.is_validation) for number, source in wanted]
+    return [name for name, own, is_validation in fates if not (own == (VALIDATION if is_validation else KEPT)).any()]
 
 
 def undrawn(recipe: Recipe, source_of: np.ndarray, hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -87,28 +109,33 @@ def _places(seed: int, name: str, hashes: np.ndarray) -> np.ndarray:
 
 def _take(recipe: Recipe, drawn: dict[str, _Drawn]) -> dict[str, int]:
     """Write into each source how many of its rows are taken; return what is short of a share."""
-    by_tokens = recipe.by == "tokens"
-    shares = {source.name: source for source in recipe.sources if source.share is not None}
-    rest = next((drawn[name] for name, source in shares.items() if source.is_rest), None)
     for given in drawn.values():
         given.taken = len(given.order)
-    short: dict[str, int] = {}
-    for name, source in shares.items():
-        given = drawn[name]
-        if rest is None or source.share is None or source.is_rest:
+    rest, short = next((source for source in recipe.sources if source.is_rest), None), dict[str, int]()
+    if rest is None:
+        return short
+    if not drawn[rest.name].taken:
+        told = f"{rest.name} has no row to be trained on, and with `share: rest` it sets the measure of the others"
+        raise UserMistake(Problem("recipe", f"{told}; see what became of its rows, or give other files"))
+    size = _size(recipe, drawn[rest.name])
+    for source in recipe.sources:
+        if source.share is None or source.is_rest:
             continue
-        size = _sum(rest, len(rest.order)) if by_tokens else len(rest.order)
-        share_of_rest = next(other.share for other in shares.values() if other.is_rest)
-        given.wanted = size * (source.share / (share_of_rest or 1))
-        has = _sum(given, len(given.order)) if by_tokens else len(given.order)
-        given.taken = _nearest(given.tokens, given.wanted) if by_tokens else min(int(given.wanted + _EPSILON), has)
-        if int(given.wanted + _EPSILON) > has:
-            short[name] = int(given.wanted + _EPSILON) - has
+        given, wanted = drawn[source.name], size * (source.share / (rest.share or 1))
+        given.wanted, has = wanted, _size(recipe, given)
+        rows = min(int(wanted + _EPSILON), has)
+        given.taken = _nearest(given.tokens, wanted) if recipe.by == "tokens" else rows
+        if int(wanted + _EPSILON) > has:
+            short[source.name] = int(wanted + _EPSILON) - has
     if short and recipe.short == "fail":
-        told = [f"{name} is {missing:,} {recipe.by} short of its share" for name, missing in short.items()]
-        remedy = "lower the stop of the source that has the rest, change the shares, or say short: report in the recipe"
-        raise UserMistake(Problem("recipe", f"{'; '.join(told)}; {remedy}"))
+        lines = [f"{name} is {missing:,} {recipe.by} short of its share" for name, missing in short.items()]
+        raise UserMistake(Problem("recipe", f"{'; '.join(lines)}; {_REMEDY}"))
     return short
+
+
+def _size(recipe: Recipe, given: _Drawn) -> int:
+    """Return the rows or the tokens of all that may be drawn of a source."""
+    return _sum(given, len(given.order)) if recipe.by == "tokens" else len(given.order)
 
 
 def _sum(given: _Drawn, rows: int) -> int:

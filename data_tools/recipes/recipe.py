@@ -114,6 +114,10 @@ def origins(recipe: Recipe, given: Mapping[str, Files]) -> list[Origin]:
     found: list[Origin] = []
     for number, source in enumerate(recipe.sources):
         files = [Path(name).expanduser() for name in _given(source, given)]
+        if twice := sorted({str(file) for place, file in enumerate(files) if file in files[:place]}):
+            where = f"recipe_sources.{source.name if source.name in given else source.files_of}.inputs"
+            problem = Problem(where, f"{', '.join(twice)} is given twice; name each file once")
+            problems += [problem] if problem not in problems else []
         if not files:
             try:
                 files = _files_of_hub(source, recipe)
@@ -194,7 +198,8 @@ class _Reader:
         sources = self._sources(raw, "validation") + self._sources(raw, "sources")
         if not any(not source.is_validation for source in sources):
             self._note("sources", "there are none; a recipe names at least one")
-        if len(twice := {source.name for source in sources}) < len(sources):
+        of_group = [{source.name for source in sources if source.is_validation == is_one} for is_one in (True, False)]
+        if twice := of_group[0] & of_group[1]:
             self._note("validation", f"each of {', '.join(sorted(twice))} stands once, in sources or in validation")
         sources = [self._with_files(source, sources) for source in sources]
         written = raw.get("sources")
@@ -245,6 +250,8 @@ class _Reader:
             self._note("params", f"{defaults!r} is not a mapping")
             return {}
         params = dict(defaults)
+        for name in [name for name, default in defaults.items() if default is None]:
+            self._note(f"params.{name}", "has no default, which says what may stand there; write one")
         for name, value in self.given.items():
             if name not in defaults:
                 unknown = f"recipe {self.path.stem} has no parameter of this name{nearest(name, list(defaults))}"
@@ -286,7 +293,8 @@ class _Reader:
         if kind is str and isinstance(value, str):
             return value
         if value is not None:  # None of a parameter that is not there, which was told
-            self._note(prefix + key, f"{value!r} is not {'a whole number from 0' if kind is int else 'a text'}")
+            whole = "a whole number" if key == "seed" else "a whole number from 0"
+            self._note(prefix + key, f"{value!r} is not {whole if kind is int else 'a text'}")
         return default
 
     def _choice(self, raw: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:
@@ -393,6 +401,7 @@ class _Reader:
         first = self._put_in("", own[0])
         others = [other for other in sources if other != source and _factors(written, other.name)[:1] == own[:1]]
         left = first - sum(other.share or 0 for other in others)
+        left = 0.0 if abs(left) < 1e-9 else left  # 0.3 · 0.9 and 0.3 · 0.1 are 0.3
         if len(own) != 2 or left < 0 or any(REST in _factors(written, other.name) for other in others):
             names = ", ".join(other.name for other in others)
             self._note(

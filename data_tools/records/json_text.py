@@ -1,6 +1,8 @@
-"""JSON text read strictly: an object that has a key twice is refused, since it leaves open what it says."""
+"""JSON text read strictly (an object that has a key twice is refused, since it leaves open what it says), and written
+as the lines of JSON Lines."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 
@@ -16,6 +18,19 @@ def json_value(text: str) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
+
+
+def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Return a value as a line of JSON Lines; half of a surrogate pair, which UTF-8 lacks, stays as JSON spells it.
+
+    `default` gives what stands for what JSON lacks, such as a date. Raise TypeError where there is none.
+    """
+    text = json.dumps(value, ensure_ascii=False, default=default)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, default=default)
+    return f"{text}\n"
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.mistake import Problem, UserMistake
-from data_tools.records.json_text import json_value
+from data_tools.records.json_text import json_line, json_value
 from data_tools.records.shares import Share, open_share
 
 
@@ -40,6 +40,13 @@ class Record(NamedTuple):
     def mistake(self, problem: str = "", remedy: str = "mend the record") -> UserMistake:
         """Return the error that tells what is wrong with the record (its own problem, or the given one), and where."""
         return UserMistake(Problem(str(self.place), f"{problem or self.problem}; {remedy}"))
+
+    def line(self, value: Any) -> str:
+        """Return what is kept of the record as a line of JSON Lines. Raise UserMistake where JSON lacks it: a date."""
+        try:
+            return json_line(value)
+        except TypeError as error:  # of Parquet
+            raise self.mistake(f"cannot be written as JSON Lines: {error}", "write that column as text") from None
 
 
 def records(path: Path, format: str = "auto") -> Iterator[Record]:
@@ -71,9 +78,10 @@ def is_blank(raw: Any) -> bool:
 
 
 def text_of(raw: Any) -> str:
-    """Return the JSON text of a record as a share gives it. Raise ValueError with the reason where it is not UTF-8."""
+    """Return the JSON text of a record as a share gives it, dates of Parquet as text. Raise ValueError with the reason
+    where it is not UTF-8."""
     if not isinstance(raw, bytes):
-        return json.dumps(raw)
+        return json.dumps(raw, default=str)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

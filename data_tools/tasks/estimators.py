@@ -1,7 +1,7 @@
 """What n samples of a prompt say of a model that may answer k times. Pure Python and NumPy."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from math import exp, lgamma
 
@@ -121,9 +121,14 @@ def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in each_at_k(prompts).items()}
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean of independent values; 0 for fewer than two."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of independent values; None for fewer than two, which do not tell it."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def plus_or_minus(error: float | None, spell: Callable[[float], str]) -> str:
+    """Return a standard error for people, behind what it is of."""
+    return f" ± {'unknown' if error is None else spell(error)}"
 
 
 def wilson(right: float, of: int) -> tuple[float, float]:

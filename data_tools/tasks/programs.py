@@ -23,7 +23,7 @@ _OPENING = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[^`]*$|(?P<afte
 class Options:
     chat: bool = True  # the prompt is a user's message for the chat template; false: text for a base model
     time_limit_s: float = setting(6.0, "time of a program from when its tests begin", unit="s", above=0)
-    memory_gib: float = setting(1.0, "memory of each process of a program", unit="GiB", above=0)
+    memory_gib: float = setting(1.0, "memory of each process of a program", unit="GiB", least=1 / 16, most=1 << 16)
 
 
 def check_machine() -> str:

@@ -97,6 +97,7 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
 def _recipe(facts: dict[str, Any]) -> list[str]:
     """Return what a recipe held out, and where it has too few rows, in words."""
     said = [f"{facts['validation']['rows']:,} rows held out for validation"] if "validation" in facts else []
+    said += [f"no row of {', '.join(facts['empty'])}"] if facts.get("empty") else []
     by = facts["recipe"]["by"] if "recipe" in facts else ""
     return said + [f"{name} is {missing:,} {by} short of its share" for name, missing in facts.get("short", {}).items()]
 

@@ -12,32 +12,27 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.prepare import rejection, rejection_element, rejection_finish
 from data_tools.prepare.rejection import Config
 from data_tools.prepare.rejection_element import Share
+from data_tools.records.inputs import JSONL, files_of
 from data_tools.records.shares import read_over
 from jobs.kind import Placement
 from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    others = {folder: elements for folder, elements in placement.partners.items() if elements != placement.elements}
-    return (
-        rejection.check(config)
-        + _check_shares(config, placement)
-        + [
-            Problem(
-                "inputs",
-                f"{folder} has {elements} elements, of which {placement.elements} would be read one by one (aftercorr); "
-                f"say array: {elements}, or afterok",
-            )
-            for folder, elements in others.items()
-        ]
-    )
+    problems = rejection.check(config) + _check_shares(config, placement)
+    for folder, elements in placement.partners.items():
+        if elements != placement.elements:
+            read = f"of which {placement.elements} would be read one by one (aftercorr)"
+            message = f"{folder} has {elements} elements, {read}; say array: {elements}, or afterok"
+            problems.append(Problem("inputs", message))
+    return problems
 
 
 def _check_shares(config: Config, placement: Placement) -> list[Problem]:
     """Refuse samples that are no partner's, so that each element reads all of them, where that is too much."""
     files: list[Path] = []
     with contextlib.suppress(UserMistake):  # what is missing may be to come, or reading says so
-        files = rejection_element.sample_files(config.inputs)
+        files = files_of(config.inputs, JSONL)
     over = read_over(sum(file.stat().st_size for file in files), placement.elements)
     remedy = "or have it follow a generate of as many elements one by one (needs: aftercorr)"
     return [Problem("inputs", f"{over}, {remedy}")] if over else []

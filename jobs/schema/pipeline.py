@@ -36,6 +36,7 @@ from slurm.profile.schema import Request
 
 NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}\Z")  # not $, which a newline may follow
 DEFAULT_ROLE = "cpu"
+MOST_ELEMENTS = 1_000_000  # each has files of its own
 RESERVED_NAMES = ("params", "name", "cluster", "phases", "on_code_change", "submissions", "local")
 # Slurm's words, said of phases and seals: afterok once it is sealed, aftercorr each element once its partner is,
 # afterany once it ended, afternotok if it ended unsealed (and never if it is sealed), singleton never while it runs.
@@ -95,6 +96,7 @@ class Pipeline:
     declared: dict[str, str] = field(default_factory=dict)  # all that may be: {variable: dotted key}
     rehearsed: float = 0.0  # of a rehearsal: the share of its planned time that each phase sleeps; 0: it is none
     waive: list[str] = field(default_factory=list)  # ids of checks, those of the command line included
+    left_out: list[str] = field(default_factory=list)  # phases whose `when` is false
 
     def descendants(self, name: str) -> set[str]:
         """Return the phases that need a phase, directly or through others."""
@@ -123,7 +125,7 @@ class _Loader:
         self.path, self.overrides, self.environment = path, overrides, environment
         self.problems = Problems(path)
         self.of_phases: list[tuple[list[str], Any]] = []  # (parts of a dotted key, value) of overrides, in their order
-        self.left_out: set[str] = set()  # phases whose `when` is false
+        self.left_out: list[str] = []  # phases whose `when` is false
 
     def load(self) -> Pipeline:
         """Return the pipeline. Raises UserMistake with all problems."""
@@ -132,7 +134,7 @@ class _Loader:
         variables = self._apply_variables(raw, names)
         cluster = self._apply_overrides(raw, [variable.override for variable in variables if variable.key == "cluster"])
         for parts, value in self.of_phases:
-            _put(_mapping(raw.get("phases")), parts, value, _mapping(raw.get("params")))
+            self._put("phases.", _mapping(raw.get("phases")), parts, value, _mapping(raw.get("params")))
         self.problems.note_unknown_keys(raw, TOP_KEYS, "")
         name = raw.get("name")
         if not isinstance(name, str) or not NAME.match(name):
@@ -173,6 +175,7 @@ class _Loader:
             variables=variables,
             declared=names,
             waive=waive,
+            left_out=[*self.left_out],
         )
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -254,9 +257,28 @@ class _Loader:
         is_top, key = parts[0] in ("params", "name", "on_code_change"), ".".join(parts)
         self.problems.overridden[key if is_top else f"phases.{key}"] = source
         if is_top:
-            _put(raw, parts, value, {})
+            self._put("", raw, parts, value, {})
         else:
             self.of_phases.append((parts, value))
+
+    def _put(self, prefix: str, below: dict[str, Any], parts: list[str], value: Any, params: dict[str, Any]) -> None:
+        """Write a value below the parts of a dotted key; where these lead into what is no mapping, that is noted.
+
+        Each mapping on the way becomes a copy: it may stand elsewhere too, by an anchor of YAML or as `${params.NAME}`.
+        """
+        for place, part in enumerate(parts[:-1], 1):
+            there = below.get(part)
+            if isinstance(there, str) and (param := PARAM.match(there)):
+                there = params.get(param[1])
+            if not isinstance(there, (dict, type(None))):
+                key, whole = ".".join(parts), ".".join(parts[:place])
+                self.problems.note(
+                    f"{prefix}{key}", f"{whole} is {there!r}, which has no {parts[place]!r}; give all of it"
+                )
+                return
+            below[part] = dict(there or {})
+            below = below[part]
+        below[parts[-1]] = value
 
     def _leave_out(self, written: dict[Any, Any], resolver: Resolver) -> None:
         """Find the phases that `when` leaves out; overrides of their values would do nothing, and are noted."""
@@ -269,7 +291,7 @@ class _Loader:
                 if key not in resolver.unresolved:
                     self.problems.note(key, f"{when!r} is neither true nor false")
             elif not when:
-                self.left_out.add(str(name))
+                self.left_out.append(str(name))
         for parts, _ in self.of_phases:
             if parts[0] in self.left_out and parts[1:] != ["when"]:
                 self.problems.note(f"phases.{'.'.join(parts)}", f"phase {parts[0]} is left out: its `when` is false")
@@ -303,7 +325,7 @@ class _Loader:
         resources = self._resources(f"{key}.resources", body.get("resources") or {}, resolver)
         array = self._array(key, body.get("array"), kind)
         throttle = body.get("throttle") or 0
-        if not isinstance(throttle, int) or throttle < 0:
+        if not isinstance(throttle, int) or isinstance(throttle, bool) or throttle < 0:
             self.problems.note(f"{key}.throttle", f"{throttle!r} is not a number of elements that may run at once")
             throttle = 0
         if kind is None:
@@ -389,6 +411,9 @@ class _Loader:
                 f"{key}.array", f"{array!r} is neither a number of elements (1 or more) nor a list of values"
             )
             return None
+        if (elements := array if isinstance(array, int) else len(array)) > MOST_ELEMENTS:
+            self.problems.note(f"{key}.array", f"{elements:,} elements are more than {MOST_ELEMENTS:,}, the most")
+            return None
         if kind is not None and not kind.can_split:
             self.problems.note(
                 f"{key}.array", f"{array!r}: phase kind {kind.name} cannot be split into elements; remove `array`"
@@ -408,20 +433,6 @@ class _Loader:
             for phase in ready:
                 ordered[phase.name] = waiting.pop(phase.name)
         return ordered
-
-
-def _put(below: dict[str, Any], parts: list[str], value: Any, params: dict[str, Any]) -> None:
-    """Write a value below the parts of a dotted key.
-
-    Each mapping on the way becomes a copy: it may stand elsewhere too, by an anchor of YAML or as `${params.NAME}`.
-    """
-    for part in parts[:-1]:
-        there = below.get(part)
-        if isinstance(there, str) and (param := PARAM.match(there)):
-            there = params.get(param[1])
-        below[part] = dict(there) if isinstance(there, dict) else {}
-        below = below[part]
-    below[parts[-1]] = value
 
 
 def _mapping(value: Any) -> dict[Any, Any]:

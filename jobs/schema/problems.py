@@ -16,8 +16,9 @@ class Problems:
 
     def note(self, key: str, message: str) -> None:
         """Note what is wrong with the value of a dotted key."""
-        where = self.overridden.get(key, f"{self.path}: {key}")
-        self.noted.append(Problem(where, message))
+        problem = Problem(self.overridden.get(key, f"{self.path}: {key}"), message)
+        if problem not in self.noted:  # a value may be read twice
+            self.noted.append(problem)
 
     def note_override(self, override: str, message: str) -> None:
         """Note what is wrong with an override as it was typed."""

@@ -79,6 +79,11 @@ class Resolver:
             return None
         if isinstance(value, float) and not math.isfinite(value):  # no key can be made of it
             self.problems.note(key, f"{value} is not a finite number; give one")
+        if value is not None and not isinstance(value, (bool, int, float, str)):  # of a tag, such as !!set
+            self.problems.note(
+                key, f"{value!r} is a {type(value).__name__}; give a text, a number, a list or a mapping"
+            )
+            return None
         return self._text(key, value) if isinstance(value, str) and "${" in value else value
 
     def _mapping(self, key: str, value: dict[Any, Any]) -> dict[str, Any]:

@@ -71,9 +71,11 @@ def _merged(schema: type, settings: dict[str, Any]) -> Any:
 
 
 def _refuse_misplaced(wanted: Any, value: Any) -> None:
-    """Raise ValidationError for a list or mapping in the place of another, or of a text or number in one of these.
+    """Raise ValidationError for a list or mapping in the place of another, or of a text or number in one of these, and
+    for a truth value or a number with a fraction in the place of a text.
 
-    OmegaConf takes the latter as they are, and has a TypeError for the former.
+    OmegaConf takes the former as they are, has a TypeError for lists, and makes texts of the latter that nobody wrote:
+    "False" of off, "3.1" of 3.10.
     """
     if dataclasses.is_dataclass(wanted):
         for name, inner in get_type_hints(wanted).items():
@@ -85,6 +87,9 @@ def _refuse_misplaced(wanted: Any, value: Any) -> None:
         raise ValidationError(f"a {type(value).__name__} in place of a {kind.__name__}")
     if kind in (str, int, float, bool) and isinstance(value, (list, dict)):
         raise ValidationError(f"{value!r} in place of a {kind.__name__}")
+    is_text = kind is str or {*get_args(wanted)} == {str, type(None)}
+    if is_text and isinstance(value, (bool, float)):
+        raise ValidationError("YAML reads it as no text: put what you mean in quotes")
     for inner in get_args(wanted)[-1:] if kind in (list, dict) else ():
         for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             _refuse_misplaced(inner, item)

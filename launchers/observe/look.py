@@ -165,7 +165,25 @@ def look_at(run: RunFolder) -> Look:
             _ask(look, choice, asked)
         except (OtherCluster, SlurmUnavailable, SlurmError) as error:
             _leave_open(look, choice, error)
+    look.notes += _going_on_besides(look)
     return look
+
+
+def _going_on_besides(look: Look) -> list[str]:
+    """Return which jobs go on of phases that the newest submission does not have: a plan without them leaves them."""
+    going_on: dict[str, list[str]] = {}
+    for entry in look.entries:
+        states = [look.states.get((entry.job, index)) for index in entry.elements]
+        if entry.phase in look.phases or not any(task and task.state in ACTIVE_STATES for task in states):
+            continue
+        seal = look.run.whole_seal(entry.phase, entry.key)
+        if seal is None or seal.submission < entry.submission:  # a later seal: it only has to leave
+            going_on.setdefault(entry.phase, []).append(entry.job)
+    return [
+        f"phase {phase} is none of submission {look.number}'s, and goes on as job {', '.join(jobs)}; "
+        f"`afterok cancel {look.run.path} {phase}` ends that"
+        for phase, jobs in going_on.items()
+    ]
 
 
 def _slurm_entries(look: Look, choice: str | None = None) -> list[JobEntry]:

@@ -16,7 +16,7 @@ from jobs.artifacts.hash_cache import HashCache
 from jobs.artifacts.keys import content_digest, key_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder, path_problem
 from jobs.artifacts.seal import Seal
-from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, user_modules
+from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, user_modules, wrong_makers
 from jobs.schema.pipeline import Phase, Pipeline
 from jobs.schema.references import references, substitute
 from launchers.planning import limits, rehearsal
@@ -142,6 +142,8 @@ class _Planner:
         if other := rehearsal.why_not_mixed(self.pipeline, self.run):
             raise UserMistake(other)
         self.remarks += rehearsal.remarks(self.pipeline)
+        if left_out := self.pipeline.left_out:
+            self.remarks.append(f"left out, since `when` is false: {', '.join(left_out)}")
         profile = self.cluster.profile
         file = self.cluster.profile_file or profile.meta.name
         self.problems += by_check("A001", [*own_setting_problems(profile, file), *_unknown_kinds(profile, file)])
@@ -241,7 +243,7 @@ class _Planner:
             )
         if not path.is_absolute() or not path.exists():
             return {"name": name}
-        return {"name": name, "sha256": content_digest(path, self.cache)}
+        return {"name": name, "sha256": content_digest(path, self.cache, follow=False)}
 
     def _check_container(self, phase: Phase, role: str, frozen: FrozenPhase) -> None:
         """Refuse inputs and files of secrets that the container of a phase does not see, and a run it cannot mount."""
@@ -352,7 +354,8 @@ class _Planner:
             },
             forecasts={folder: self.forecasts[name] for name, folder in folders.items()},
         )
-        problems = phase.kind.check(config, placement)
+        uses = {name: each.uses for name, each in self.pipeline.phases.items()}
+        problems = [*wrong_makers(phase.kind, phase.config, uses), *phase.kind.check(config, placement)]
         for problem in problems:
             if self.cluster.unasked and problem.where.endswith(".inputs"):  # files, or the hub's cache, of there
                 self.not_asked.append(f"{phase.name}: with.{problem}")

@@ -75,6 +75,8 @@ def resubmit(plan: Plan, phase: str, elements: list[int] | None = None, dry_run:
             of one whose key is another than that of the newest submission; and what `submit` raises.
     """
     phases = {planned.name: planned for planned in plan.phases}
+    if phase in plan.pipeline.left_out:
+        raise UserMistake(f"{plan.run.path}: phase {phase} is left out, since its `when` is false; set that, too")
     if phase not in phases:
         raise UserMistake(f"{plan.run.path} has no phase {phase!r}{nearest(phase, list(phases))}")
     planned = phases[phase]

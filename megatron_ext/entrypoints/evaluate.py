@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from data_tools.base import durable
-from data_tools.base.declared import setting, with_default
+from data_tools.base.declared import EVALUATIONS, SEEDS, STORES, setting, with_default
 from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.evaluations import harness
@@ -75,9 +75,13 @@ class Config(RolloutSettings):
     )
     temperature: float = setting(1.0, "temperature of the samples; greedy accuracy is always there", above=0)
     top_p: float = with_default(Sampling, "top_p", 1.0)
-    seed: int = setting(0, "noise of the samples", free=True)
-    compare_with: str | None = setting(None, "output of another evaluation, for the gain over it", input=True)
-    seen_in: str | None = setting(None, "training token store: prompts seen in training count apart", input=True)
+    seed: int = setting(0, "noise of the samples", **SEEDS)
+    compare_with: str | None = setting(
+        None, "output of another evaluation, for the gain over it", input=True, made_by=EVALUATIONS
+    )
+    seen_in: str | None = setting(
+        None, "training token store: prompts seen in training count apart", input=True, made_by=STORES
+    )
 
 
 @dataclass(frozen=True)

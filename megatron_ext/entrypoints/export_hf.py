@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.base import durable
-from data_tools.base.declared import setting
+from data_tools.base.declared import MODELS, setting
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.lora import settings as loras
@@ -37,7 +37,7 @@ QUANTIZATIONS = ("", "mxfp4")
 class Config:
     """The config of the phase export_hf."""
 
-    model: str = setting("", "model folder", needed=True, input=True)
+    model: str = setting("", "model folder", needed=True, input=True, made_by=MODELS)
     dtype: str = setting("", 'type of the weights in the files; "" keeps that of the folder', choices=("", *DTYPES))
     adapter: str = setting(
         "merged", "how a model's adapter is written: into the weights, or alone in PEFT's format", choices=ADAPTERS

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.base.declared import setting
+from data_tools.base.declared import MODELS, setting
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.entrypoints import export_hf
@@ -32,7 +32,7 @@ SOURCES = ("base", "mid", "chatsft", "chatrl")
 class Config:
     """The config of the phase export_nanochat."""
 
-    model: str = setting("", "model folder of the family nanochat", needed=True, input=True)
+    model: str = setting("", "model folder of the family nanochat", needed=True, input=True, made_by=MODELS)
     source: str = setting("chatsft", "folder SOURCE_checkpoints that nanochat finds it in", choices=SOURCES)
     tag: str = setting("", 'nanochat\'s model tag; "": d and the number of layers, as nanochat names them', free=True)
     step: int = setting(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
-from data_tools.base.declared import setting
+from data_tools.base.declared import SEEDS, setting
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.models.registry import MODEL_TYPES, Family, parse_config
@@ -37,7 +37,7 @@ class Config:
     norm_epsilon: float = setting(1e-6, "epsilon of the norms", above=0)
     dtype: str = setting("float32", "type of the weights", choices=DTYPES)
     config: dict[str, Any] = setting(dict, "further keys of config.json, or other values of them", free=True)
-    seed: int = setting(0, "draw of the weights", least=-(2**63), most=2**63 - 1)
+    seed: int = setting(0, "draw of the weights", **SEEDS)
     alphabet_task: str = setting("", "task whose alphabet a character tokenizer gets", free=True)
     chats: bool = setting(
         False, "the character tokenizer writes chats, too: messages one after the other, as a task's rows stand",

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.base.declared import setting
+from data_tools.base.declared import MODELS, setting
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.parallel.plan import Site
@@ -20,7 +20,7 @@ from megatron_ext.preflight import facts
 class Config:
     """The config of the phase merge_lora."""
 
-    model: str = setting("", "a model folder that sft or grpo made with lora", needed=True, input=True)
+    model: str = setting("", "a model folder that sft or grpo made with lora", needed=True, input=True, made_by=MODELS)
 
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_tools.base import durable
-from data_tools.base.declared import setting, with_default
+from data_tools.base.declared import SEEDS, setting, with_default
 from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import NEVER, Tokenizer, load_tokenizer, stop_ids, told_opening
 from data_tools.evaluations.accuracy import accuracy, write_tables
@@ -55,7 +55,7 @@ class Config:
     temperature: float = setting(1.0, "temperature of the samples; the greedy completion is always there", above=0)
     top_p: float = with_default(Sampling, "top_p", 1.0)
     batch: int = setting(8, "prompts that are generated together", unit="prompts", least=1)
-    seed: int = setting(0, "noise of the samples", free=True)
+    seed: int = setting(0, "noise of the samples", **SEEDS)
     compare_with: str | None = setting(
         None, "output of an evaluation, of the base model say, for the gain over it", input=True
     )

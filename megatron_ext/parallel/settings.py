@@ -5,7 +5,7 @@ No torch: plans and checks read them too.
 
 from dataclasses import dataclass
 
-from data_tools.base.declared import setting
+from data_tools.base.declared import MODELS, setting
 from megatron_ext.parallel.parts import BACKENDS, BASES
 from megatron_ext.parallel.plan import ParallelPlan
 
@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ModelSettings:
     """A model folder and how its ranks hold it."""
 
-    model: str = setting("", "model folder", needed=True, input=True)
+    model: str = setting("", "model folder", needed=True, input=True, made_by=MODELS)
     dtype: str = setting("", 'type of the weights; "" keeps that of the model folder', choices=("", *DTYPES))
     backend: str = setting(
         "auto",

@@ -5,7 +5,7 @@ No torch: plans and checks read it too. The formulas stand in rl/losses.py and r
 
 from dataclasses import dataclass
 
-from data_tools.base.declared import setting
+from data_tools.base.declared import MODELS, SEEDS, setting
 from data_tools.mistake import Problem
 from megatron_ext.rollout.settings import RolloutSettings, Sampling
 from megatron_ext.training.schedule import Schedule
@@ -125,7 +125,7 @@ class GenerateSettings(RolloutSettings):
 
     samples: int = setting(8, "samples of each prompt", least=1)
     sampling: Sampling = setting(Sampling, "how tokens are chosen")
-    seed: int = setting(0, "noise of the samples", free=True)
+    seed: int = setting(0, "noise of the samples", **SEEDS)
     chunk: int = setting(1024, "prompts whose samples become a file at a time", unit="prompts", least=1, keyed=False)
     record_s: float = setting(5.0, "sampling that a kill may cost", unit="s", above=0, keyed=False)
 
@@ -134,7 +134,9 @@ class GenerateSettings(RolloutSettings):
 class GrpoSettings(TrainingSettings, RolloutSettings):
     """In-place GRPO on tasks: the config of the phase grpo."""
 
-    reference: str = setting("", 'model folder of the KL term; "": the model itself', free=True, input=True)
+    reference: str = setting(
+        "", 'model folder of the KL term; "": the model itself', free=True, input=True, made_by=MODELS
+    )
     evaluation: Evaluation = setting(Evaluation, "evaluation in the loop, of the weights in training")
 
     steps: int = setting(100, "how often prompts are drawn, sampled and trained on", unit="steps", least=1)
@@ -143,7 +145,7 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
     passes: int = setting(1, "passes over the rollouts of a step", least=1)
     minibatches: int = setting(1, "updates of a pass", least=1)
     refill_tries: int = setting(0, "times a step, at most, that prompts are drawn in place of those dropped", least=0)
-    seed: int = setting(0, "order of the prompts, noise of the samples", free=True)
+    seed: int = setting(0, "order of the prompts, noise of the samples", **SEEDS)
     sampling: Sampling = setting(Sampling, "how tokens are chosen")
     rewarding: Rewarding = setting(Rewarding, "which samples count, and what their length costs")
     advantage: Advantage = setting(Advantage, "how rewards become advantages")

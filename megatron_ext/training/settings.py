@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from data_tools.base.declared import setting, with_default
+from data_tools.base.declared import MODELS, PACKS, SEEDS, STORES, setting, with_default
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.settings import ModelSettings
 from megatron_ext.training.options import Engine, ExpertBalance
@@ -68,17 +68,25 @@ class TrainingSettings(ModelSettings):
 class SftSettings(TrainingSettings):
     """Supervised fine-tuning on packs: the config of the phase sft."""
 
-    store: str = setting("", "token store", needed=True, input=True)
-    packs: str = setting("", "pack plan of that store", needed=True, input=True)
-    blend_stores: list[str] = setting(list, "further token stores, blended by weight", free=True, input=True)
-    blend_packs: list[str] = setting(list, "pack plans of the further stores", free=True, input=True)
+    store: str = setting("", "token store", needed=True, input=True, made_by=STORES)
+    packs: str = setting("", "pack plan of that store", needed=True, input=True, made_by=PACKS)
+    blend_stores: list[str] = setting(
+        list, "further token stores, blended by weight", free=True, input=True, made_by=STORES
+    )
+    blend_packs: list[str] = setting(list, "pack plans of the further stores", free=True, input=True, made_by=PACKS)
     blend_weights: list[float] = setting(
         list, "shares of packs: that of `packs`, then that of each further plan", above=0
     )
-    valid_stores: list[str] = setting(list, "token stores of the validation sets", free=True, input=True)
-    valid_packs: list[str] = setting(list, "pack plans of the validation sets", free=True, input=True)
+    valid_stores: list[str] = setting(
+        list, "token stores of the validation sets", free=True, input=True, made_by=STORES
+    )
+    valid_packs: list[str] = setting(list, "pack plans of the validation sets", free=True, input=True, made_by=PACKS)
     init_from: str = setting(
-        "", "weights to begin with: a model folder, a step, or the folder of a training", free=True, input=True
+        "",
+        "weights to begin with: a model folder, a step, or the folder of a training",
+        free=True,
+        input=True,
+        made_by=MODELS,
     )
     init_step: int = setting(0, "step of the training in init_from; 0: what it sealed, else its newest", least=0)
 
@@ -90,7 +98,7 @@ class SftSettings(TrainingSettings):
         unit="minutes", least=0,
     )  # fmt: skip
     global_batch: int = setting(2, "packs of an update", unit="packs", least=1)
-    seed: int = setting(0, "order of the packs, dropout", free=True)
+    seed: int = setting(0, "order of the packs, dropout", **SEEDS)
 
     schedule: str = with_default(TrainingSettings, "schedule", "wsd")
     lr: float = with_default(TrainingSettings, "lr", 1e-3)

@@ -4,9 +4,10 @@
 
 tau-bench's tool trajectories and GSM8K's model solutions (shared/data), with the Qwen tokenizer and TRL's Qwen3
 template, which has generation blocks; ids and masks are compared, row by row, but for the line break that the
-template trains behind each end of turn (a model that has stopped never writes it; ours leaves it out). Both sides take turns on one thread, and
-the median of a side's CPU seconds counts, since other work runs on this machine. Ours reads raw records; theirs gets
-the messages ready. Then the whole phase, from file to store, with one worker and with two, by the clock.
+template trains behind each end of turn (a model that has stopped never writes it; ours leaves it out). Both sides take
+turns on one thread, and the median of a side's CPU seconds counts, since other work runs on this machine. Ours reads
+raw records; theirs gets the messages ready. Then the whole phase, from file to store, with one worker and with two, by
+the clock.
 """
 
 import json

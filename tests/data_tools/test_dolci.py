@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 from data_tools.chats.conversation import read_record
 from data_tools.mistake import UserMistake
 from data_tools.prepare.dolci import (
+    LANGUAGES,
     SHARES,
     SOURCES,
     Config,
+    _identifier,
     category_of,
+    check,
     draw,
     is_language,
     named_by,
@@ -205,3 +208,53 @@ def test_chats_that_differ_beside_their_messages_are_no_duplicates(more: dict) -
     record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     (plain,), (other,) = read_record(record), read_record({**record, **more})
     assert plain.messages == other.messages and priority(0, plain) != priority(0, other)
+
+
+def test_of_equal_rows_the_first_files_counts_for_any_number_of_elements(tmp_path: Path, tokenizer: str) -> None:
+    rows = [row("math", THOUGHT, "it is", f"question {number}") for number in range(8)]
+    files = {"a.jsonl": rows, "b.jsonl": [{**each, "source": "wildchat"} for each in reversed(rows)]}
+    for name, lines in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = Config(inputs=[str(tmp_path / name) for name in files], tokenizer=tokenizer, target_rows=8)
+    facts, sample = prepared(tmp_path, config, 1)
+    assert facts["drawn"]["reasoning"] == 8
+    assert all(prepared(tmp_path, config, count)[1] == sample for count in (2, 3, 16))
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"language": "EN"}, r"language: 'EN' is no language that is told apart \(did you mean en\?"),
+    ({"language": "english"}, "language: 'english' is no language"),
+    ({"sources": {"code": ["Python"]}}, "sources.code: 'Python' is in no source's name; write it in lower case"),
+    ({"sources": {"chat": ["a", ""]}}, "sources.chat: '' is in no source's name"),
+])  # fmt: skip
+def test_what_no_row_would_ever_match_is_refused(wrong: dict, said: str) -> None:
+    with pytest.raises(UserMistake, match=said):
+        raise UserMistake(check(Config(inputs=["x"], tokenizer="x", **wrong)))
+
+
+def test_the_languages_are_those_that_are_told_apart() -> None:
+    assert LANGUAGES == sorted({name for name in _identifier().nb_classes if len(name) == 2})
+
+
+def test_a_sample_without_rows_is_refused_with_what_became_of_them(tmp_path: Path, tokenizer: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row("math", "", GERMAN)) + "\n\n")
+    with pytest.raises(UserMistake, match=r"no row can be drawn \(1 blank_line, 1 not_en\)"):
+        prepared(tmp_path, Config(inputs=[str(tmp_path / "a.jsonl")], tokenizer=tokenizer), 2)
+
+
+def test_a_source_of_null_is_none_and_half_a_surrogate_pair_is_told_with_its_place(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    lines = [
+        {**row("", "", "x"), "source": None, "dataset_source": "wildguard"},
+        row("math", "", "x", "\ud800"),
+        {**row("math", "", "y"), "id": "\ud800"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = Config(inputs=[str(tmp_path / "a.jsonl")], tokenizer=tokenizer, target_rows=9, on_bad_row="bucket")
+    facts, sample = prepared(tmp_path, config, 1)
+    assert facts["drawn"]["safety"] == 1 and facts["rows"] == 2
+    assert {json.loads(line).get("id") for line in sample.splitlines()} == {None, "\ud800"}
+    config.on_bad_row = "fail"
+    with pytest.raises(UserMistake, match="a.jsonl:2: not Unicode"):
+        prepared(tmp_path, config, 2)

@@ -105,6 +105,8 @@ def test_a_gain_over_some_prompts_says_over_how_many():
     assert "gain +0.0" in told and "both asked" not in told
     few = accuracy(EASY, dict([*before.items()][:2]))
     assert few["compared_prompts"] == 2 and "of 2 prompts that both asked" in headline(few)
+    alone = accuracy(EASY[:1], before)  # of one prompt nobody knows how far it is from others
+    assert alone["gain_error"] is None and "gain +0.0 ± unknown points" in headline(alone)
     none = accuracy(HARD, before)
     assert none["compared_prompts"] == 0 and "no gain: compare_with asked none of these prompts" in headline(none)
 
@@ -169,6 +171,9 @@ def test_evaluations_stand_side_by_side_and_gains_are_by_prompt(tmp_path):
         f"{task} was asked otherwise in after than in before: temperature 0.6 for 1.0" for task in ("gsm8k", "svamp")
     ]
     table = table_of(found)
+    assert [row[3] for row in table["rows"] if row[:2] == ["svamp", "greedy"]] == [
+        "100.0% [20.7, 100.0] of 1; +0.0 ± unknown [-79.3, +79.3]"
+    ]
     assert table["columns"] == ["task", "measure", "before", "after"] and table["rows"][0][:2] == ["gsm8k", "greedy"]
     assert table["rows"][0][3].startswith("60.0% [") and "; +25.0 ± 25.0 [" in table["rows"][0][3]
     assert table["rows"][0][3].endswith("of 4 that both asked")

@@ -1,5 +1,6 @@
 """Programs in their sandboxes: right ones pass, whatever else a program does is a failed sample and ends with it."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.answers import sandbox
+from data_tools.answers import sandbox, sandboxed
 from data_tools.answers.sandbox import Limits, verdict
 
 pytestmark = pytest.mark.skipif(
@@ -45,6 +46,15 @@ import os
 for number in range(3, 64):
     try:
         os.write(number, b'passed')
+    except OSError:
+        pass
+""",
+    "says that its sandbox did not begin": """
+import json, os, struct, time
+told = json.dumps({"raised": ["the sandbox did not begin"]}).encode()
+for number in range(3, 64):
+    try:
+        os.write(number, struct.pack("!I", len(told)) + told)
     except OSError:
         pass
 """,
@@ -96,6 +106,20 @@ def test_a_program_that_does_anything_but_answer_fails(way):
     assert passes(CHEATS[way], tests) is False
 
 
+@pytest.mark.parametrize("stands", [True, False])
+def test_whether_both_sandboxes_stand_is_told_before_the_program_is_sent_and_its_time_begins(stands):
+    (program, theirs), (asking, told) = socket.socketpair(), socket.socketpair()
+    tests = sandboxed.Connection(asking.detach())
+    tests.send({"program": "", "setup": "", "tests": [], "calls": []})
+    if stands:
+        program.sendall(b"\0\0\0\7" + b'"ready"')
+    program.close()
+    sandboxed.main("tests", str(theirs.detach()), str(told.detach()))
+    assert tests.receive() is stands
+    with pytest.raises(sandboxed.Gone) if not stands else contextlib.nullcontext():
+        assert tests.receive()["passed"] is False  # whatever the program says
+
+
 def test_a_test_that_catches_everything_does_not_pass_a_program_that_is_gone():
     for ends in ("os._exit(0)", "os.kill(os.getpid(), 9)"):
         program = f"import os\ndef f(x):\n    {ends}\n"
@@ -107,8 +131,11 @@ def test_values_come_back_as_what_they_are():
     values = ["None", "True", "-3", "10**400", "0.1", "float('inf')", "1j", "'\\ud800 ä'", "b'\\x00'", "[1, [2]]",
               "(1, (2,))", "{1, 2}", "frozenset({1})", "{(1, 2): [3], None: 'x'}", "range(3)", "collections.deque([1])",
               "decimal.Decimal('1.50')", "fractions.Fraction(1, 3)", "datetime.date(2024, 2, 29)",
-              "datetime.datetime(2024, 2, 29, 1)"]  # fmt: skip
-    setup = "import collections, datetime, decimal, fractions"
+              "datetime.datetime(2024, 2, 29, 1)", "datetime.timedelta(-1, 2, 3)", "datetime.time(1, 2, 3, 4)",
+              "datetime.datetime(2024, 2, 29, 1, tzinfo=datetime.timezone.utc)", "bytearray(b'a')", "int", "...",
+              "array.array('d', [0.1])", "{1: 2}.keys()", "{(1, 2): 3}.items()", "collections.Counter('aab')",
+              "collections.OrderedDict(b=1, a=2)", "NotImplemented", "ValueError"]  # fmt: skip
+    setup = "import array, collections, datetime, decimal, fractions"
     tests = [f"assert f({value}) == {value} and type(f({value})) is type({value})" for value in values]
     assert verdict(f"{setup}\ndef f(x):\n    return x\n", tests, ["f"], setup, PATIENT) == sandbox.Verdict(True)
     assert passes("def f(x):\n    return float('nan')\n", ["assert f(1) != f(1)"]) is True
@@ -155,6 +182,8 @@ def halves(x):
 def sort(values):
     values.sort()
     return values
+def add(values):
+    values.append(7)
 def sum(a, b):
     return a * b
 def fails(x):
@@ -169,13 +198,17 @@ def test_objects_and_generators_of_the_program_can_be_used():
         "assert chain([Pair(5, 24), Pair(15, 25)]) == 25 and Pair(1, 2).a == 1 and str(Pair(1, 2)) == '<1>'",
         "assert list(halves(8)) == [4, 2, 1] and halves(8) != [4, 2, 1]",
         "mine = [3, 1]\nassert sort(mine) == [1, 3] and mine == [1, 3]",
+        "mine = [3, 1]\nassert sort(values=mine) == [1, 3] and mine == [1, 3]",
+        "for mine in ([], bytearray(), array.array('b'), deque()):\n    add(mine)\n    assert list(mine) == [7]",
+        "walk = halves(8)\nassert next(walk) == 4 and list(walk) == [2, 1] and next(walk, 0) == 0",
         "assert sum(2, 3) == 6",
         "first.b = Pair(1, [2])\nfirst.b.b[0] = 3\nassert first.b.a == 1 and chain([first.b]) == [2]",
         "assert is_a(3, int) and not is_a(3, str) and first.a == 7",
         "try:\n    fails('a')\n    assert False\nexcept KeyError:\n    pass",
     ]
-    calls = ["Pair", "chain", "halves", "sort", "sum", "fails", "is_a"]
-    assert verdict(OBJECTS, tests, calls, setup="first = Pair(7, 8)", limits=PATIENT).why == ""
+    calls = ["Pair", "chain", "halves", "sort", "add", "sum", "fails", "is_a"]
+    setup = "import array\nfrom collections import deque\nfirst = Pair(7, 8)"
+    assert verdict(OBJECTS, tests, calls, setup=setup, limits=PATIENT).why == ""
 
 
 def test_tests_that_ask_for_what_is_not_here_say_nothing_about_the_program():

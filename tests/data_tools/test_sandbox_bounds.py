@@ -61,7 +61,7 @@ def test_memory_and_files_are_bounded():
 
 
 WAYS = """
-import ctypes, fcntl, mmap, os, socket
+import ctypes, fcntl, mmap, os, socket, struct
 c = ctypes.CDLL(None, use_errno=True)
 MIB, kept = 1 << 20, []
 def held(result):
@@ -131,6 +131,32 @@ def sockets():
     one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 28)
     one.setblocking(False)
     return one.send(bytes(4 * MIB))
+def backlog():  # what waits in a queue, sent by sockets that are closed
+    there = socket.socket(socket.AF_UNIX)
+    name = chr(0) + str(len(kept))
+    there.bind(name)
+    there.listen(4096)
+    kept.append(there)
+    total = 0
+    for _ in range(64):
+        one = socket.socket(socket.AF_UNIX)
+        one.connect(name)
+        total += one.send(bytes(1 << 16))
+        one.close()
+    return total
+def locks():  # 192 bytes of the kernel's memory each, of a file that is closed
+    c.mmap.restype = ctypes.c_void_p
+    file = os.open('/usr/bin/env', os.O_RDONLY)
+    for place in range(1024):
+        fcntl.fcntl(file, 37, struct.pack('hhqqi', fcntl.F_RDLCK, 0, 2 * place, 1, 0))
+    c.mmap(None, 4096, 1, 2, file, 0)
+    os.close(file)
+    return 192 * 1024
+def rules():
+    one = held(c.syscall(444, struct.pack('QQQ', 0, 3, 0), 16, 0))
+    for port in range(1 << 16):
+        held(c.syscall(445, one, 2, struct.pack('QQ', 1, port), 0))
+    return 64 << 16
 def locked():
     held(c.mlockall(2))
     return anonymous()
@@ -149,7 +175,7 @@ def f(way):
 @pytest.mark.parametrize("way, most_mib", [
     ("heap", 128), ("anonymous", 128), ("mapped_files", 64), ("files", 64), ("empty_files", 0), ("links", 0),
     ("without_name", 0), ("system_v", 0), ("messages", 0), ("semaphores", 0), ("dev_shm", 0), ("pipes", 32),
-    ("lent_to_pipes", 0), ("sockets", 0), ("locked", 0),
+    ("lent_to_pipes", 0), ("sockets", 0), ("locked", 0), ("backlog", 0), ("locks", 0), ("rules", 0),
 ])  # fmt: skip
 def test_there_is_no_way_to_ten_gigabytes(way, most_mib):
     """What is 0 is refused at once: a file's entry, a segment, a queue, larger buffers of a socket."""

@@ -21,10 +21,10 @@ NEW = {"NEWNS": 1 << 17, "NEWCGROUP": 1 << 25, "NEWUTS": 1 << 26, "NEWIPC": 1 <<
        "NEWPID": 1 << 29, "NEWNET": 1 << 30}  # of linux/sched.h  # fmt: skip
 
 
-def answer(machine: str, number: int, first: int = 0, architecture: int = 0) -> int:
+def answer(machine: str, number: int, first: int = 0, second: int = 0, architecture: int = 0) -> int:
     """Return the error number that the filter gives a call, ALLOWED or KILLED: classic BPF, interpreted."""
     code = list(struct.iter_unpack("=HBBI", syscalls.filter_for(machine) or b""))
-    data = struct.pack("<iIQ6Q", number, architecture or syscalls._ARCHITECTURES[machine], 0, first, *[0] * 5)
+    data = struct.pack("<iIQ6Q", number, architecture or syscalls._ARCHITECTURES[machine], 0, first, second, *[0] * 4)
     place, value = 0, 0
     while True:
         kind, holds, fails, given = code[place]
@@ -62,6 +62,9 @@ def test_processes_are_made_without_namespaces_and_sockets_without_a_network(mac
     )
     assert all(answer(machine, clone, flag | 17) == errno.EPERM for flag in NEW.values())
     assert answer(machine, clone, 1 << 28 | 1 << 40) == errno.EPERM
+    for command in range(2048):
+        wanted = errno.EPERM if command in syscalls.COMMANDS.values() else ALLOWED
+        assert answer(machine, syscalls.FCNTL[own], 3, command) == wanted, command
     for call in (syscalls.SOCKET[own], syscalls.SOCKETPAIR[own]):
         assert answer(machine, call, 1) == ALLOWED
         assert all(answer(machine, call, family) == errno.EAFNOSUPPORT for family in (0, *range(2, 64)))
@@ -74,7 +77,7 @@ def test_the_tables_numbers_are_those_of_the_kernels_headers(machine):
     lines = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\s*$", Path(HEADERS[machine]).read_text(), re.MULTILINE)
     theirs, own = {name: int(number) for name, number in lines}, MACHINES.index(machine)
     calls = {**syscalls.REFUSED, "clone": syscalls.CLONE, "socket": syscalls.SOCKET, "socketpair": syscalls.SOCKETPAIR}
-    calls["clone3"] = (syscalls.CLONE3, syscalls.CLONE3)
+    calls |= {"clone3": (syscalls.CLONE3, syscalls.CLONE3), "fcntl": syscalls.FCNTL}
     assert {name: numbers[own] for name, numbers in calls.items()} == {name: theirs.get(name) for name in calls}
 
 

@@ -213,6 +213,40 @@ def test_inputs_enter_by_content_and_the_cache_sees_every_change(tmp_path, size)
     assert content_digest(file.parent, cache) != folder
 
 
+def test_what_lies_behind_a_link_is_part_of_a_folder(tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("in/a", "in/sub/b", "other/c"):
+        (tmp_path / name).write_text("1")
+    cache = HashCache(tmp_path / "cache")
+    plain = content_digest(tmp_path / "in", cache)
+    lines = [f"{name} {hashlib.sha256(b'1').hexdigest()}" for name in ("a", "sub/b")]
+    assert plain == hashlib.sha256("\n".join(lines).encode()).hexdigest()  # as ever
+    (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "sub" / "self").symlink_to(tmp_path / "in" / "sub")
+    assert content_digest(tmp_path / "in", cache) == plain  # they lead on without end
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "other")
+    linked = content_digest(tmp_path / "in", cache)
+    assert content_digest(tmp_path / "in", cache, follow=False) == plain
+    (tmp_path / "other" / "c").write_text("2")
+    assert len({plain, linked, content_digest(tmp_path / "in", cache)}) == 3
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_a_file_that_goes_away_while_its_folder_is_hashed_is_no_traceback(tmp_path, monkeypatch, error):
+    (tmp_path / "model.safetensors.incomplete").write_text("1")
+
+    def gone(self, path):
+        raise error(2, "is gone", str(path))
+
+    monkeypatch.setattr(HashCache, "sha256", gone)
+    for place in (tmp_path, tmp_path / "model.safetensors.incomplete"):
+        with pytest.raises(
+            UserMistake, match=r"cannot be read as it stands \(.*\.incomplete: is gone\); wait for what"
+        ):
+            content_digest(place, HashCache(tmp_path / "cache"))
+
+
 def test_the_hash_cache_keeps_large_files_only_each_by_itself_and_forgets_old_ones(tmp_path, monkeypatch):
     cache = HashCache(tmp_path / "cache")
     for name, text in (("small", "x"), ("one", LARGE), ("two", LARGE)):

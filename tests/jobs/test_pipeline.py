@@ -7,11 +7,15 @@ from typing import get_type_hints
 import pytest
 
 from data_tools.mistake import UserMistake
-from jobs.kind import find_kind
+from jobs.kind import find_kind, wrong_makers
 from jobs.schema.pipeline import load_pipeline
 from jobs.schema.problems import Problems
 from jobs.schema.references import references, substitute
 from jobs.schema.typed import structured
+from launchers.planning.planner import default_run_folder, make_plan
+from launchers.submission.submit import resubmit
+from slurm.detect import find_cluster
+from tests.command import ROOT
 
 GOOD = """
 name: good
@@ -280,3 +284,85 @@ def test_a_phase_whose_when_is_false_is_left_out_and_nothing_may_count_on_it(tmp
     ):  # fmt: skip
         found = problems(tmp_path, text, *overrides)
         assert any(expected in line for line in found), found
+        assert len(found) == len(set(found))
+    pipeline = load_pipeline(write(tmp_path, WHEN))
+    plan = make_plan(pipeline, default_run_folder(pipeline, tmp_path / "run"), find_cluster("local"))
+    assert plan.notes == ["left out, since `when` is false: extra, more"]
+    with pytest.raises(UserMistake, match="phase more is left out, since its `when` is false; set that, too"):
+        resubmit(plan, "more", dry_run=True)
+
+
+@pytest.mark.parametrize("uses, setting, value", [
+    ("tests.toy.numbers", "mistake", "%s"), ("q_rewards", "inputs", "[a, %s]"),
+    ("dolci_prepare", "sources", "{code: [%s]}"),
+])  # fmt: skip
+def test_what_yaml_reads_as_no_text_is_no_text_in_silence(tmp_path, uses, setting, value):
+    """A tag 3.10 would be 3.1, and off False."""
+    text = "name: t\nphases: {a: {uses: %s, with: {%s: %s}}}"
+    for written in ("off", "yes", "3.10", "1e3"):
+        with pytest.raises(
+            UserMistake, match=f"with.{setting}: .*YAML reads it as no text: put what you mean in quotes"
+        ):
+            load_pipeline(write(tmp_path, text % (uses, setting, value % written)))
+        load_pipeline(write(tmp_path, text % (uses, setting, value % f"'{written}'")))
+
+
+def test_a_date_is_a_text_and_what_json_lacks_is_refused_wherever_it_stands(tmp_path):
+    text = "name: t\nparams: {day: 2026-01-01, x: 1}\nphases: {a: {uses: tests.toy.numbers, array: [2026-01-01, 2]}}"
+    found = load_pipeline(write(tmp_path, text))
+    assert found.params["day"] == "2026-01-01" == found.phases["a"].array[0]
+    for odd in ("!!set {a}", "!!binary YQ==", "!!timestamp '2026-01-01'", "!!omap [a: 1]"):
+        for override in (f"params.x={odd}", f"a.array=[{odd}]", f"a.with.start={odd}"):
+            with pytest.raises(UserMistake, match="give a text, a number, a list or a mapping"):
+                load_pipeline(write(tmp_path, text), [override])
+
+
+@pytest.mark.parametrize("override, said", [
+    ("params.names.0=b", "override params.names.0: params.names is ['a'], which has no '0'; give all of it"),
+    ("params.one.x=1", "override params.one.x: params.one is 5, which has no 'x'; give all of it"),
+    ("a.array.0=1", "override a.array.0: a.array is [1, 2], which has no '0'; give all of it"),
+    ("a.with.start.x=1", "override a.with.start.x: a.with.start is 5, which has no 'x'; give all of it"),
+    ("a.throttle=true", "override a.throttle: True is not a number of elements"),
+    ("a.array=100000000", "override a.array: 100,000,000 elements are more than 1,000,000, the most"),
+])  # fmt: skip
+def test_an_override_leads_into_nothing_but_mappings(tmp_path, override, said):
+    text = """
+        name: t
+        params: {names: [a], one: 5}
+        phases: {a: {uses: tests.toy.numbers, array: [1, 2], with: {start: "${params.one}"}}}
+    """
+    with pytest.raises(UserMistake) as caught:
+        load_pipeline(write(tmp_path, text), [override])
+    assert str(caught.value).startswith(said) and len(str(caught.value).splitlines()) == 1
+
+
+def wrong(path, overrides=()):
+    pipeline = load_pipeline(path, list(overrides))
+    uses = {name: phase.uses for name, phase in pipeline.phases.items()}
+    return [
+        f"{phase.name}.{problem}"
+        for phase in pipeline.phases.values()
+        for problem in wrong_makers(phase.kind, phase.config, uses)
+    ]
+
+
+def test_a_phase_that_makes_no_such_thing_is_no_input():
+    for path in (ROOT / "jobs" / "pipelines").glob("*.yaml"):
+        assert wrong(path) == [], path.name
+    makers = {"model": "import_hf or sft or grpo or merge_lora", "store": "materialize", "packs": "pack"}
+    swapped = [
+        ("sft.model", "data", "materialize", "model"), ("sft.store", "packs", "pack", "store"),
+        ("sft.packs", "data", "materialize", "packs"), ("sft.valid_stores", "imported", "import_hf", "store"),
+        ("packs.store", "init", "init_model", "store"), ("grpo.model", "init", "init_model", "model"),
+        ("grpo.reference", "packs", "pack", "model"), ("exported.model", "data", "materialize", "model"),
+        ("trained.model", "init", "init_model", "model"), ("trained.seen_in", "imported", "import_hf", "store"),
+    ]  # fmt: skip
+    overrides = []
+    for key, phase, _, _ in swapped:
+        value = f"'${{phases.{phase}.out}}'"
+        overrides.append(f"{key.replace('.', '.with.')}={f'[{value}]' if key.endswith('stores') else value}")
+    told = wrong(ROOT / "jobs" / "pipelines" / "tiny.yaml", overrides)
+    assert sorted(told) == sorted(
+        f"{key}: phase {phase} uses {uses}, which makes no such thing; {makers[wanted]} does"
+        for key, phase, uses, wanted in swapped
+    )

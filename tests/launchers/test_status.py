@@ -13,7 +13,7 @@ import pytest
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from launchers.backends.contract import TaskState
 from launchers.observe.gpu_hours import Span, gpu_hours, spans
-from launchers.observe.look import Look
+from launchers.observe.look import Look, _going_on_besides
 from launchers.observe.show import format_seconds
 from launchers.planning.ledger import JobEntry, Ledger
 from slurm.client import Slurm
@@ -165,6 +165,19 @@ def test_a_clock_that_runs_backwards_costs_nothing():
         Span(10.0, 5.0, 8, sealed=False, running=False, saved_at=()).used_s == 0
         and Span(10.0, 5.0, 8, sealed=False, running=False, saved_at=()).lost_s == 0
     )
+
+
+@pytest.mark.parametrize("state, goes_on", [
+    ("RUNNING", True), ("PENDING", True), ("COMPLETED", False), ("FAILED", False), (None, False),
+])  # fmt: skip
+def test_a_job_of_a_phase_that_the_newest_submission_leaves_out_is_told_while_it_goes_on(tmp_path, state, goes_on):
+    planted = Planted(tmp_path)
+    look = planted.look()
+    look.phases = {"data": frozen(name="data")}
+    look.states = {("11", 0): TaskState("11", 0, state)} if state else {}
+    said = f"phase sft is none of submission 2's, and goes on as job 11; `afterok cancel {tmp_path} sft` ends that"
+    assert _going_on_besides(look) == ([said] if goes_on else [])
+    assert _going_on_besides(planted.look()) == []  # it is one of the submission's, and status tells of it
 
 
 def test_times_of_a_day_and_more_keep_their_hours():
