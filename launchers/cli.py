@@ -22,7 +22,7 @@ from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES, VERSION
 from launchers.completion import SHELLS
-from launchers.verbs import bundles, clusters, plans, profiles, results, runs, scores
+from launchers.verbs import bundles, cleaning, clusters, plans, profiles, results, runs, scores
 from launchers.verbs.said import EXIT_UNFINISHED, tell
 from slurm.client import SlurmError
 
@@ -298,6 +298,18 @@ def _add_result_verbs(verb: AddVerb) -> None:
     plot.add_argument("phases", nargs="*", metavar="PHASE", help="only these (default: all that wrote metrics)")
     plot.add_argument("--metric", action="append", default=[], metavar="NAME", help="only this one; may be said again")
     plot.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there (default: RUN/curves.svg)")
+
+    cleaned = verb("clean", cleaning.do_clean, "show what of runs nothing needs any more; with --yes, delete it")
+    cleaned.epilog = "for example: afterok clean runs --only attempts; then the same with --yes"
+    cleaned.add_argument("runs", nargs="*", metavar="RUN", help=f"{RUN_HELP}, or a folder of runs; several may be said")
+    cleaned.add_argument("--yes", action="store_true", help="delete it; without this word nothing is deleted")
+    cleaned.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="attempts, settings, milestones, journals, retired, code or leftovers; may be said again (default: all)",
+    )
 
     path = verb("path", results.do_path, "print where the sealed result of a phase lies, such as a model")
     path.epilog = "for example: cp -r $(afterok path runs/tiny exported) my_model"

@@ -48,6 +48,7 @@ _afterok_runs_and_phases() { _afterok_runs; _afterok_phases }
 """
 _COMPLETED = {  # of an argument by its name: the function that completes it
     "run": "_afterok_runs",
+    "runs": "_afterok_runs",
     "diff": "_afterok_runs",
     "phase": "_afterok_runs_and_phases",
     "phases": "_afterok_phases",

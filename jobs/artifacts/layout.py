@@ -45,6 +45,9 @@ LEASE = re.compile(r"([^.]+)\.a(\d+)\.r(\d+)\.g(\d+)")
 # What changes in a run while it goes on, below its folder: folders' times tell of every file made in them.
 CHANGING = ("local/*", "*/attempts", "*/*/leases", "*/*/seals", f"*/*/{SEAL}")
 
+CLEANED = ".cleaned."  # begins the name of what `afterok clean` is removing
+JOURNALS = ("rollouts", "sampled", "element_*")  # in what an element keeps: what its samples are taken up from again
+
 
 def element_name(element: int | str) -> str:
     """Return how files name an element: 0003, or `finish`."""
@@ -176,12 +179,22 @@ class RunLayout:
         """Yield the file of that name of each submission that ran without Slurm."""
         return (self.path / "local").glob(f"*/{name}")
 
+    def artifact_folders(self) -> Iterator[Path]:
+        """Yield the PHASE/KEY folders of all phases, under all keys that they ever had."""
+        for leases in self.path.glob("*/*/leases"):
+            if not leases.parent.is_symlink() and not leases.parent.name.startswith(CLEANED):
+                yield leases.parent
+
     def phase_folder(self, phase: str) -> Path:
         return self.path / phase
 
     def latest_link(self, phase: str) -> Path:
         """Return the link to the sealed content of a phase, which is for people: no code reads it."""
         return self.phase_folder(phase) / "latest"
+
+    def retired_folders(self) -> Iterator[Path]:
+        """Yield what phases had made under a key before they were run anew."""
+        return self.path.glob("*/retired/*")
 
     def artifact_folder(self, phase: str, key: str) -> Path:
         return self.path / phase / key
@@ -248,6 +261,23 @@ class ArtifactLayout:
         """Yield the folders that owners of an element wrote into."""
         return (self.folder / "work").glob(f"{element_name(element)}.a*")
 
+    def all_work_folders(self) -> Iterator[tuple[Path, Path]]:
+        """Yield (the folder that an owner of an element or of the merging wrote into, its lease)."""
+        for path in (self.folder / "work").glob("*"):
+            if read_lease_name(path.name):
+                yield path, self.leases_folder / path.name
+
+    def all_sealing_folders(self) -> Iterator[tuple[Path, Path]]:
+        """Yield (the folder through which an owner's seal passes, its lease)."""
+        for path in (self.folder / "sealing").glob("*"):
+            if read_lease_name(path.stem):
+                yield path, self.leases_folder / path.stem
+
+    def all_seals(self) -> Iterator[Path]:
+        """Yield the phase's seal and its elements', those that were set aside too."""
+        yield from self.folder.glob(f"{SEAL}*")
+        yield from self.seals_folder.glob("*.json*")
+
     def new_sealing_folder(self, element: int | str, owner: LeaseName) -> Path:
         """Return a name that no other process uses for the folder through which an owner's seal passes."""
         return self.folder / "sealing" / f"{element_name(element)}.{owner}.{uuid.uuid4().hex[:8]}"
@@ -264,6 +294,11 @@ class ArtifactLayout:
     def keep_folder(self, index: int, elements: int) -> Path:
         """Return where an element of a phase of `elements` keeps what survives attempts."""
         return self.folder if elements == 1 else self.folder / "elements" / element_name(index)
+
+    def keep_folders(self) -> Iterator[Path]:
+        """Yield the folders in which elements keep what survives attempts, however many elements there are."""
+        yield self.folder
+        yield from (self.folder / "elements").glob("[0-9]*")
 
 
 def checkpoints_of(keep: Path) -> Iterator[Path]:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.base.printing import clean, raw
+from data_tools.base.printing import clean, raw, size_text
 from jobs.artifacts.layout import RunLayout
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
 from launchers.observe.runs import RunLine, as_typed
 from launchers.observe.status import PhaseStatus, RunStatus
+from launchers.submission.superfluous import WHAT
 
 if TYPE_CHECKING:  # imported where they are needed, so that a --json answer does not wait for them
     from rich.console import Console, Group
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # imported where they are needed, so that a --json answer doe
     from launchers.observe.sampled import ShownSamples
     from launchers.planning.hours import GpuHours
     from launchers.planning.plan import Plan
+    from launchers.submission.clean import Cleaned, Item
     from launchers.submission.submit import Submitted
 
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
@@ -276,6 +278,26 @@ def runs_table(runs: list[RunLine]) -> "Table":
         for run in runs
     ]
     return table(["run", "pipeline", "submissions", "state", "last change"], rows)
+
+
+def cleaned_table(cleaned: "Cleaned") -> "Table":
+    """Return one row a phase and kind of what may go of a run, or went, the largest first."""
+    groups: dict[tuple[str, str], list[Item]] = {}
+    for item in cleaned.items:
+        groups.setdefault((item.phase, item.what), []).append(item)
+    rows = [
+        [
+            phase,
+            what,
+            size_text(sum(item.size for item in items)),
+            f"{len(items):,}",
+            as_typed(items[0].path) + (" …" if len(items) > 1 else ""),
+            WHAT[what],
+        ]
+        for (phase, what), items in sorted(groups.items(), key=lambda each: -sum(item.size for item in each[1]))
+    ]
+    title = f"{as_typed(cleaned.run.path)}: {size_text(cleaned.size)} {'deleted' if cleaned.deleted else 'may go'}"
+    return table(["phase", "kind", "size", "folders", "where", "what it is"], rows, title)
 
 
 def _files(status: RunStatus, phase: PhaseStatus) -> str:
