@@ -191,6 +191,17 @@ class Hooks:
     health: Health = field(default_factory=Health)
 
 
+@dataclass
+class Mail:
+    """Whom Slurm sends mail, and of what (mail.py): sbatch's --mail-user and --mail-type, said once for a pipeline.
+
+    Without `type` it is END and FAIL, without `user` the one who submits. Local processes send none.
+    """
+
+    user: str | None = None
+    type: list[str] = field(default_factory=list)  # BEGIN, END, FAIL, REQUEUE, INVALID_DEPEND, TIME_LIMIT…, ALL, NONE
+
+
 @dataclass(kw_only=True)
 class Wishes:
     """What a phase may ask for, beside its role; None takes the profile's value for its kind, else the role's."""
@@ -251,6 +262,7 @@ class Profile:
     hooks: Hooks = field(default_factory=Hooks)
     network: Network = field(default_factory=Network)
     srun: Srun = field(default_factory=Srun)
+    mail: Mail = field(default_factory=Mail)
     max_array_size: int | None = None  # None: no limit known
     max_submit_jobs: int | None = None  # of one user at a time, array elements counted; None: asked of sacctmgr
     signal_lead_s: int = 90  # seconds before the time limit at which a job is asked to stop: one checkpoint must fit
