@@ -1,4 +1,4 @@
-"""The mail of a pipeline, as a real Slurm sends it: one when it ends and one a failure, not one a phase or an element."""
+"""The mail of a pipeline, as a real Slurm sends it: one at its end and one a failure, not one a phase or an element."""
 
 import time
 
