@@ -175,8 +175,13 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
     submit.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
 
     explain = verb("explain", runs.do_explain, "say what a phase kind does, and what each of its settings means")
+    explain.epilog = "for example: afterok explain sft; afterok explain sft.lora.rank; afterok explain resources"
     explain.add_argument(
-        "phase", nargs="?", default="", metavar="PHASE", help="such as sft, or my.module (default: list them)"
+        "phase",
+        nargs="?",
+        default="",
+        metavar="KIND",
+        help="such as sft, sft.lora or my.module; resources: what a phase may ask of the cluster (default: list all)",
     )
     explain.add_argument(
         "setting", nargs="?", default="", metavar="SETTING", help="only this one, such as lora.rank or lora"

@@ -70,17 +70,20 @@ class Config:
     """The config of the phase materialize."""
 
     source: Source = setting(Source, "where the rows come from")
-    tokenizer: str = setting("", "a folder or a hub name", needed=True, input="hub")
+    tokenizer: str = setting("", "a folder or a hub name", example="Qwen/Qwen2.5-0.5B", needed=True, input="hub")
     task: str = setting(
-        "", 'the task whose rows these are, or a data set of conversations; "": any conversations', module=True
-    )
-    task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
+        "", 'the task whose rows these are, or a data set of conversations; "": any conversations',
+        example="gsm8k", module=True,
+    )  # fmt: skip
+    task_options: dict[str, Any] = setting(dict, "options of the task", example={"reverse_digits": True}, free=True)
     chat: ChatConfig = setting(ChatConfig, "how conversations become tokens")
     recipe: str = setting(
         "", "or a recipe: one that comes with afterok, or a YAML file; it names sources, shares and validation rows",
-        input=FILE_OR_NAME, keyed=False, free=True,
+        example="r1_ot", input=FILE_OR_NAME, keyed=False, free=True,
     )  # fmt: skip
-    recipe_params: dict[str, Any] = setting(dict, "parameters of the recipe, over its own", free=True, keyed=False)
+    recipe_params: dict[str, Any] = setting(
+        dict, "parameters of the recipe, over its own", example={"ot_stop": 100000}, free=True, keyed=False
+    )
     recipe_sources: dict[str, Files] = setting(
         dict, "files of the recipe's sources, by their names, in place of the hub's cache", keyed="if_set"
     )
@@ -88,7 +91,7 @@ class Config:
     max_tokens: int = setting(0, "tokens of a row, end token included; 0: no limit", unit="tokens", least=0)
     evaluation_sets: list[str] = setting(
         list, "files of evaluation sets; rows that hold one of their questions go (phase decontaminate has the rule)",
-        input=True, keyed="if_set",
+        example=["gsm8k/test.jsonl"], input=True, keyed="if_set",
     )  # fmt: skip
     dedupe: bool = setting(True, "of equal rows, the same text with the same loss mask, the first is kept")
     on_bad_row: str = setting("fail", "what a malformed record does: bucket counts it", choices=ON_BAD_ROW)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.base.printing import clean, raw, size_text
 from jobs.artifacts.layout import RunLayout
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
+from launchers.observe.explain import spelled
 from launchers.observe.runs import RunLine, as_typed
 from launchers.observe.status import PhaseStatus, RunStatus
 from launchers.submission.superfluous import WHAT
@@ -158,11 +159,12 @@ def settings_table(explained: "Explained") -> "Table":
             each.unit,
             each.legal,
             keyed[each.keyed],
+            "" if each.example is None else spelled(each.example),
             each.help,
         ]
         for each in explained.settings
     ]
-    columns = ["setting", "type", "default", "unit", "legal", "keyed", "what it means"]
+    columns = ["setting", "type", "default", "unit", "legal", "keyed", "example", "what it means"]
     shown = table(columns, rows, f"{explained.phase}: {explained.about}" if explained.about else explained.phase)
     shown.columns[0].no_wrap = True
     return shown

@@ -41,6 +41,8 @@ def do_explain(args: argparse.Namespace) -> int:
     if args.json:
         return print_json(explained.as_json())
     console().print(settings_table(explained))
+    if explained.how:
+        print(explained.how)
     return 0
 
 

@@ -32,18 +32,25 @@ OUTTYPES = (*TYPES.values(), "q8_0")
 class Config:
     """The config of the phase export_gguf."""
 
-    model: str = setting("", "Hugging Face folder, as export_hf writes it", needed=True, input=True)
+    model: str = setting(
+        "", "Hugging Face folder, as export_hf writes it", example="${phases.exported.out}", needed=True, input=True
+    )
     adapter: str = setting(
-        "", "PEFT folder (export_hf with adapter: peft) to write in place of the model, which is its base", input=True
+        "",
+        "PEFT folder (export_hf with adapter: peft) to write in place of the model, which is its base",
+        example="${phases.adapter.out}",
+        input=True,
     )
     outtype: str = setting(
         "", 'type of the matrices, as of the converter; "" keeps that of the files (of an adapter: f32)',
         choices=("", *OUTTYPES),
     )  # fmt: skip
-    name: str = setting("", 'what the file says the model is called; "" is its model_type', free=True)
+    name: str = setting(
+        "", 'what the file says the model is called; "" is its model_type', example="my-model", free=True
+    )
     llama_cpp: str = setting(
         "", f'checkout of llama.cpp whose converters run; "" is that of the package {converter.PACKAGE}', free=True,
-        keyed="if_set",
+        example="~/llama.cpp", keyed="if_set",
     )  # fmt: skip
 
 
