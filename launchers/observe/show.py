@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.base.printing import clean, raw, size_text
-from jobs.artifacts.layout import RunLayout
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
 from launchers.observe.explain import spelled
 from launchers.observe.runs import RunLine, as_typed
@@ -302,10 +301,14 @@ def cleaned_table(cleaned: "Cleaned") -> "Table":
     return table(["phase", "kind", "size", "folders", "where", "what it is"], rows, title)
 
 
-def _files(status: RunStatus, phase: PhaseStatus) -> str:
-    """Return where a sealed phase's files are: by the link that is for people, where it leads there."""
-    link = RunLayout(Path(status.run)).latest_link(phase.phase)
-    return str(link) if link.exists() and link.resolve() == Path(phase.folder).resolve() else phase.folder
+def sealed_line(status: RunStatus) -> str:
+    """Return where the sealed results lie, by the links that are for people; "" where there are none."""
+    linked = [phase for phase in status.phases if phase.latest]
+    if not linked:
+        return ""
+    where = as_typed(Path(status.run))
+    names = ", ".join(phase.phase for phase in linked)
+    return f"sealed results: {where}/PHASE/latest, where PHASE is {names}"
 
 
 def headline(facts: dict[str, Any]) -> str:
@@ -334,7 +337,9 @@ def summary(status: RunStatus) -> "Group":
             parts.append(table(written["columns"], cells, f"{phase.phase}: {written['title']}"))
     parts.append(
         table(
-            ["phase", "files"], [[p.phase, _files(status, p)] for p in status.phases if p.state == COMPLETED], "files"
+            ["phase", "files"],
+            [[p.phase, p.latest or p.folder] for p in status.phases if p.state == COMPLETED],
+            "files",
         )
     )
     return Group(*parts)

@@ -214,9 +214,11 @@ def do_status(args: argparse.Namespace) -> int:
     if args.json:
         print_json(status.as_json())
         return code
-    from launchers.observe.show import console, status_table
+    from launchers.observe.show import console, sealed_line, status_table
 
     console().print(status_table(status))
+    if line := sealed_line(status):
+        print(line)
     if status.where:
         print(status.where)
     for note in status.notes:

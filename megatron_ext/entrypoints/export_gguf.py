@@ -18,7 +18,7 @@ from data_tools.base import durable
 from data_tools.base.declared import setting
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
-from megatron_ext.models.registry import Family, parse_config, read_config
+from megatron_ext.models.registry import Family, model_type, parse_config, read_config
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.serving import converter, gguf_limits
@@ -96,7 +96,8 @@ def _model(config: Config, family: Family, dims: Any, file: Path) -> dict[str, A
     names = tensors.shapes()
     dtype = convert.main_dtype({name: tensors.dtype(name) for name in names}, family.mapping.rules(dims, names))
     outtype = config.outtype or TYPES[dtype]
-    arguments = [config.model, "--outfile", str(file), "--outtype", outtype, "--model-name", config.name or family.name]
+    name = config.name or model_type(family, dims)
+    arguments = [config.model, "--outfile", str(file), "--outtype", outtype, "--model-name", name]
     converter.convert(converter.MODEL, config.llama_cpp, arguments)
     return {"outtype": outtype, "parameters": family.config.shape(dims).parameters.total}
 

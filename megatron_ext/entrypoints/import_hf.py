@@ -199,6 +199,7 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     from megatron_ext.model_folders import model_folder
     from megatron_ext.models.nanochat import checkpoint as nanochat
     from megatron_ext.models.nanochat import tokenizer as nanochat_tokenizer
+    from megatron_ext.models.registry import model_type
     from megatron_ext.weights import convert
 
     source = _source(config)
@@ -224,7 +225,7 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "dtype": dtype,
         "dtype_changes": ledger["dtype_changes"],
-        "family": family.name,
+        "family": model_type(family, source.dims),
     }
 
 

@@ -32,7 +32,7 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.entrypoints import export_gguf
 from megatron_ext.lora import peft_config
-from megatron_ext.models.registry import read_config
+from megatron_ext.models.registry import model_type, read_config
 from megatron_ext.parallel.plan import Site
 from megatron_ext.serving import card, hub, modelfile, turns
 from megatron_ext.serving.card import Step
@@ -122,7 +122,7 @@ def run(
     family, dims, wrong = read_config(Path(config.model))
     if problems or wrong or family is None:
         raise UserMistake(problems + wrong)
-    name = config.name or family.name
+    name = config.name or model_type(family, dims)
     if is_path(config.base) or Path(config.base).exists():  # "" too
         config = replace(config, base="")
     told = _copy(config, out)
@@ -132,7 +132,7 @@ def run(
     _vllm(config, out, name, dims.dtype, told=told)
     facts: card.Facts = {
         "name": name,
-        "description": _description(config, family.name, lineage),
+        "description": _description(config, model_type(family, dims), lineage),
         "base": config.base,
         "license": config.license,
         "tags": ["afterok", *(["lora"] if config.adapter else [])],
