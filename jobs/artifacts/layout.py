@@ -312,23 +312,34 @@ def durable_checkpoints_of(keep: Path) -> Iterator[Path]:
 
 
 METRICS = "metrics.jsonl"  # what a training writes of its steps, in what an element keeps
+SAMPLES = "samples"  # the folder of what it sampled, a file a step
 
 
 def metrics_below(artifact: ArtifactLayout, elements: int) -> dict[int, Path]:
     """Return {element: its metrics} of those elements of a phase that wrote some."""
+    return {index: path for index, path in _kept(artifact, elements, METRICS).items() if path.is_file()}
+
+
+def samples_below(artifact: ArtifactLayout, elements: int) -> dict[int, Path]:
+    """Return {element: what it keeps} of those elements of a phase that logged samples of its training."""
+    return {index: path.parent for index, path in _kept(artifact, elements, SAMPLES).items() if path.is_dir()}
+
+
+def _kept(artifact: ArtifactLayout, elements: int, name: str) -> dict[int, Path]:
+    """Return {element: the path of that name in what it keeps}, where there is one."""
     if elements == 1:
-        path = artifact.folder / METRICS
-        return {0: path} if path.is_file() else {}
+        path = artifact.folder / name
+        return {0: path} if path.exists() else {}
     above = artifact.keep_folder(0, elements).parent
     names = sorted(os.listdir(above)) if above.is_dir() else []
     return {  # thousands: no Path an element
-        int(name): above / name / METRICS
-        for name in names
-        if name.isdigit() and os.path.isfile(f"{above}/{name}/{METRICS}")
+        int(number): above / number / name
+        for number in names
+        if number.isdigit() and os.path.exists(f"{above}/{number}/{name}")
     }
 
 
 def sample_logs_of(keep: Path) -> dict[int, Path]:
     """Return {step: the log of its samples} of a GRPO training, in what an element keeps."""
-    named = ((re.fullmatch(r"step_(\d+)\.jsonl", path.name), path) for path in (keep / "samples").glob("step_*"))
+    named = ((re.fullmatch(r"step_(\d+)\.jsonl", path.name), path) for path in (keep / SAMPLES).glob("step_*"))
     return {int(match[1]): path for match, path in sorted(named, key=lambda each: each[1].name) if match}
