@@ -119,7 +119,7 @@ def test_what_may_go_is_shown_first_and_goes_with_yes_and_nothing_else(planted, 
     assert said(capsys, planted.run.path)["runs"][0]["items"] == []
 
 
-@pytest.mark.parametrize("kill_at", range(1, 12))
+@pytest.mark.parametrize("kill_at", range(1, 11))
 def test_killed_at_any_moment_it_leaves_every_seal_valid_and_nothing_half_under_its_name(
     planted, capsys, monkeypatch, kill_at
 ):
