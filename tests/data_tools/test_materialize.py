@@ -116,7 +116,7 @@ def test_each_row_that_is_left_out_is_listed_with_its_line_and_reason(
         (str(first), 2, "malformed_line"), (str(first), 3, "too_long"), (str(first), 4, "duplicate"),
         (str(second), 2, "duplicate"), (str(second), 3, "wrong_answer"),
     ]  # fmt: skip
-    assert "not JSON" in listed[0]["reason"] and listed[1]["reason"] == "16 tokens; max_tokens is 10"
+    assert "not JSON" in listed[0]["reason"] and listed[1]["reason"] == "22 tokens; max_tokens is 10"
     assert listed[2]["reason"] == "the same text with the same loss mask as a row before it"
     assert facts["left_out"] == {"file": "left_out.jsonl", "rows": 5}
 
