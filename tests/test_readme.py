@@ -224,6 +224,14 @@ def test_every_command_can_be_typed_like_this(manual):
         raise skipped
 
 
+@pytest.mark.parametrize("verb", cli.EXAMPLES)
+def test_every_verb_has_an_example_that_can_be_typed(verb):
+    assert set(cli.EXAMPLES) == set(verbs())
+    for example in cli.EXAMPLES[verb].split("; "):
+        assert example.split()[:2] == ["afterok", verb]
+        check(shlex.split(example))
+
+
 @pytest.mark.parametrize("command, said", [
     ("frobnicate --now", "no rule covers"),
     ("afterok pln jobs/pipelines/tiny.yaml", "no verb 'pln'"),
@@ -311,7 +319,7 @@ def pipeline_of(text: str) -> str:
 @pytest.mark.parametrize("where, text", yaml_blocks())
 def test_every_yaml_block_passes_the_schema(tmp_path, where, text):
     (tmp_path / "block.yaml").write_text(text)
-    if set(read_values(text)) & {"roles", "partitions", "policy"}:  # a profile; what it extends is the reader's
+    if set(read_values(text)) & {"roles", "partitions", "policy", "mail"}:  # a profile; what it extends is the reader's
         problems: list[Problem] = []
         typed(Profile, read_text(tmp_path / "block.yaml", problems), file="block.yaml", at="", problems=problems)
         assert not problems, where
