@@ -18,6 +18,7 @@
       PHASE/attempts/environment/      SLURM_* as each attempt on Slurm found it
       PHASE/latest                     link to what is sealed under the newest submission's key, for people
       PHASE/retired/KEY.1              what PHASE/KEY was before it was run anew
+      …/.cleaned.NAME.UNIQUE           what `afterok clean` was deleting there when it was killed
       PHASE/KEY/
         seal.json                      the phase's seal, linked last; its presence is the only sign of success
         seals/0003.json                one an array element

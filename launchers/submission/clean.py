@@ -49,6 +49,7 @@ class Cleaned:
     items: list[Item] = field(default_factory=list)
     kept: dict[Path, str] = field(default_factory=dict)  # what stays for a reason that its user may not know
     deleted: bool = False
+    unread: dict[Path, str] = field(default_factory=dict)  # runs that may read something of it, which nobody can tell
 
     @property
     def size(self) -> int:
@@ -64,6 +65,7 @@ class Cleaned:
             "bytes": self.size,
             "items": [item.as_json() for item in self.items],
             "kept": {str(path): why for path, why in self.kept.items()},
+            "unread": list(map(str, self.unread)),
         }
 
 
@@ -74,9 +76,10 @@ def clean(runs: Sequence[RunFolder], only: Iterable[str], delete: bool) -> list[
         UserMistake: a plan or ledger is damaged, so that nobody can tell what a run needs.
     """
     references = References(_others(runs))
+    unread = dict.fromkeys(references.unread, "you may not read that run: nobody can tell what of these it reads")
     done = []
     for run in runs:
-        cleaned = Cleaned(run, why_going(run))
+        cleaned = Cleaned(run, why_going(run), unread=unread)
         if not cleaned.going and delete:
             with submit_lock(run):
                 cleaned.going = why_going(run)  # it may have been submitted a moment ago

@@ -53,8 +53,14 @@ class References:
 
     def __init__(self, runs: Iterable[RunFolder]):
         self._readers: dict[str, str] = {}  # real path -> who reads it
+        self.unread: list[Path] = []  # runs of others that this user may not read
         for run in runs:
-            for place in [*_named(run), *_linked(run)]:
+            try:
+                places = [*_named(run), *_linked(run)]
+            except PermissionError:
+                self.unread.append(run.path)
+                continue
+            for place in places:
                 self._readers.setdefault(os.path.realpath(place), str(run.path))
 
     def reader_of(self, path: Path) -> str:
@@ -147,8 +153,8 @@ class _Finder:
                 self._artifact(phase)
         for folder in sorted(self.run.retired_folders()):
             self._retired(folder)
-        for name in {folder.parent for folder in self.run.artifact_folders()}:
-            self._leftovers(name, name.name)
+        for name in sorted({name for name, _ in self.frozen}):
+            self._leftovers(self.run.phase_folder(name), name)
         self._code()
 
     def _add(self, what: str, phase: str, path: Path) -> None:
@@ -199,7 +205,7 @@ class _Finder:
         roots = set[str]()
         for path in artifact.all_seals():
             try:
-                told = durable.read_json(path)
+                told = durable.read_checked(path)
                 self.sealed_by.add(int(told.get("submission", 0)))
                 if ".retired." not in path.name:
                     roots.add(Path(told["root"]).name)

@@ -38,6 +38,8 @@ def do_clean(args: argparse.Namespace) -> int:
             tell(f"kept {as_typed(path)}: {why}")
         if each.going:
             tell(f"{where} is left alone: {each.going}")
+    for path, why in done[0].unread.items() if done else ():
+        tell(f"{as_typed(path)}: {why}")
     total = size_text(sum(each.size for each in done))
     if any(each.items for each in done):
         words = " ".join(["afterok clean", *args.runs, *(f"--only {what}" for what in args.only)])
