@@ -10,6 +10,8 @@ from launchers.verbs.said import print_json, tell
 if TYPE_CHECKING:
     from jobs.artifacts.run_folder import RunFolder
 
+MOST_KEPT = 10  # of a run, of which each is told in a line
+
 
 def do_clean(args: argparse.Namespace) -> int:
     """Show what of some runs nothing needs any more, and with --yes delete it."""
@@ -34,8 +36,10 @@ def do_clean(args: argparse.Namespace) -> int:
             console().print(cleaned_table(each))
         elif not each.going:
             print(f"{where}: nothing that may be deleted")
-        for path, why in each.kept.items():
+        for path, why in list(each.kept.items())[:MOST_KEPT]:
             tell(f"kept {as_typed(path)}: {why}")
+        if len(each.kept) > MOST_KEPT:
+            tell(f"kept {len(each.kept) - MOST_KEPT:,} more for such reasons, which --json lists")
         if each.going:
             tell(f"{where} is left alone: {each.going}")
     for path, why in done[0].unread.items() if done else ():

@@ -199,5 +199,9 @@ def test_what_another_run_reads_stays(planted, tmp_path, capsys, way):
 def test_wrong_words_are_refused_in_a_line(planted, capsys):
     assert main(["clean", str(planted.run.path), "--only", "everything"]) == 2
     assert "--only everything: say one of attempts, settings," in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["clean", "--help"])
+    told = capsys.readouterr().out
+    assert all(what in told for what in WHAT)
     assert main(["clean", "nowhere"]) == 2
     assert "'nowhere' is no run" in capsys.readouterr().err
