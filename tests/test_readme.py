@@ -15,10 +15,8 @@ import pytest
 from data_tools.base.yaml_loaders import read_values
 from data_tools.mistake import Problem
 from data_tools.own_packages import PACKAGES
-from data_tools.tasks.task import Item
 from jobs.kind import kind_names
 from jobs.schema.pipeline import load_pipeline
-from jobs.task import Task
 from launchers import cli
 from slurm.profile.layers import read_values as read_text
 from slurm.profile.schema import Profile
@@ -339,55 +337,6 @@ def test_every_block_of_python_is_python():
     for manual in MANUALS:
         for language, text in fences(manual):
             assert language != "python" or ast.parse(text).body
-
-
-def test_the_manuals_phase_counts_words(tmp_path):
-    text = jobs_blocks("python", "class Config")
-    names: dict = {"__name__": "a_phase"}
-    exec(compile(text, "a_phase", "exec"), names)
-    (tmp_path / "words.txt").write_text("a b c d e\n")
-    parts = [tmp_path / "0", tmp_path / "1", tmp_path / "merged"]
-    for index, part in enumerate(parts):
-        part.mkdir()
-        task = Task("count", index, 2, index, part, part, 0, 1)
-        if index < 2:
-            names["run"](names["Config"](words=str(tmp_path / "words.txt")), task)
-        else:
-            assert names["finish"](parts[:2], names["Config"](), task)["headline"] == "5 words in all"
-
-
-def jobs_blocks(language: str, holding: str) -> str:
-    """Return the one block of jobs/README.md that holds some words."""
-    (text,) = [text for kind, text in fences(ROOT / "jobs/README.md") if kind == language and holding in text]
-    return text
-
-
-def write_mine(folder: Path) -> Path:
-    """Write the files of "your model, your data", "your reward" and "rejection sampling", as the manual has them."""
-    below = [jobs_blocks("yaml", "rewards:score\", source: {inputs: [prompts.jsonl]}}}}\n    " + words)
-             for words in ("steps: 200", "samples: 16")]  # fmt: skip
-    added = "".join(f"  {line}\n" for text in below for line in text.splitlines())
-    (folder / "mine.yaml").write_text(jobs_blocks("yaml", "name: mine") + added)
-    (folder / "chats.jsonl").write_text(jobs_blocks("text", '"Paris."'))
-    (folder / "prompts.jsonl").write_text(jobs_blocks("text", '"answer": 24'))
-    (folder / "rewards.py").write_text(jobs_blocks("python", "def score"))
-    return folder / "mine.yaml"
-
-
-def test_the_manuals_own_model_data_and_reward_can_be_planned(tmp_path, monkeypatch, capsys):
-    path = write_mine(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert cli.main(["plan", str(path), "cluster=local"]) == 0
-    assert capsys.readouterr().out.count("never ran in this run") == len(read_values(path.read_text())["phases"]) == 11
-
-
-def test_the_manuals_reward_scores_the_manuals_prompt(tmp_path):
-    names: dict = {}
-    exec(compile(jobs_blocks("python", "def score"), "rewards", "exec"), names)
-    row = json.loads(jobs_blocks("text", '"answer": 24'))
-    item = Item.of(row["prompt"], row["answer"], row)
-    assert [names["score"](item, said) for said in ("It is 48/2 = 24.", "25", "none")] == [1.0, 0.0, 0.0]
 
 
 # -- paths, links and the map -----------------------------------------------------------------------------------------
