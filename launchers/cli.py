@@ -22,7 +22,7 @@ from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES, VERSION
 from launchers.completion import SHELLS
-from launchers.verbs import bundles, clusters, plans, profiles, results, runs, scores
+from launchers.verbs import bundles, cleaning, clusters, plans, profiles, results, runs, scores
 from launchers.verbs.said import EXIT_UNFINISHED, tell
 from slurm.client import SlurmError
 
@@ -34,6 +34,30 @@ OVERRIDES_HELP = "dotted overrides: sft.with.lr=1e-5 params.steps=100 cluster=au
 JSON_HELP = "print one JSON object instead of text"
 DRY_RUN_HELP = "print the sbatch and scontrol calls instead of making them"
 RUN_HELP = "a run's folder, or its name below ./runs (default: the run last submitted below ./runs)"
+
+EXAMPLES = {  # of verbs; several are apart by "; "
+    "plan": "afterok plan jobs/pipelines/tiny.yaml sft.with.lr=1e-3",
+    "submit": "afterok submit jobs/pipelines/tiny.yaml --run runs/second params.seed=2",
+    "run": "afterok run jobs/pipelines/tiny.yaml cluster=local",
+    "explain": "afterok explain sft; afterok explain sft.lora.rank; afterok explain resources",
+    "resubmit": "afterok resubmit tiny sft sft.with.lr=1e-3; afterok resubmit tiny data --elements 3,7-9",
+    "bundle": "afterok bundle jobs/pipelines/tiny.yaml /shared/bundle --run /shared/runs/tiny",
+    "repair": "afterok repair tiny",
+    "status": "afterok status tiny --watch",
+    "why": "afterok why tiny sft",
+    "ls": "afterok ls runs",
+    "logs": "afterok logs tiny data:3 --follow; afterok logs tiny grpo --replay 12/3/0",
+    "inspect": "afterok inspect tiny packs --pack 0; afterok inspect tiny grpo --step 12",
+    "scores": "afterok scores tiny trained refined --svg scores.svg",
+    "report": "afterok report tiny --output /tmp/tiny.html",
+    "plot": "afterok plot tiny sft grpo --metric loss --metric reward --output curves.png",
+    "clean": "afterok clean tiny; afterok clean runs --only attempts --yes",
+    "path": "afterok path tiny exported",
+    "cancel": "afterok cancel tiny sft",
+    "completion": "afterok completion bash",
+    "cluster": "afterok cluster up --nodes 2",
+    "profile": "afterok profile explain roles.train --profile example",
+}
 
 Verb = Callable[[argparse.Namespace], int]  # does what a verb says and returns the exit code
 
@@ -94,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     words = parser.add_subparsers(dest="name", metavar="VERB", required=True)
 
     def verb(name: str, function: Verb, help: str, reports: bool = True) -> argparse.ArgumentParser:
-        sub = words.add_parser(name, help=help, description=help)
+        sub = words.add_parser(name, help=help, description=help, epilog=f"for example: {EXAMPLES[name]}")
         sub.set_defaults(verb=function)
         if reports:
             sub.add_argument("--json", action="store_true", help=JSON_HELP)
@@ -106,10 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_result_verbs(verb)
     _add_cancel(verb)
     _add_completion(verb, parser)
-    _add_cluster_verbs(
-        words.add_parser("cluster", help="a private real Slurm on this machine, for rehearsal and tests")
-    )
-    _add_profile_verbs(words.add_parser("profile", help="cluster profiles: which there are, and what each sets"))
+    for name, add, help in (
+        ("cluster", _add_cluster_verbs, "a private real Slurm on this machine, for rehearsal and tests"),
+        ("profile", _add_profile_verbs, "cluster profiles: which there are, and what each sets"),
+    ):
+        add(words.add_parser(name, help=help, description=help, epilog=f"for example: {EXAMPLES[name]}"))
     return parser
 
 
@@ -176,7 +201,11 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
 
     explain = verb("explain", runs.do_explain, "say what a phase kind does, and what each of its settings means")
     explain.add_argument(
-        "phase", nargs="?", default="", metavar="PHASE", help="such as sft, or my.module (default: list them)"
+        "phase",
+        nargs="?",
+        default="",
+        metavar="KIND",
+        help="such as sft, sft.lora or my.module; resources: what a phase may ask of the cluster (default: list all)",
     )
     explain.add_argument(
         "setting", nargs="?", default="", metavar="SETTING", help="only this one, such as lora.rank or lora"
@@ -263,6 +292,9 @@ def _add_looking_verbs(verb: AddVerb) -> None:
         "--step", type=int, metavar="N", help="of a grpo phase: its samples of this step (default: last)"
     )
     inspect.add_argument(
+        "--element", type=int, default=0, metavar="N", help="of a grpo phase with an array: this element (default: 0)"
+    )
+    inspect.add_argument(
         "--documents", type=int, default=3, metavar="N", help="how many documents, or prompts, to show (default: 3)"
     )
     inspect.add_argument("--pack", type=int, metavar="N", help="of this pack")
@@ -282,7 +314,6 @@ def _add_result_verbs(verb: AddVerb) -> None:
     compared.add_argument("--svg", type=Path, metavar="FILE", help="also draw them")
 
     report = verb("report", results.do_report, "write a report of a run: one HTML file that needs no network")
-    report.epilog = "for example: afterok report runs/tiny --output /tmp/tiny.html"
     report.add_argument("run", nargs="?", help=RUN_HELP)
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there (default: RUN/report.html)")
     report.add_argument(
@@ -293,14 +324,23 @@ def _add_result_verbs(verb: AddVerb) -> None:
     )
 
     plot = verb("plot", results.do_plot, "draw the curves of a run's metrics into one SVG, PNG or PDF file")
-    plot.epilog = "for example: afterok plot runs/tiny sft grpo --metric loss --metric reward --output curves.png"
     plot.add_argument("run", nargs="?", help=RUN_HELP)
     plot.add_argument("phases", nargs="*", metavar="PHASE", help="only these (default: all that wrote metrics)")
     plot.add_argument("--metric", action="append", default=[], metavar="NAME", help="only this one; may be said again")
     plot.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there (default: RUN/curves.svg)")
 
+    cleaned = verb("clean", cleaning.do_clean, "show what of runs nothing needs any more; with --yes, delete it")
+    cleaned.add_argument("runs", nargs="*", metavar="RUN", help=f"{RUN_HELP}, or a folder of runs; several may be said")
+    cleaned.add_argument("--yes", action="store_true", help="delete it; without this word nothing is deleted")
+    cleaned.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="attempts, settings, milestones, journals, retired, code or leftovers; may be said again (default: all)",
+    )
+
     path = verb("path", results.do_path, "print where the sealed result of a phase lies, such as a model")
-    path.epilog = "for example: cp -r $(afterok path runs/tiny exported) my_model"
     path.add_argument("run", nargs="?", help=RUN_HELP)
     path.add_argument("phase", metavar="PHASE", help="a sealed phase")
 
@@ -315,8 +355,7 @@ def _add_cancel(verb: AddVerb) -> None:
 def _add_completion(verb: AddVerb, parser: argparse.ArgumentParser) -> None:
     """Add the verb that writes the completion of all verbs."""
     completion = verb("completion", results.do_completion, "print a shell's completion of afterok", reports=False)
-    completion.epilog = "for example, in ~/.bashrc: source <(afterok completion bash)"
-    completion.add_argument("shell", choices=SHELLS)
+    completion.add_argument("shell", choices=SHELLS, help="in ~/.bashrc: source <(afterok completion bash)")
     completion.set_defaults(parser=parser)
 
 

@@ -48,6 +48,7 @@ _afterok_runs_and_phases() { _afterok_runs; _afterok_phases }
 """
 _COMPLETED = {  # of an argument by its name: the function that completes it
     "run": "_afterok_runs",
+    "runs": "_afterok_runs",
     "diff": "_afterok_runs",
     "phase": "_afterok_runs_and_phases",
     "phases": "_afterok_phases",
@@ -64,13 +65,13 @@ def script_for(shell: str, parser: argparse.ArgumentParser) -> str:
         import shtab
     except ImportError:
         raise UserMistake("completion: shtab is not installed: pip install 'afterok[shell]'") from None
-    from jobs.kind import kind_names
+    from launchers.observe.explain import kinds
 
     actions = _actions(parser)
     with_phase = {verb for verb, action in actions if action.dest == "phase"}
     for verb, action in actions:
         if verb == _KINDS and action.dest == "phase":
-            action.choices = kind_names()
+            action.choices = [name for name, _ in kinds()]
         elif action.dest in _COMPLETED:
             # where RUN may be left out before PHASE, the first word may be either
             name = _COMPLETED["words" if action.dest == "run" and verb in with_phase else action.dest]

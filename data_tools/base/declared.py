@@ -43,6 +43,7 @@ class Declaration:
     needed: bool = False  # an empty value is refused
     free: bool = False  # every value of its type is legal
     made_by: tuple[str, ...] = ()  # of an input: the kinds of phases whose output it may be, of those we have
+    example: Any = None  # a value that a user may give; None: one is made up (`example_of`)
 
     @property
     def legal(self) -> str:
@@ -232,6 +233,7 @@ class Described:
     keyed: Keyed  # whether it changes the key of its phase; "if_set": once it is not empty
     needed: bool
     help: str
+    example: Any  # a legal value, not the default; None of a mapping, and where nobody knows one
 
 
 def describe(schema: type, where: str = "", keyed: Keyed = True) -> list[Described]:
@@ -256,10 +258,51 @@ def describe(schema: type, where: str = "", keyed: Keyed = True) -> list[Describ
                 keyed=own,
                 needed=declared.needed or _has_none(field),
                 help=declared.help,
+                example=None if nested else example_of(field, kind),
             )
         )
         described += describe(nested, key + name, own) if nested else []
     return described
+
+
+# By unit, what is likely to be wanted in place of 0, which turns something off.
+_USUAL = {
+    "tokens": 4096, "steps": 100, "packs": 64, "rows": 1000, "samples": 8, "prompts": 16, "ranks": 2, "processes": 4,
+    "minutes": 60, "s": 30, "GiB": 20, "turns": 4, "layers": 12,
+    "columns": 8,
+}  # fmt: skip
+
+
+def example_of(field: "dataclasses.Field[Any]", kind: Any) -> Any:
+    """Return a value that a user may give for a setting of this type: the declared one, else one that is made up.
+
+    None where none can be: text without choices, of which only its declaration knows what it means.
+    """
+    declared, default = declaration_of(field) or Declaration(""), _default(field)
+    if declared.example is not None:
+        return declared.example
+    arguments = [argument for argument in typing.get_args(kind) if argument is not type(None)]
+    if typing.get_origin(kind) is list:
+        element = _example(declared, arguments[0], None)
+        return None if element is None else [element]
+    if typing.get_origin(kind) is dict:
+        element = _example(declared, arguments[1], None)
+        return None if element is None else dict.fromkeys(declared.names[:1] or (NAME,), element)
+    return _example(declared, arguments[0] if arguments else kind, default)
+
+
+def _example(declared: Declaration, kind: Any, default: Any) -> Any:
+    """Return a legal value of a type without elements that is not the default; None where none can be made up."""
+    if declared.choices:
+        return next((choice for choice in declared.choices if choice and choice != default), None)
+    if kind is bool:
+        return not default
+    if kind not in (int, float):
+        return None
+    bounds = [bound for bound in (declared.least, declared.above, declared.most, declared.below) if bound is not None]
+    tried = [*([2 * default, default / 2] if default else [_USUAL.get(declared.unit, 1)]), 0.1, 1, 2, *bounds]
+    numbers = [kind(number) for number in tried if math.isfinite(number)]
+    return next((number for number in numbers if number != default and not declared.refusal(number)), None)
 
 
 def _nested(kind: Any) -> tuple[type | None, str]:

@@ -35,6 +35,18 @@ def set_in(text: str) -> str:
     return text.replace("\n", "\n  ")
 
 
+def size_text(size: float) -> str:
+    """Return a number of bytes for people, such as "812 bytes", "3.4 MiB" or "1,024.0 TiB": the unit is by its size."""
+    units = ("KiB", "MiB", "GiB", "TiB")
+    if size < 1024:
+        return f"{size:,.0f} byte{'' if size == 1 else 's'}"
+    for unit in units:
+        size /= 1024
+        if size < 1023.95 or unit == units[-1]:  # what would be printed as 1,024.0 is 1.0 of the next one
+            break
+    return f"{size:,.1f} {unit}"
+
+
 def json_text(value: Any) -> str:
     """Return `value` as JSON for people: other scripts as they are, control characters escaped as JSON escapes them."""
     text = json.dumps(value, indent=1, ensure_ascii=False)

@@ -46,13 +46,21 @@ class ChatConfig:
     """How conversations become tokens."""
 
     schema: str = setting("auto", "schema of the records", choices=("auto", *SCHEMAS))
-    template: str = setting("", 'chat template, a Jinja file; "": the tokenizer\'s own', input=True)
-    arguments: dict[str, Any] = setting(
-        dict, "variables of the template, such as enable_thinking or reasoning_effort", free=True
+    template: str = setting(
+        "", 'chat template, a Jinja file; "": the tokenizer\'s own', example="chat.jinja", input=True
     )
-    date: str = setting("2026-01-01", "what templates are told today is, YYYY-MM-DD", free=True)
+    arguments: dict[str, Any] = setting(
+        dict,
+        "variables of the template, such as enable_thinking or reasoning_effort",
+        example={"enable_thinking": True},
+        free=True,
+    )
+    date: str = setting("2026-01-01", "what templates are told today is, YYYY-MM-DD", example="2026-07-01", free=True)
     header: str | None = setting(
-        None, "start of a turn that is not trained; null: found from the generation prompt", free=True
+        None,
+        "start of a turn that is not trained; null: found from the generation prompt",
+        example="<|im_start|>",
+        free=True,
     )
     turns: str = setting(
         "all", "which turns are trained: all, those after the last question, or each question's in a row of its own",
@@ -61,7 +69,7 @@ class ChatConfig:
     train_thinking: bool = setting(True, "the reasoning of trained turns is trained")
     train_tool_calls: bool = setting(True, "the tool calls of trained turns are trained")
     ignored: list[str] = setting(
-        list, "keys of records and messages that are left out on purpose", free=True, keyed="if_set"
+        list, "keys of records and messages that are left out on purpose", example=["label"], free=True, keyed="if_set"
     )
     inline_reasoning: bool = setting(
         False, "reasoning that the template leaves out is put into the content, between <think> tags", keyed="if_set"

@@ -5,7 +5,7 @@ With a recipe, of the rows that it draws; those that it holds out become a secon
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 from data_tools.base.open_cache import OPEN_AT_ONCE, OpenCache
 from data_tools.chats.fields import remedies
 from data_tools.mistake import UserMistake
+from data_tools.packs.left_out import FILE as LEFT_OUT
+from data_tools.packs.left_out import join_left_out
 from data_tools.packs.store import Store, StoreFacts, StoreWriter
 from data_tools.recipes.draw import BUCKETS, DUPLICATE, KEPT, VALIDATION, draw, empty, undrawn
 from data_tools.recipes.recipe import Recipe
@@ -39,13 +41,20 @@ def write_balance(balance: Balance, store: StoreFacts, out: Path) -> dict[str, A
 
 
 def join(
-    parts: list[Path], out: Path, dedupe: bool, recipe: Recipe | None = None, source_of: Sequence[int] = ()
+    parts: list[Path],
+    out: Path,
+    dedupe: bool,
+    *,
+    recipe: Recipe | None = None,
+    source_of: Sequence[int] = (),
+    names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Join the shards of all elements, in element order, into one store in the empty folder `out`; return its facts.
 
     Rows come source by source and in the order of the source; of equal rows the first is kept when `dedupe`. Rows of
     one text that train different parts of it are not equal. One that trains nothing was dropped before, as such. Of a
-    recipe, `source_of` gives the number of its source that each source of the store belongs to.
+    recipe, `source_of` gives the number of its source that each source of the store belongs to. `names` are the files
+    that the list of rows left out has, by default the names of the balance sheet.
     Raise UserMistake when no row is left.
     """
     sheets = [Balance.read(part) for part in parts]
@@ -69,6 +78,11 @@ def join(
     writer = StoreWriter(out)
     _copy(pieces, fate, KEPT, writer)
     held_out = _validation(pieces, fate, out, balance) if (fate == VALIDATION).any() else {}
+    lines = [[sheet.lines for sheet in part.sources] for part in sheets]
+    again = [_lines_of(pieces, fate, source) for source in range(len(balance.sources))]
+    names = names or [sheet.name for sheet in balance.sources]
+    listed = join_left_out(parts, lines, again, names=names, out=out)
+    drawn |= {"left_out": {"file": LEFT_OUT, "rows": listed}} if listed else {}
     _drop(pieces, fate, balance)
     if writer.rows == 0:
         buckets = balance.total().dropped + balance.total().lines_dropped
@@ -85,6 +99,18 @@ def _copy(pieces: "list[_Piece]", fate: np.ndarray, wanted: int, writer: StoreWr
             stop = min(start + _MERGE_ROWS, piece.stop)
             piece.copy(start, stop, fate[done : done + stop - start] == wanted, writer)
             done += stop - start
+
+
+def _lines_of(pieces: "list[_Piece]", fate: np.ndarray, source: int) -> Iterator[int]:
+    """Yield the lines of a source whose rows equal one before them."""
+    done = 0
+    for piece in pieces:
+        here, done = fate[done : done + piece.stop - piece.start], done + piece.stop - piece.start
+        for start in range(piece.start, piece.stop if piece.source == source else piece.start, _MERGE_ROWS):
+            stop = min(start + _MERGE_ROWS, piece.stop)
+            equal = here[start - piece.start : stop - piece.start] == DUPLICATE
+            if equal.any():
+                yield from (piece.store.records(start, stop)["line"][equal] + piece.lines_before).tolist()
 
 
 def _validation(pieces: "list[_Piece]", fate: np.ndarray, out: Path, balance: Balance) -> dict[str, Any]:

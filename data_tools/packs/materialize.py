@@ -35,6 +35,7 @@ from data_tools.chats.encoder import ENCODERS, Encoder, check_encoder
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.join import join, write_balance
+from data_tools.packs.left_out import LeftOut
 from data_tools.packs.lines import Kept, Line, Malformed, SyntheticRow, Viewed
 from data_tools.packs.store import Provenance, StoreWriter, row_text
 from data_tools.prepare.contamination import NGRAM, Contamination
@@ -69,17 +70,20 @@ class Config:
     """The config of the phase materialize."""
 
     source: Source = setting(Source, "where the rows come from")
-    tokenizer: str = setting("", "a folder or a hub name", needed=True, input="hub")
+    tokenizer: str = setting("", "a folder or a hub name", example="Qwen/Qwen2.5-0.5B", needed=True, input="hub")
     task: str = setting(
-        "", 'the task whose rows these are, or a data set of conversations; "": any conversations', module=True
-    )
-    task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
+        "", 'the task whose rows these are, or a data set of conversations; "": any conversations',
+        example="gsm8k", module=True,
+    )  # fmt: skip
+    task_options: dict[str, Any] = setting(dict, "options of the task", example={"reverse_digits": True}, free=True)
     chat: ChatConfig = setting(ChatConfig, "how conversations become tokens")
     recipe: str = setting(
         "", "or a recipe: one that comes with afterok, or a YAML file; it names sources, shares and validation rows",
-        input=FILE_OR_NAME, keyed=False, free=True,
+        example="r1_ot", input=FILE_OR_NAME, keyed=False, free=True,
     )  # fmt: skip
-    recipe_params: dict[str, Any] = setting(dict, "parameters of the recipe, over its own", free=True, keyed=False)
+    recipe_params: dict[str, Any] = setting(
+        dict, "parameters of the recipe, over its own", example={"ot_stop": 100000}, free=True, keyed=False
+    )
     recipe_sources: dict[str, Files] = setting(
         dict, "files of the recipe's sources, by their names, in place of the hub's cache", keyed="if_set"
     )
@@ -87,7 +91,7 @@ class Config:
     max_tokens: int = setting(0, "tokens of a row, end token included; 0: no limit", unit="tokens", least=0)
     evaluation_sets: list[str] = setting(
         list, "files of evaluation sets; rows that hold one of their questions go (phase decontaminate has the rule)",
-        input=True, keyed="if_set",
+        example=["gsm8k/test.jsonl"], input=True, keyed="if_set",
     )  # fmt: skip
     dedupe: bool = setting(True, "of equal rows, the same text with the same loss mask, the first is kept")
     on_bad_row: str = setting("fail", "what a malformed record does: bucket counts it", choices=ON_BAD_ROW)
@@ -219,8 +223,8 @@ def materialize(config: Config, out: Path, index: int, count: int, progress: Pro
     if problems:
         raise UserMistake(problems)
     writer = StoreWriter(out)
-    with _line_maker(config) as lines_of:
-        element = _Element(config, lines_of, writer, progress)
+    with _line_maker(config) as lines_of, contextlib.closing(LeftOut(out, config.max_tokens)) as left_out:
+        element = _Element(config, lines_of, writer, left_out, progress)
         sheets = [element.add_file(place, origin, index, count) for place, origin in enumerate(origins_of(config))]
         if config.source.synthetic_rows:
             sheets.append(element.add_synthetic(len(sheets), index, count))
@@ -235,7 +239,15 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     """
     if not config.recipe:
         return join(parts, out, config.dedupe)
-    return join(parts, out, config.dedupe, recipe_of(config), [origin.source for origin in origins_of(config)])
+    origins = origins_of(config)
+    return join(
+        parts,
+        out,
+        config.dedupe,
+        recipe=recipe_of(config),
+        source_of=[origin.source for origin in origins],
+        names=[str(origin.path) for origin in origins],
+    )
 
 
 # -- records to rows, in this process or in workers --------------------------------------------------------------------
@@ -379,11 +391,9 @@ def _work(chunk: list[Any]) -> list[Line]:
 class _Element:
     """Represents one element at work: rows of its shares go to the writer, their counts to a sheet a source."""
 
-    def __init__(self, config: Config, lines_of: LinesOf, writer: StoreWriter, progress: Progress):
-        self.config = config
-        self.lines_of = lines_of
-        self.writer = writer
-        self.progress = progress
+    def __init__(self, config: Config, lines_of: LinesOf, writer: StoreWriter, left_out: LeftOut, progress: Progress):
+        self.config, self.lines_of, self.progress = config, lines_of, progress
+        self.writer, self.left_out = writer, left_out
 
     def add_file(self, source: int, origin: Origin, index: int, count: int) -> SourceBalance:
         name, view = origin.name, origin.view
@@ -418,6 +428,7 @@ class _Element:
         if isinstance(line, Malformed):
             self._refuse(line.reason, line.fatal, sheet, share)
             sheet.lines_dropped[line.bucket] += 1
+            self.left_out.add(source, sheet.lines, line.bucket, line.reason)
             return
         sheet.lines_with_rows += 1
         for row in line:
@@ -425,6 +436,7 @@ class _Element:
             if isinstance(row, Refused):
                 self._refuse(row.reason, False, sheet, share)
                 sheet.refuse(row.bucket, row.tokens)
+                self.left_out.add(source, sheet.lines, row.bucket, row.reason, row.tokens)
                 continue
             self.writer.add(row.ids, row.mask, Provenance(source, sheet.lines, row.text, row.turns))
             sheet.keep(len(row.ids), int(np.count_nonzero(row.mask)))

@@ -40,7 +40,14 @@ _PREDICTED_STEPS = 64  # steps of 8 packs a rank over which idle time is predict
 class Config:
     """The config of the phase pack. The default costs are verl's for a 7B model."""
 
-    store: str = setting("", "token store, such as a materialize output", needed=True, input=True, made_by=STORES)
+    store: str = setting(
+        "",
+        "token store, such as a materialize output",
+        example="${phases.data.out}",
+        needed=True,
+        input=True,
+        made_by=STORES,
+    )
     pack_length: int = setting(2048, "length of a pack", unit="tokens", least=2)
     align: int = setting(
         1, "documents are padded to a multiple of it: 2 * context, times tensor with sequence parallelism",
@@ -66,7 +73,9 @@ class Config:
     cost_quadratic: float = setting(1.0, "see cost_linear", least=0)
     seed: int = setting(0, "draw of the shuffle", free=True)
     export: list[str] = setting(list, "the packs are also written in these formats", choices=EXPORTS)
-    tokenizer: str = setting("", "tokenizer of the store, for export megatron_lm, which wants text", input="hub")
+    tokenizer: str = setting(
+        "", "tokenizer of the store, for export megatron_lm, which wants text", example="Qwen/Qwen2.5-0.5B", input="hub"
+    )
     on_unstable: str = setting(
         "fail", "what becomes, in an export, of a document whose text gives other tokens", choices=ON_UNSTABLE
     )

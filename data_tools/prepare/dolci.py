@@ -89,8 +89,16 @@ _REPORT_EVERY = 2000
 class Config:
     """The config of the phase dolci_prepare."""
 
-    inputs: list[str] = setting(list, "shards of the data set: JSONL, JSON or Parquet files", needed=True, input=True)
-    tokenizer: str = setting("", "what counts tokens: a folder or a hub name", needed=True, input="hub")
+    inputs: list[str] = setting(
+        list,
+        "shards of the data set: JSONL, JSON or Parquet files",
+        example=["train-00000.parquet"],
+        needed=True,
+        input=True,
+    )
+    tokenizer: str = setting(
+        "", "what counts tokens: a folder or a hub name", example="Qwen/Qwen2.5-0.5B", needed=True, input="hub"
+    )
     target_rows: int = setting(800_000, "rows of the sample", unit="rows", least=1)
     shares: dict[str, float] = setting(
         lambda: dict(SHARES), "share of the sample that each category gets; together 1", least=0, most=1, names=SHARES
@@ -100,10 +108,11 @@ class Config:
     )
     min_tokens: int = setting(1, "tokens of all messages of a row, at least", unit="tokens", least=0)
     max_tokens: int = setting(1500, "tokens of all messages of a row, at most; 0: no limit", unit="tokens", least=0)
-    language: str = setting("en", 'language of the rows, ISO 639-1; "": any', free=True)
+    language: str = setting("en", 'language of the rows, ISO 639-1; "": any', example="de", free=True)
     sources: dict[str, list[str]] = setting(
         lambda: {name: list(parts) for name, parts in SOURCES.items()},
-        "parts of source names, in lower case, by the category that they mean", free=True, names=SHARES,
+        "parts of source names, in lower case, by the category that they mean",
+        example={"code": ["code", "python"]}, free=True, names=SHARES,
     )  # fmt: skip
     seed: int = setting(0, "draw of the sample", **SEEDS)
     on_bad_row: str = setting("fail", "what a malformed row does: bucket counts it", choices=ON_BAD_ROW)

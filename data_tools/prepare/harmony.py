@@ -45,12 +45,20 @@ class Prompt(NamedTuple):
 class Config:
     """The config of the phase harmony_convert."""
 
-    inputs: list[str] = setting(list, "CSV files with a prompt column, or folders of them", needed=True, input=True)
+    inputs: list[str] = setting(
+        list, "CSV files with a prompt column, or folders of them", example=["decisions.csv"], needed=True, input=True
+    )
     date: str = setting(
-        "", "what the prompts say today is, YYYY-MM-DD: pinned, so that they stay the same", needed=True, free=True
+        "",
+        "what the prompts say today is, YYYY-MM-DD: pinned, so that they stay the same",
+        example="2026-07-01",
+        needed=True,
+        free=True,
     )
     reasoning: str = setting("medium", "effort that the prompts ask for", choices=EFFORTS)
-    identity: str = setting(IDENTITY, "first line of the system message", free=True)
+    identity: str = setting(
+        IDENTITY, "first line of the system message", example="You are a helpful assistant.", free=True
+    )
     on_bad_row: str = setting(
         "fail", "what an empty prompt does, or one with Harmony's own tokens in it", choices=ON_BAD_ROW
     )

@@ -24,7 +24,13 @@ Q, REWARD = "q_action_", "reward_action_"
 class Config:
     """The config of the phase q_rewards."""
 
-    inputs: list[str] = setting(list, "CSV files with q_action_* columns, or folders of them", needed=True, input=True)
+    inputs: list[str] = setting(
+        list,
+        "CSV files with q_action_* columns, or folders of them",
+        example=["decisions.csv"],
+        needed=True,
+        input=True,
+    )
     tau: float = setting(0.05, "temperature of the softmax", unit="units of the Q-values", above=0)
     overwrite: bool = setting(False, "reward columns that are there already are replaced")
 

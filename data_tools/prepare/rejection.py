@@ -48,7 +48,9 @@ class Band:
 class Config:
     """The config of the phase reject_filter."""
 
-    inputs: list[str] = setting(list, "JSONL files of samples, or folders of them", needed=True, input=True)
+    inputs: list[str] = setting(
+        list, "JSONL files of samples, or folders of them", example=["${phases.sampled.out}"], needed=True, input=True
+    )
     correct: bool = setting(True, "only samples whose verifier said so; false: also unscored and wrong ones")
     majority: float = setting(
         0.0, "where no sample of a prompt has a verdict, right is the answer of most, if this share of all gave it; 0: "
@@ -56,7 +58,9 @@ class Config:
     )  # fmt: skip
     truncated: bool = setting(False, "samples that reached their length limit are kept")
     thinking: str = setting("any", "<think> … </think> before the answer; half of it is never kept", choices=THINKING)
-    answer_pattern: str = setting("", "regular expression that the answer, after the thinking, contains", free=True)
+    answer_pattern: str = setting(
+        "", "regular expression that the answer, after the thinking, contains", example=r"\boxed", free=True
+    )
     min_tokens: int = setting(0, "tokens of a sample, at least", unit="tokens", least=0)
     max_tokens: int = setting(0, "tokens of a sample, at most; 0: no limit", unit="tokens", least=0)
     min_pass_rate: float = setting(
@@ -66,7 +70,10 @@ class Config:
         1.0, "prompts go of whose scored samples a larger share is correct: too easy", least=0, most=1
     )
     evaluation_sets: list[str] = setting(
-        list, "files of evaluation sets; samples that hold one of their questions go", input=True
+        list,
+        "files of evaluation sets; samples that hold one of their questions go",
+        example=["gsm8k/test.jsonl"],
+        input=True,
     )
     ngram: int = setting(
         NGRAM, "words in a row that a text shares with an evaluation question when it holds it",

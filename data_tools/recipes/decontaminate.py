@@ -53,10 +53,11 @@ class Config:
 
     inputs: list[str] = setting(
         list, "files of training data, of any format and schema; none: the questions are collected, for other phases",
+        example=["chats.jsonl"],
         input=True,
     )  # fmt: skip
     mix: MixConfig = setting(MixConfig, "the tasks that are evaluated: their prompts are the questions")
-    evaluation_sets: list[str] = setting(list, "files of further questions", input=True)
+    evaluation_sets: list[str] = setting(list, "files of further questions", example=["gsm8k/test.jsonl"], input=True)
     ngram: int = setting(
         NGRAM, "words in a row that a row shares with a question when it holds it", unit="words", least=SHORTEST
     )

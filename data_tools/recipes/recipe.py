@@ -48,7 +48,9 @@ _PARAM = re.compile(r"\$\{([^}]*)\}")
 class Files:
     """The files of one source of a recipe."""
 
-    inputs: list[str] = setting(list, "files, in place of those of the hub's cache", input=True)
+    inputs: list[str] = setting(
+        list, "files, in place of those of the hub's cache", example=["chats.jsonl"], input=True
+    )
 
 
 @dataclass(frozen=True)

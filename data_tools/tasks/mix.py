@@ -52,12 +52,15 @@ _FIRST_PLACES = 1024  # of the blend; more are found as they are asked for
 class Entry:
     """One task in a mix. Its name there stands for it in metrics and keeps its prompts apart from other entries'."""
 
-    task: str = setting("", 'a task, my.module or my.module:reward; "": the name of the entry', module=True)
-    options: dict[str, Any] = setting(dict, "options of the task", free=True)
+    task: str = setting(
+        "", 'a task, my.module or my.module:reward; "": the name of the entry', example="gsm8k", module=True
+    )
+    options: dict[str, Any] = setting(dict, "options of the task", example={"reverse_digits": True}, free=True)
     source: Source = setting(Source, "where its rows come from")
     hub: str = setting(
         "",
         'org/name[@revision][:glob] in the local cache, where source is empty; "": the task\'s own',
+        example="openai/gsm8k",
         free=True,
     )
     limit: int = setting(0, "distinct prompts, the first ones; 0: all", unit="prompts", least=0)
@@ -71,7 +74,9 @@ class MixConfig:
     """The tasks of a run."""
 
     entries: dict[str, Entry] = setting(dict, "tasks by names that stand for them in metrics")
-    environments: str = setting("", "or also: Megatron-LM's YAML file of environments", input=True)
+    environments: str = setting(
+        "", "or also: Megatron-LM's YAML file of environments", example="environments.yaml", input=True
+    )
 
 
 def entries_of(config: MixConfig) -> dict[str, Entry]:

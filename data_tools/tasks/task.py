@@ -83,7 +83,12 @@ SPLITS = ("train", "heldout")
 class Source:
     """Where rows come from; files and synthetic rows add up."""
 
-    inputs: list[str] = setting(list, "files: JSONL, JSON, Parquet or CSV; of prompts also folders of them", input=True)
+    inputs: list[str] = setting(
+        list,
+        "files: JSONL, JSON, Parquet or CSV; of prompts also folders of them",
+        example=["prompts.jsonl"],
+        input=True,
+    )
     synthetic_rows: int = setting(0, "rows that the task makes up, besides those of the files", unit="rows", least=0)
     synthetic_seed: int = setting(0, "draw of the synthetic rows", free=True)
     synthetic_split: str = setting("train", "whether synthetic rows are of training or held out", choices=SPLITS)

@@ -20,6 +20,7 @@
       PHASE/attempts/environment/      SLURM_* of each attempt, in runs of before; now its lease has them
       PHASE/latest                     link to what is sealed under the newest submission's key, for people
       PHASE/retired/KEY.1              what PHASE/KEY was before it was run anew
+      …/.cleaned.NAME.UNIQUE           what `afterok clean` was deleting there when it was killed
       PHASE/KEY/
         seal.json                      the phase's seal, linked last; its presence is the only sign of success
         seals/0003.json                one an array element
@@ -51,6 +52,9 @@ LEASE = re.compile(r"([^.]+)\.a(\d+)\.r(\d+)\.g(\d+)")
 # What changes in a run while it goes on, below its folder: folders' times tell of every file made in them.
 CHANGING = ("local/*", "*/attempts", "*/*/leases", "*/*/leases/*k", "*/*/seals", f"*/*/{SEAL}")
 
+CLEANED = ".cleaned."  # begins the name of what `afterok clean` is removing
+JOURNALS = ("rollouts", "sampled", "element_*")  # in what an element keeps: what its samples are taken up from again
+
 
 def element_name(element: int | str) -> str:
     """Return how files name an element: 0003, or `finish`."""
@@ -62,6 +66,11 @@ def _group(folder: Path, element: int | str) -> Path:
     name = element_name(element)
     number = int(name) // GROUP if name.isdigit() else 0
     return folder / f"{number}k" if number else folder
+
+
+def _groups(folder: Path) -> list[Path]:
+    """Return the folders in which something of the elements of `folder` may lie."""
+    return [folder, *folder.glob("*k")]
 
 
 def _of_element(folder: Path, element: int | str, owners: str) -> list[Path]:
@@ -206,12 +215,27 @@ class RunLayout:
         """Yield the file of that name of each submission that ran without Slurm."""
         return (self.path / "local").glob(f"*/{name}")
 
+    def artifact_folders(self) -> Iterator[Path]:
+        """Yield the PHASE/KEY folders of all phases, under all keys that they ever had."""
+        for leases in self.path.glob("*/*/leases"):
+            if not leases.parent.is_symlink() and not leases.parent.name.startswith(CLEANED):
+                yield leases.parent
+
     def phase_folder(self, phase: str) -> Path:
         return self.path / phase
 
     def latest_link(self, phase: str) -> Path:
         """Return the link to the sealed content of a phase, which is for people: no code reads it."""
         return self.phase_folder(phase) / "latest"
+
+    def is_own_link(self, path: Path) -> bool:
+        """Return whether a link of the run leads to something of the run itself: that for people, that to the code."""
+        beside = path.parent.name
+        return path == self.latest_link(beside) or (beside.isdigit() and path == self.code_folder(int(beside)))
+
+    def retired_folders(self) -> Iterator[Path]:
+        """Yield what phases had made under a key before they were run anew."""
+        return self.path.glob("*/retired/*")
 
     def artifact_folder(self, phase: str, key: str) -> Path:
         return self.path / phase / key
@@ -297,7 +321,12 @@ class ArtifactLayout:
 
     def lease_folders(self) -> list[Path]:
         """Return the folders that leases of elements lie in."""
-        return [self.leases_folder, *self.leases_folder.glob("*k")]
+        return _groups(self.leases_folder)
+
+    def all_leases(self) -> Iterator[Path]:
+        """Yield the leases of all elements and of the merging."""
+        for folder in self.lease_folders():
+            yield from (path for path in folder.glob("*") if read_lease_name(path.name))
 
     def work_folder(self, element: int | str, owner: LeaseName) -> Path:
         return _group(self.folder / "work", element) / f"{element_name(element)}.{owner}"
@@ -305,6 +334,29 @@ class ArtifactLayout:
     def work_folders(self, element: int | str) -> list[Path]:
         """Return the folders that owners of an element wrote into."""
         return _of_element(self.folder / "work", element, "a")
+
+    def all_work_folders(self) -> Iterator[tuple[Path, Path]]:
+        """Yield (the folder that an owner of an element or of the merging wrote into, its lease)."""
+        for folder in _groups(self.folder / "work"):
+            for path in folder.glob("*"):
+                if read_lease_name(path.name):
+                    yield path, self.leases_folder / path.relative_to(self.folder / "work")
+
+    def all_sealing_folders(self) -> Iterator[tuple[Path, Path]]:
+        """Yield (the folder through which an owner's seal passes, its lease)."""
+        for folder in _groups(self.folder / "sealing"):
+            for path in folder.glob("*"):
+                if read_lease_name(path.stem):
+                    yield path, self.leases_folder / path.with_name(path.stem).relative_to(self.folder / "sealing")
+
+    def owners_folders(self) -> list[Path]:
+        """Return the folders that those of owners lie in."""
+        return [*_groups(self.folder / "work"), *_groups(self.folder / "sealing")]
+
+    def all_seals(self) -> Iterator[Path]:
+        """Yield the phase's seal and its elements', those that were set aside too."""
+        yield from self.folder.glob(f"{SEAL}*")
+        yield from self.seals_folder.glob("*.json*")
 
     def new_sealing_folder(self, element: int | str, owner: LeaseName) -> Path:
         """Return a name that no other process uses for the folder through which an owner's seal passes."""
@@ -324,6 +376,11 @@ class ArtifactLayout:
         """Return where an element of a phase of `elements` keeps what survives attempts."""
         return self.folder if elements == 1 else self.folder / "elements" / element_name(index)
 
+    def keep_folders(self) -> Iterator[Path]:
+        """Yield the folders in which elements keep what survives attempts, however many elements there are."""
+        yield self.folder
+        yield from (self.folder / "elements").glob("[0-9]*")
+
 
 def checkpoints_of(keep: Path) -> Iterator[Path]:
     """Yield the checkpoints, durable or not, in what an element keeps."""
@@ -336,25 +393,36 @@ def durable_checkpoints_of(keep: Path) -> Iterator[Path]:
 
 
 METRICS = "metrics.jsonl"  # what a training writes of its steps, in what an element keeps
+SAMPLES = "samples"  # the folder of what it sampled, a file a step
 
 
 def metrics_below(artifact: ArtifactLayout, elements: int) -> dict[int, Path]:
     """Return {element: its metrics} of those elements of a phase that wrote some."""
+    return {index: path for index, path in _kept(artifact, elements, METRICS).items() if path.is_file()}
+
+
+def samples_below(artifact: ArtifactLayout, elements: int) -> dict[int, Path]:
+    """Return {element: what it keeps} of those elements of a phase that logged samples of its training."""
+    return {index: path.parent for index, path in _kept(artifact, elements, SAMPLES).items() if path.is_dir()}
+
+
+def _kept(artifact: ArtifactLayout, elements: int, name: str) -> dict[int, Path]:
+    """Return {element: the path of that name in what it keeps}, where there is one."""
     if elements == 1:
-        path = artifact.folder / METRICS
-        return {0: path} if path.is_file() else {}
+        path = artifact.folder / name
+        return {0: path} if path.exists() else {}
     above = artifact.keep_folder(0, elements).parent
     names = sorted(os.listdir(above)) if above.is_dir() else []
     return {  # thousands: no Path an element
-        int(name): above / name / METRICS
-        for name in names
-        if name.isdigit() and os.path.isfile(f"{above}/{name}/{METRICS}")
+        int(number): above / number / name
+        for number in names
+        if number.isdigit() and os.path.exists(f"{above}/{number}/{name}")
     }
 
 
 def sample_logs_of(keep: Path) -> dict[int, Path]:
     """Return {step: the log of its samples} of a GRPO training, in what an element keeps."""
     named = (
-        (re.fullmatch(r"step_(\d+)\.jsonl(?:\.zst)?", path.name), path) for path in (keep / "samples").glob("step_*")
+        (re.fullmatch(r"step_(\d+)\.jsonl(?:\.zst)?", path.name), path) for path in (keep / SAMPLES).glob("step_*")
     )
     return {int(match[1]): path for match, path in sorted(named, key=lambda each: each[1].name) if match}

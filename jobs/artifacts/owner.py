@@ -60,10 +60,14 @@ class Owner:
         told = asdict(self) | ({ENVIRONMENT: dict(environment)} if environment else {})
         return durable.canonical_json(durable.with_sum(told))
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its pid counts where this process looks."""
+        return self.host == socket.gethostname() and self.namespace in ("", pid_namespace())
+
     def is_dead(self, slurm_says_ended: Callable[[str], bool]) -> bool:
         """Return True only when it is provable: the pid is gone from this host, or Slurm says that the job ended."""
-        here = self.host == socket.gethostname() and self.namespace in ("", pid_namespace())
-        if here and process_start(self.pid) != self.started:
+        if self.is_here and process_start(self.pid) != self.started:
             return True
         return bool(self.job) and slurm_says_ended(self.job)
 

@@ -171,21 +171,21 @@ class RunFolder(RunLayout):
         """Write the plan of a submission."""
         plan = {"pipeline": pipeline, "phases": [dataclasses.asdict(phase) for phase in phases]}
         durable.write_checked(self.plan_path(number), plan)
-        for phase in phases:
-            self.link_latest(phase.name)
+        self.link_latest(*(phase.name for phase in phases))
 
-    def link_latest(self, name: str) -> None:
-        """Have RUN/PHASE/latest lead to what is sealed of a phase as the newest submission has it, or be gone.
+    def link_latest(self, *names: str) -> None:
+        """Have RUN/PHASE/latest lead to what is sealed of phases as the newest submission has them, or be gone.
 
         It is for people: where a filesystem has no links, or a newer plan is torn, what is sealed stays sealed.
         """
         number = 0
         with contextlib.suppress(OSError, UserMistake):
-            while number != self.newest_submission():  # one that was frozen meanwhile has another key, perhaps
+            while number != self.newest_submission():  # one that was frozen meanwhile has other keys, perhaps
                 number = self.newest_submission()
-                phase = self.frozen(number).get(name)
-                if phase is not None:
-                    self._link(self.latest_link(name), self.whole_seal(name, phase.key))
+                phases = self.frozen(number)
+                for name in phases.keys() & set(names):
+                    with contextlib.suppress(OSError):
+                        self._link(self.latest_link(name), self.whole_seal(name, phases[name].key))
 
     @staticmethod
     def _link(link: Path, seal: Seal | None) -> None:

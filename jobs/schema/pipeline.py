@@ -32,10 +32,9 @@ from jobs.schema.problems import Problems
 from jobs.schema.references import PARAM, Resolver, references
 from jobs.schema.typed import structured
 from jobs.schema.variables import Variable, beaten, declared, given
-from slurm.profile.schema import Request
+from slurm.profile.schema import DEFAULT_ROLE, Request
 
 NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}\Z")  # not $, which a newline may follow
-DEFAULT_ROLE = "cpu"
 MOST_ELEMENTS = 1_000_000  # each has files of its own
 RESERVED_NAMES = ("params", "name", "cluster", "phases", "on_code_change", "submissions", "local")
 # Slurm's words, said of phases and seals: afterok once it is sealed, aftercorr each element once its partner is,

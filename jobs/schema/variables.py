@@ -34,6 +34,7 @@ class Variable:
     key: str  # dotted, as in an override
     value: str  # YAML, as in an override
     beaten_by: str = ""  # the override of the command line that decides in its place
+    recorded: bool = False  # whether an earlier submission had it, and this environment does not
 
     @property
     def override(self) -> str:
@@ -41,7 +42,8 @@ class Variable:
         return f"{self.key}={self.value}"
 
     def __str__(self) -> str:
-        said = f"variable {self.name} of your environment sets {self.override}"
+        whose = "that an earlier submission had" if self.recorded else "of your environment"
+        said = f"variable {self.name} {whose} sets {self.override}"
         return f"{said}, but {self.beaten_by} of the command line counts" if self.beaten_by else said
 
 

@@ -19,6 +19,7 @@ from launchers.backends.contract import JobSpec
 from launchers.backends.shell_lines import script_setup
 from slurm.printed import format_indices
 from slurm.profile.environments import environment_of
+from slurm.profile.mail import mail_options
 from slurm.profile.places import gpus_of
 from slurm.profile.schema import Health, Profile
 
@@ -68,6 +69,8 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
         "signal": f"USR2@{profile.signal_lead_s}",
         "chdir": str(run.path),
     }
+    mixed = bool(spec.links) or spec.planned.conditional
+    extra |= mail_options(profile.mail, first=not frozen.needs, last=spec.planned.last, mixed=mixed)
     said = {key: getattr(resources, key) for key in ("reservation", "licenses", "gres")}
     extra |= {key: value for key, value in said.items() if value is not None}
     if spec.links:

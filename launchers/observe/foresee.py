@@ -16,7 +16,7 @@ from launchers.planning.ledger import Ledger
 from launchers.planning.plan import Plan, PlannedPhase
 from launchers.planning.reasons import changed_settings
 from launchers.planning.snapshot import code_changes, code_digests, find_code
-from launchers.submission.freeze import next_number
+from launchers.submission.freeze import job_name, next_number
 from slurm.client import SlurmError
 from slurm.profile.files import to_yaml
 from slurm.profile.layers import leaves, read_values
@@ -50,7 +50,7 @@ def _script(plan: Plan, planned: PlannedPhase) -> str:
     from launchers.backends.slurm_script import phase_script  # here, so that a local plan does not wait for submitit
 
     number = next_number(plan.run)
-    name = f"{plan.run.name}.{planned.name}.a{number}.{TOKEN}"
+    name = job_name(plan.run, planned.name, number, TOKEN)
     spec = JobSpec(planned, name=name, elements=planned.missing, needs={}, links=planned.frozen.links)
     return phase_script(plan.cluster.profile, plan.run, number, spec)
 

@@ -69,12 +69,10 @@ def spans(look: Look, name: str, now: float | None = None, without_gpus: bool = 
     """Return every life of every element of a phase in attempts that asked for GPUs, and (`without_gpus`) in the
     others; what still runs ends `now`.
     """
-    asked = {
-        number: phase
-        for number in look.run.submissions()
-        if (phase := look.frozen(number).get(name)) is not None and (phase.gpus_per_node or without_gpus)
-    }
-    return [_span(look, life, time.time() if now is None else now) for life in _lives(look, name, asked)]
+    if name not in look.lives:
+        look.lives[name] = list(_lives(look, name))
+    now = time.time() if now is None else now
+    return [_span(look, life, now) for life in look.lives[name] if without_gpus or life.phase.gpus_per_node]
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,10 @@ class Life:
     entry: JobEntry | None  # the job of this attempt at this element
 
 
-def _lives(look: Look, name: str, asked: dict[int, FrozenPhase]) -> Iterator[Life]:
-    """Yield the lives of a phase's elements in the attempts of `asked`, {attempt: its phase}."""
-    if not asked:
-        return
+def _lives(look: Look, name: str) -> Iterator[Life]:
+    """Yield the lives of a phase's elements in all its attempts, also under other settings."""
+    frozen = {number: look.frozen(number).get(name) for number in look.run.submissions()}
+    asked = {number: phase for number, phase in frozen.items() if phase is not None}
     outcomes = {(o.element, o.attempt, o.restart): o for o in look.outcomes(name) if o.attempt in asked}
     leases = _lease_times(look.run, name, asked)
     entries = {(i, entry.submission): entry for entry in look.entries if entry.phase == name for i in entry.elements}

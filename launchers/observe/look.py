@@ -7,6 +7,7 @@ unsealed element ended; without slurmdbd the files of the run have to say it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
@@ -73,6 +74,7 @@ class Look:
     slurms: dict[str, Slurm] = field(default_factory=dict)  # job -> the cluster it went to
     notes: list[str] = field(default_factory=list)  # what could not be asked
     unasked: list[UserMistake] = field(default_factory=list)  # why clusters told nothing
+    lives: dict[str, list[Any]] = field(default_factory=dict)  # of phases: what gpu_hours.py found of them
     _elements: dict[str, dict[int, Element]] = field(default_factory=dict)
     _outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     _frozen: dict[int, dict[str, FrozenPhase]] = field(default_factory=dict)

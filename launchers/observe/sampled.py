@@ -15,14 +15,15 @@ from typing import Any, BinaryIO
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from jobs.artifacts.layout import sample_logs_of
+from jobs.artifacts.layout import sample_logs_of, samples_below
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from launchers.causes.traces import keep_folder
 from launchers.observe.sealed import find_sealed
 
 GRPO = "grpo"
 SAMPLED = {"generate": "samples.jsonl", "reject_filter": "chat.jsonl"}  # of other kinds: the file that they seal
-STEPS = 8  # of a phase, in a report
+STEPS = 8  # of a phase, in a report; of several elements together
+ELEMENTS = 4  # of a phase, in a report
 GROUPS = 12  # of a step
 MOST_SAMPLES = 16  # of a group
 TEXT = 2_000  # characters of a prompt or a completion
@@ -78,6 +79,7 @@ class StepGroups:
     step: int
     groups: list[Group]
     more: bool  # groups of this step that are not shown
+    element: int | None = None  # None: the phase has one alone
 
 
 @dataclass
@@ -91,20 +93,32 @@ class SampledGroups:
 
 def groups_of(run: RunFolder, phase: FrozenPhase) -> SampledGroups | None:
     """Return what the report shows of a phase's samples; None where it logged none."""
-    logs = sample_logs_of(keep_folder(run.artifact(phase).folder, phase, 0))
+    kept = samples_below(run.artifact(phase), phase.elements)
+    logs = {index: found for index, keep in kept.items() if (found := sample_logs_of(keep))}
     if not logs:
         return None
-    found = SampledGroups(phase.name, notes=_of_elements(phase))
-    steps = sorted(logs)
-    shown = sorted({steps[place * (len(steps) - 1) // max(1, STEPS - 1)] for place in range(STEPS)})
-    for step in shown:
-        found.steps.append(_step(logs[step], step, _masks_truncated(phase), found.notes))
-    if len(shown) < len(steps):
-        numbers = ", ".join(map(str, shown))
-        found.notes.append(f"{phase.name}: samples of {len(shown)} of {len(steps):,} steps are shown: {numbers}")
+    found, elements = SampledGroups(phase.name), _spread(sorted(logs), ELEMENTS)
+    if len(elements) < phase.elements:
+        numbers = ", ".join(map(str, elements))
+        found.notes.append(f"{phase.name}: samples of the elements {numbers} of {phase.elements:,} are shown")
+    for index in elements:
+        steps = sorted(logs[index])
+        shown = _spread(steps, max(2, STEPS // len(elements)))
+        for step in shown:
+            groups, more = _step(logs[index][step], _masks_truncated(phase), found.notes)
+            found.steps.append(StepGroups(step, groups, more, index if phase.elements > 1 else None))
+        if len(shown) < len(steps):
+            whose = f"{phase.name}, element {index}" if phase.elements > 1 else phase.name
+            numbers = ", ".join(map(str, shown))
+            found.notes.append(f"{whose}: samples of {len(shown)} of {len(steps):,} steps are shown: {numbers}")
     if any(step.more for step in found.steps):
         found.notes.append(f"{phase.name}: of each of these steps the first {GROUPS} prompts are shown")
     return found
+
+
+def _spread(numbers: list[int], most: int) -> list[int]:
+    """Return at most so many of some sorted numbers, the first and the last among them."""
+    return sorted({numbers[place * (len(numbers) - 1) // max(1, most - 1)] for place in range(most)})
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,7 @@ class ShownSamples:
     phase: str
     kind: str
     file: str
+    element: int
     step: int | None  # None: of a phase without steps
     steps: list[int]  # all that were logged
     groups: list[Group]
@@ -121,17 +136,18 @@ class ShownSamples:
 
 
 def inspect_samples(
-    run: RunFolder, phase: FrozenPhase, step: int | None, count: int, seed: int, characters: int
+    run: RunFolder, phase: FrozenPhase, *, element: int, step: int | None, count: int, seed: int, characters: int
 ) -> ShownSamples:
     """Return `count` groups of a phase, of GRPO those of a step (None: the last one); another `seed` draws other ones.
 
     Raises:
-        UserMistake: it has logged no samples, or none of that step, or is not sealed.
+        UserMistake: it has no such element, has logged no samples, or none of that step, or is not sealed.
     """
     notes, steps = list[str](), list[int]()
+    if element not in range(phase.elements):
+        raise UserMistake(f"--element {element}: {phase.name} has elements 0 to {phase.elements - 1}")
     if phase.uses == GRPO:
-        notes = _of_elements(phase)
-        logs = sample_logs_of(keep_folder(run.artifact(phase).folder, phase, 0))
+        logs = sample_logs_of(keep_folder(run.artifact(phase).folder, phase, element))
         if not logs:
             raise UserMistake(f"{phase.name} has logged no samples yet; see `afterok status {run.path}`")
         steps = sorted(logs)
@@ -139,6 +155,8 @@ def inspect_samples(
         if step not in logs:
             raise UserMistake(f"--step {step}: {phase.name} has samples of steps {steps[0]} to {steps[-1]}")
         file = logs[step]
+    elif element:
+        raise UserMistake(f"--element {element}: the elements of {phase.name}, a {phase.uses} phase, are merged")
     elif step is not None:
         raise UserMistake(f"--step {step}: {phase.name} is a {phase.uses} phase, which has no steps")
     else:
@@ -149,11 +167,7 @@ def inspect_samples(
     groups = [_group(item, list(each), masks, characters) for item, each in islice(lines, first, first + count)]
     if count and not groups:
         notes.append(f"{file} has no samples from there to its end; take another --seed")
-    return ShownSamples(phase.name, phase.uses, str(file), step, steps, groups, notes)
-
-
-def _of_elements(phase: FrozenPhase) -> list[str]:
-    return [f"{phase.name}: samples of element 0 of {phase.elements:,} are shown"] if phase.elements > 1 else []
+    return ShownSamples(phase.name, phase.uses, str(file), element, step=step, steps=steps, groups=groups, notes=notes)
 
 
 def _start(file: Path, seed: int) -> int:
@@ -173,15 +187,14 @@ def _masks_truncated(phase: FrozenPhase) -> bool:
     return bool(settings.get("rewarding", {}).get("mask_truncated", True))
 
 
-def _step(path: Path, step: int, mask_truncated: bool, notes: list[str]) -> StepGroups:
+def _step(path: Path, mask_truncated: bool, notes: list[str]) -> tuple[list[Group], bool]:
+    """Return the first groups of a step, and whether there are more."""
     groups: list[Group] = []
-    more = False
     for item, lines in groupby(_lines(path, notes), key=_prompt_of):
         if len(groups) == GROUPS:
-            more = True
-            break
+            return groups, True
         groups.append(_group(item, list(lines), mask_truncated))
-    return StepGroups(step, groups, more)
+    return groups, False
 
 
 @contextlib.contextmanager

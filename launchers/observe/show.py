@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.base.printing import clean, raw
-from jobs.artifacts.layout import RunLayout
+from data_tools.base.printing import clean, raw, size_text
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
+from launchers.observe.explain import spelled
 from launchers.observe.runs import RunLine, as_typed
 from launchers.observe.status import PhaseStatus, RunStatus
+from launchers.submission.superfluous import WHAT
 
 if TYPE_CHECKING:  # imported where they are needed, so that a --json answer does not wait for them
     from rich.console import Console, Group
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # imported where they are needed, so that a --json answer doe
     from launchers.observe.sampled import ShownSamples
     from launchers.planning.hours import GpuHours
     from launchers.planning.plan import Plan
+    from launchers.submission.clean import Cleaned, Item
     from launchers.submission.submit import Submitted
 
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
@@ -156,11 +158,12 @@ def settings_table(explained: "Explained") -> "Table":
             each.unit,
             each.legal,
             keyed[each.keyed],
+            "" if each.example is None else spelled(each.example),
             each.help,
         ]
         for each in explained.settings
     ]
-    columns = ["setting", "type", "default", "unit", "legal", "keyed", "what it means"]
+    columns = ["setting", "type", "default", "unit", "legal", "keyed", "example", "what it means"]
     shown = table(columns, rows, f"{explained.phase}: {explained.about}" if explained.about else explained.phase)
     shown.columns[0].no_wrap = True
     return shown
@@ -278,10 +281,34 @@ def runs_table(runs: list[RunLine]) -> "Table":
     return table(["run", "pipeline", "submissions", "state", "last change"], rows)
 
 
-def _files(status: RunStatus, phase: PhaseStatus) -> str:
-    """Return where a sealed phase's files are: by the link that is for people, where it leads there."""
-    link = RunLayout(Path(status.run)).latest_link(phase.phase)
-    return str(link) if link.exists() and link.resolve() == Path(phase.folder).resolve() else phase.folder
+def cleaned_table(cleaned: "Cleaned") -> "Table":
+    """Return one row a phase and kind of what may go of a run, or went, the largest first."""
+    groups: dict[tuple[str, str], list[Item]] = {}
+    for item in cleaned.items:
+        groups.setdefault((item.phase, item.what), []).append(item)
+    rows = [
+        [
+            phase,
+            what,
+            size_text(sum(item.size for item in items)),
+            f"{len(items):,}",
+            as_typed(items[0].path) + (" …" if len(items) > 1 else ""),
+            WHAT[what],
+        ]
+        for (phase, what), items in sorted(groups.items(), key=lambda each: -sum(item.size for item in each[1]))
+    ]
+    title = f"{as_typed(cleaned.run.path)}: {size_text(cleaned.size)} {'deleted' if cleaned.deleted else 'may go'}"
+    return table(["phase", "kind", "size", "folders", "where", "what it is"], rows, title)
+
+
+def sealed_line(status: RunStatus) -> str:
+    """Return where the sealed results lie, by the links that are for people; "" where there are none."""
+    linked = [phase for phase in status.phases if phase.latest]
+    if not linked:
+        return ""
+    where = as_typed(Path(status.run))
+    names = ", ".join(phase.phase for phase in linked)
+    return f"sealed results: {where}/PHASE/latest, where PHASE is {names}"
 
 
 def headline(facts: dict[str, Any]) -> str:
@@ -310,7 +337,9 @@ def summary(status: RunStatus) -> "Group":
             parts.append(table(written["columns"], cells, f"{phase.phase}: {written['title']}"))
     parts.append(
         table(
-            ["phase", "files"], [[p.phase, _files(status, p)] for p in status.phases if p.state == COMPLETED], "files"
+            ["phase", "files"],
+            [[p.phase, p.latest or p.folder] for p in status.phases if p.state == COMPLETED],
+            "files",
         )
     )
     return Group(*parts)

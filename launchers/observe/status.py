@@ -56,6 +56,7 @@ class PhaseStatus:
     facts: dict[str, Any] = field(default_factory=dict)  # what the phase itself reported when it was sealed
     tables: dict[str, Any] = field(default_factory=dict)
     folder: str = ""
+    latest: str = ""  # the link to what is sealed, which people use; "" where there is none
     gpu_hours: float | None = None  # None: no attempt asked for GPUs
     gpu_hours_lost: float | None = None
     written_before: bool = False  # sealed before seals had a sum over themselves
@@ -181,6 +182,8 @@ def _tell_sealed(status: PhaseStatus, look: Look, phase: FrozenPhase, seal: Seal
     status.seconds = max(0.0, seal.content["sealed_at"] - began)  # two hosts' clocks, for eyes only
     status.facts, status.folder, status.written_before = seal.facts, str(seal.folder), not seal.has_sum
     status.tables = read_tables(look.run.artifact(phase).folder)
+    link = look.run.latest_link(phase.name)
+    status.latest = str(link) if link.exists() and link.resolve() == seal.folder.resolve() else ""
 
 
 def _tell_open(

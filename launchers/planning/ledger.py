@@ -2,7 +2,7 @@
 
 {"event": "submission", "submission": 2, "backend": "slurm", "cluster": "dev", "cluster_name": "dev",
  "profile": "dev", "profile_file": "/…/dev.yaml", "run": "/where/it/lay", "time": …}
-{"event": "sending", "submission": 2, "name": "tiny.sft.a2.1f6e…", …}     an sbatch is about to happen
+{"event": "sending", "submission": 2, "name": "sft.tiny.a2.1f6e…", …}     an sbatch is about to happen
 {"event": "job", "submission": 2, "phase": "sft", "job": "17", "name": …, "waits": {"packs": "16"}, …}
 {"event": "rewire", "submission": 2, "phase": "trained", "job": "12", "waits": {"sft": "17"}, …}
 {"event": "submission", "submission": 3, …}, "released"                   of one without jobs: all sealed already

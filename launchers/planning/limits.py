@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from data_tools.mistake import Problem
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
-from jobs.schema.pipeline import DEFAULT_ROLE, Phase
+from jobs.schema.pipeline import Phase
 from launchers.planning.chain import links_needed
 from launchers.planning.ledger import Ledger
 from launchers.planning.plan import RUNS, PlannedPhase
@@ -19,7 +19,7 @@ from slurm.profile.check import check as check_request
 from slurm.profile.check import contact_note
 from slurm.profile.resolve import least_minutes, with_defaults
 from slurm.profile.resolve import resolve as resolve_request
-from slurm.profile.schema import Profile, Request, Resources
+from slurm.profile.schema import DEFAULT_ROLE, Profile, Request, Resources
 
 
 def resources_of(profile: Profile, phase: Phase, where: str) -> tuple[Resources, list[Problem]]:

@@ -38,6 +38,7 @@ class PlannedPhase:
     code_changed: list[str] = field(default_factory=list)  # files, of a phase that is reused all the same
     survey: standing.Survey = field(default_factory=standing.Survey)  # what of it stands
     conditional: bool = False  # may turn out not to be needed, and its job has to go then
+    last: bool = True  # no other phase needs it
     planned_s: float | None = None  # seconds that one element will take, where that is known
     planned_by: str = ""  # how that is known
 

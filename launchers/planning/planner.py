@@ -33,7 +33,7 @@ from slurm.options import own_setting_problems
 from slurm.profile.check import forwarding_problems
 from slurm.profile.environments import environment_of, environments, why_not_shared
 from slurm.profile.images import COMMA_PARTS_MOUNTS, image_of, unseen
-from slurm.profile.schema import Profile, Resources
+from slurm.profile.schema import Mail, Profile, Resources
 
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
 
@@ -134,6 +134,9 @@ class _Planner:
         """Plan each phase for itself."""
         for phase in self.pipeline.phases.values():
             self.planned[phase.name] = self._phase(phase)
+        needed = {need for planned in self.planned.values() for need in planned.frozen.needs}
+        for planned in self.planned.values():
+            planned.last = planned.name not in needed
 
     def plan(self, budget: float | None) -> Plan:
         """Return the plan. Raises UserMistake with all problems."""
@@ -144,6 +147,8 @@ class _Planner:
         self.remarks += rehearsal.remarks(self.pipeline)
         if left_out := self.pipeline.left_out:
             self.remarks.append(f"left out, since `when` is false: {', '.join(left_out)}")
+        if self.cluster.kind == "local" and self.cluster.profile.mail != Mail():
+            self.remarks.append("mail: Slurm sends it, and local processes have no Slurm: none is sent")
         profile = self.cluster.profile
         file = self.cluster.profile_file or profile.meta.name
         self.problems += by_check("A001", [*own_setting_problems(profile, file), *_unknown_kinds(profile, file)])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from data_tools.base.printing import size_text
 from data_tools.mistake import Problem
 from data_tools.records import hub
 from jobs.artifacts.layout import checkpoints_of
@@ -24,7 +25,6 @@ from slurm.verify.asked import findings
 from slurm.verify.checks import preemption
 from slurm.verify.live import Live, ask
 
-GIB = 2**30
 NOT_ASKED = (
     "partitions and nodes", "accounts and QOS", "reservations and maintenance", "your jobs in the queue",
     "whether stopped jobs may be requeued", "free space", "folders of logs", "the hub's cache",
@@ -133,9 +133,9 @@ def _space(run: RunFolder, jobs: Sequence[Job], costs: dict[str, dict[str, float
     free, needed = disk.f_bavail * disk.f_frsize, sum(wanted.values())
     if needed <= free:
         return []
-    each = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in wanted.items() if size)
+    each = ", ".join(f"{name} {size_text(size)}" for name, size in wanted.items() if size)
     message = (
-        f"{needed / GIB:,.1f} GiB of checkpoints and weights at the least ({each}), and {free / GIB:,.1f} GiB are free "
+        f"{size_text(needed)} of checkpoints and weights at the least ({each}), and {size_text(free)} are free "
         f"where {run.path} lies; free some, keep fewer (keep_checkpoints), or choose another folder with --run DIR"
     )
     return [Problem("", message, "D001")]

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from data_tools.base import durable
@@ -24,6 +25,7 @@ def recorded_pipeline(run: RunFolder, overrides: Sequence[str], environment: Map
     recorded = {name: override.partition("=")[2] for name, override in origin.get("variables", {}).items()}
     variables = {**recorded, **{name: value for name, value in environment.items() if value}}
     pipeline = load_pipeline(run.pipeline_path(number), [*origin["overrides"], *overrides], variables)
+    pipeline.variables = [replace(each, recorded=not environment.get(each.name)) for each in pipeline.variables]
     pipeline.rehearsed = origin.get("rehearsed", 0.0)
     pipeline.waive += origin.get("waive", [])
     return pipeline

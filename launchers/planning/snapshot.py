@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.printing import size_text
 from data_tools.mistake import Problem, UserMistake
 from data_tools.own_packages import PACKAGES
 from jobs.artifacts.keys import KEY_LENGTH
@@ -61,9 +62,9 @@ def find_code(extra: Iterable[Path] = ()) -> Code:
         problems.append(
             Problem(
                 str(largest),
-                f"{sizes[largest] / 2**20:.1f} MiB, the largest of {len(sizes)} files with "
-                f"{sum(sizes.values()) / 2**20:.1f} MiB that each submission would copy as code; the "
-                f"most is {MOST_BYTES >> 20} MiB: keep data out of the package (give it as an input), "
+                f"{size_text(sizes[largest])}, the largest of {len(sizes)} files with "
+                f"{size_text(sum(sizes.values()))} that each submission would copy as code; the "
+                f"most is {size_text(MOST_BYTES)}: keep data out of the package (give it as an input), "
                 "or out of git",
             )
         )

@@ -6,7 +6,8 @@ with too many points the lowest and the highest of each stretch of steps are kep
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,33 +146,64 @@ def columns_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
 
     `step_s` of a line is the mean of the steps since the line before it.
     """
-    columns: dict[str, Column] = {}
-    seconds, before = 0.0, 0.0
-    for line in sorted(lines, key=lambda line: line["step"]):
-        step = float(line["step"])
-        _add_numbers(columns, step, line, "")
+    ordered = sorted(lines, key=lambda line: line["step"])
+    steps = [float(line["step"]) for line in ordered]
+    found: dict[str, _Found] = {}
+    _gather(found, ordered, range(len(ordered)), "")
+    columns = {name: each.column(steps) for name, each in found.items() if name not in _NUMBERS}
+    hours, seconds, before = Column(), 0.0, 0.0
+    for step, line in zip(steps, ordered, strict=True):
         each = line.get("step_s")
         if isinstance(each, (int, float)) and math.isfinite(each):
             seconds += each * max(0.0, step - before)
-            columns.setdefault(HOURS, Column()).add(step, seconds / 3600)
+            hours.add(step, seconds / 3600)
             before = step
-    return {name: column for name, column in columns.items() if name not in _NUMBERS}
+    return columns | ({HOURS: hours} if hours.steps else {})
 
 
-def _add_numbers(columns: dict[str, Column], step: float, values: Mapping[str, Any], prefix: str) -> None:
-    """Add the numbers of one line; those of nested objects as outer/inner. JSON has no other types than these."""
-    for name, value in values.items():
-        kind = type(value)
-        if kind is float or kind is int:
-            column = columns.get(prefix + name)
-            if column is None:
-                column = columns[prefix + name] = Column()
-            column.add(step, value if kind is float else _as_float(value))
-        elif kind is dict:
-            _add_numbers(columns, step, value, f"{prefix}{name}/")
+@dataclass
+class _Found:
+    """The numbers of one metric, and the places of their lines."""
+
+    at: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def column(self, steps: Sequence[float]) -> Column:
+        """Return them by step, in the order of the lines."""
+        at, values = self.at, self.values
+        if any(map(operator.gt, at, at[1:])):  # lines with other names stood between
+            order = sorted(range(len(at)), key=at.__getitem__)
+            at, values = [at[n] for n in order], [values[n] for n in order]
+        return Column([steps[place] for place in at], values)
 
 
-def _as_float(value: int) -> float:
+def _gather(found: dict[str, _Found], lines: Sequence[Mapping[str, Any]], at: Sequence[int], prefix: str) -> None:
+    """Gather the numbers of lines, whose places are `at`; those of nested objects as outer/inner.
+
+    Lines with the same names are taken together, a name at a time: a long training has millions of numbers. JSON has
+    no other types of numbers than these two.
+    """
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for place, line in enumerate(lines):
+        alike.setdefault(tuple(line), []).append(place)
+    for names, places in alike.items():
+        for name, values in zip(names, zip(*(lines[place].values() for place in places)), strict=True):
+            kinds = set(map(type, values))
+            if kinds & {float, int}:
+                each = found.setdefault(prefix + name, _Found())
+                if kinds == {float}:
+                    each.at += [at[place] for place in places]
+                    each.values += values
+                else:
+                    numbers = [(at[n], _as_float(v)) for n, v in zip(places, values) if type(v) in (float, int)]
+                    each.at += [place for place, _ in numbers]
+                    each.values += [value for _, value in numbers]
+            if dict in kinds:
+                below = [(at[n], value) for n, value in zip(places, values) if type(value) is dict]
+                _gather(found, [value for _, value in below], [n for n, _ in below], f"{prefix}{name}/")
+
+
+def _as_float(value: float) -> float:
     try:
         return float(value)
     except OverflowError:  # JSON's integers have no bound

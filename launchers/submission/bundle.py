@@ -6,7 +6,6 @@ left, to a shell script (bundle_script.py), which notes in submissions/N/sent wh
 """
 
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from launchers.planning.ledger import Ledger
 from launchers.planning.plan import Plan
 from launchers.submission.bundle_script import NAME, submit_script
 from launchers.submission.decide import Queue, decide
-from launchers.submission.freeze import freeze, next_number, opening
+from launchers.submission.freeze import freeze, job_name, next_number, opening
 from launchers.submission.live import live_jobs
 from launchers.submission.lock import submit_lock
 from launchers.submission.steps import Submit
@@ -89,7 +88,7 @@ def _steps(plan: Plan, number: int) -> list[Submit]:
     """Write down the submission and return its steps: jobs to send, since nothing of the run is under way."""
     run = plan.run
     nothing = Queue(live={}, differs={}, can_rewire=True)
-    journal = decide(plan, nothing, {}, lambda phase: f"{run.name}.{phase}.a{number}.{secrets.token_hex(4)}")
+    journal = decide(plan, nothing, {}, lambda phase: job_name(run, phase, number))
     freeze(plan, number)
     journal.write(run, number)
     return journal.submits

@@ -4,6 +4,7 @@ What its jobs run never depends on what the user edits meanwhile.
 """
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from slurm.profile.files import to_yaml
 def next_number(run: RunFolder) -> int:
     """Return the number of a new submission: one more than the highest, though that was killed before it had a plan."""
     return max(run.submission_numbers(), default=0) + 1
+
+
+def job_name(run: RunFolder, phase: str, number: int, token: str = "") -> str:
+    """Return a name for the job of a phase, the phase first, since `squeue` shows few characters of it.
+
+    The token tells it from every other job; without one it is drawn.
+    """
+    return f"{phase}.{run.name}.a{number}.{token or secrets.token_hex(4)}"
 
 
 def is_newest(plan: Plan) -> bool:

@@ -5,7 +5,6 @@ A submission is frozen (freeze.py), its steps are decided (decide.py) and writte
 """
 
 import contextlib
-import secrets
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from launchers.planning.planner import make_plan
 from launchers.planning.reasons import changed_settings
 from launchers.submission.carry_out import Outdated, carry_out
 from launchers.submission.decide import Queue, decide
-from launchers.submission.freeze import freeze, is_newest, next_number, open_submission, select
+from launchers.submission.freeze import freeze, is_newest, job_name, next_number, open_submission, select
 from launchers.submission.journal import Journal
 from launchers.submission.live import LiveJob, live_jobs
 from launchers.submission.lock import submit_lock
@@ -184,7 +183,7 @@ def _submit_once(plan: Plan, fresh: Mapping[str, list[int]], dry_run: bool) -> S
     number = next_number(run)
     backend = backend_for(run, plan.cluster)
     queue = _queue(plan, backend, live, fresh)
-    journal = decide(plan, queue, fresh, lambda phase: f"{run.name}.{phase}.a{number}.{secrets.token_hex(4)}")
+    journal = decide(plan, queue, fresh, lambda phase: job_name(run, phase, number))
     if live and journal.steps and not backend.can_rewire:
         job = next(iter(live.values())).entry
         raise UserMistake(

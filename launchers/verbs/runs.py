@@ -41,6 +41,8 @@ def do_explain(args: argparse.Namespace) -> int:
     if args.json:
         return print_json(explained.as_json())
     console().print(settings_table(explained))
+    if explained.how:
+        print(explained.how)
     return 0
 
 
@@ -212,9 +214,11 @@ def do_status(args: argparse.Namespace) -> int:
     if args.json:
         print_json(status.as_json())
         return code
-    from launchers.observe.show import console, status_table
+    from launchers.observe.show import console, sealed_line, status_table
 
     console().print(status_table(status))
+    if line := sealed_line(status):
+        print(line)
     if status.where:
         print(status.where)
     for note in status.notes:
@@ -283,6 +287,8 @@ def do_inspect(args: argparse.Namespace) -> int:
         return _inspect_samples(args, run, phase)
     if args.step is not None:
         raise UserMistake(f"--step {args.step}: only of a grpo phase")
+    if args.element:
+        raise UserMistake(f"--element {args.element}: only of a grpo phase")
     inspection = inspect(
         run,
         args.phase,
@@ -305,7 +311,15 @@ def _inspect_samples(args: argparse.Namespace, run: "RunFolder", phase: "FrozenP
     if args.pack is not None:
         raise UserMistake(f"--pack {args.pack}: {args.phase} is a {phase.uses} phase, which has no packs")
     characters = CHARACTERS * max(args.tokens, 1)
-    shown = inspect_samples(run, phase, args.step, max(args.documents, 0), args.seed, characters)
+    shown = inspect_samples(
+        run,
+        phase,
+        element=args.element,
+        step=args.step,
+        count=max(args.documents, 0),
+        seed=args.seed,
+        characters=characters,
+    )
     if args.json:
         return print_json(asdict(shown))
     print_samples(shown)

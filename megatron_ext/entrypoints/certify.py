@@ -57,8 +57,8 @@ SMALL = {
 class Config:
     """A training whose parallel layout is certified."""
 
-    model: str = setting("", "model folder", needed=True, input=True)
-    ranks: int = setting(1, "ranks of the training", least=1)
+    model: str = setting("", "model folder", example="${phases.imported.out}", needed=True, input=True)
+    ranks: int = setting(1, "ranks of the training", unit="ranks", least=1)
     parallel: ParallelPlan = setting(ParallelPlan, "how ranks share the model and the work")
 
 

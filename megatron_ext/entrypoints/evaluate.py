@@ -56,13 +56,14 @@ if TYPE_CHECKING:
 class Config(RolloutSettings):
     """Accuracy of a model folder: the config of the phase evaluate."""
 
-    task: str = setting("calculator", "the task whose rows are asked", module=True)
-    task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
+    task: str = setting("calculator", "the task whose rows are asked", example="gsm8k", module=True)
+    task_options: dict[str, Any] = setting(dict, "options of the task", example={"reverse_digits": True}, free=True)
     source: Source = setting(Source, "where the rows of the task come from")
     limit: int = setting(0, "distinct prompts, at most; 0: all", unit="prompts", least=0)
     mix: MixConfig = setting(MixConfig, "in place of task, source and limit: the prompts of these tasks")
     macro: dict[str, list[str]] = setting(
-        dict, "means over tasks of mix, by name: the list of tasks, each of which counts alike", free=True,
+        dict, "means over tasks of mix, by name: the list of tasks, each of which counts alike",
+        example={"sums": ["gsm8k", "svamp"]}, free=True,
         keyed="if_set",
     )  # fmt: skip
     max_new_tokens: int = setting(16, "new tokens of a completion, at most", unit="tokens", least=1)
@@ -77,10 +78,18 @@ class Config(RolloutSettings):
     top_p: float = with_default(Sampling, "top_p", 1.0)
     seed: int = setting(0, "noise of the samples", **SEEDS)
     compare_with: str | None = setting(
-        None, "output of another evaluation, for the gain over it", input=True, made_by=EVALUATIONS
+        None,
+        "output of another evaluation, for the gain over it",
+        example="${phases.before.out}",
+        input=True,
+        made_by=EVALUATIONS,
     )
     seen_in: str | None = setting(
-        None, "training token store: prompts seen in training count apart", input=True, made_by=STORES
+        None,
+        "training token store: prompts seen in training count apart",
+        example="${phases.data.out}",
+        input=True,
+        made_by=STORES,
     )
 
 

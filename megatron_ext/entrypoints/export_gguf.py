@@ -18,7 +18,7 @@ from data_tools.base import durable
 from data_tools.base.declared import setting
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
-from megatron_ext.models.registry import Family, parse_config, read_config
+from megatron_ext.models.registry import Family, model_type, parse_config, read_config
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.serving import converter, gguf_limits
@@ -32,18 +32,25 @@ OUTTYPES = (*TYPES.values(), "q8_0")
 class Config:
     """The config of the phase export_gguf."""
 
-    model: str = setting("", "Hugging Face folder, as export_hf writes it", needed=True, input=True)
+    model: str = setting(
+        "", "Hugging Face folder, as export_hf writes it", example="${phases.exported.out}", needed=True, input=True
+    )
     adapter: str = setting(
-        "", "PEFT folder (export_hf with adapter: peft) to write in place of the model, which is its base", input=True
+        "",
+        "PEFT folder (export_hf with adapter: peft) to write in place of the model, which is its base",
+        example="${phases.adapter.out}",
+        input=True,
     )
     outtype: str = setting(
         "", 'type of the matrices, as of the converter; "" keeps that of the files (of an adapter: f32)',
         choices=("", *OUTTYPES),
     )  # fmt: skip
-    name: str = setting("", 'what the file says the model is called; "" is its model_type', free=True)
+    name: str = setting(
+        "", 'what the file says the model is called; "" is its model_type', example="my-model", free=True
+    )
     llama_cpp: str = setting(
         "", f'checkout of llama.cpp whose converters run; "" is that of the package {converter.PACKAGE}', free=True,
-        keyed="if_set",
+        example="~/llama.cpp", keyed="if_set",
     )  # fmt: skip
 
 
@@ -89,7 +96,8 @@ def _model(config: Config, family: Family, dims: Any, file: Path) -> dict[str, A
     names = tensors.shapes()
     dtype = convert.main_dtype({name: tensors.dtype(name) for name in names}, family.mapping.rules(dims, names))
     outtype = config.outtype or TYPES[dtype]
-    arguments = [config.model, "--outfile", str(file), "--outtype", outtype, "--model-name", config.name or family.name]
+    name = config.name or model_type(family, dims)
+    arguments = [config.model, "--outfile", str(file), "--outtype", outtype, "--model-name", name]
     converter.convert(converter.MODEL, config.llama_cpp, arguments)
     return {"outtype": outtype, "parameters": family.config.shape(dims).parameters.total}
 

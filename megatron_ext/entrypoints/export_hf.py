@@ -37,7 +37,7 @@ QUANTIZATIONS = ("", "mxfp4")
 class Config:
     """The config of the phase export_hf."""
 
-    model: str = setting("", "model folder", needed=True, input=True, made_by=MODELS)
+    model: str = setting("", "model folder", example="${phases.imported.out}", needed=True, input=True, made_by=MODELS)
     dtype: str = setting("", 'type of the weights in the files; "" keeps that of the folder', choices=("", *DTYPES))
     adapter: str = setting(
         "merged", "how a model's adapter is written: into the weights, or alone in PEFT's format", choices=ADAPTERS

@@ -32,9 +32,18 @@ SOURCES = ("base", "mid", "chatsft", "chatrl")
 class Config:
     """The config of the phase export_nanochat."""
 
-    model: str = setting("", "model folder of the family nanochat", needed=True, input=True, made_by=MODELS)
+    model: str = setting(
+        "",
+        "model folder of the family nanochat",
+        example="${phases.sft.out}",
+        needed=True,
+        input=True,
+        made_by=MODELS,
+    )
     source: str = setting("chatsft", "folder SOURCE_checkpoints that nanochat finds it in", choices=SOURCES)
-    tag: str = setting("", 'nanochat\'s model tag; "": d and the number of layers, as nanochat names them', free=True)
+    tag: str = setting(
+        "", 'nanochat\'s model tag; "": d and the number of layers, as nanochat names them', example="d20", free=True
+    )
     step: int = setting(
         -1,
         "step in the names; -1: of the training, or of the checkpoint that was imported",

@@ -29,15 +29,33 @@ if TYPE_CHECKING:
 class Config:
     """The config of the phase import_hf."""
 
-    source: str = setting("", "a Hugging Face folder or a hub name such as Qwen/Qwen2.5-0.5B", needed=True, input="hub")
-    revision: str = setting("", "revision of a hub name: a commit, so that the key names the content", free=True)
+    source: str = setting(
+        "",
+        "a Hugging Face folder or a hub name such as Qwen/Qwen2.5-0.5B",
+        example="Qwen/Qwen2.5-0.5B",
+        needed=True,
+        input="hub",
+    )
+    revision: str = setting(
+        "",
+        "revision of a hub name: a commit, so that the key names the content",
+        example="060db6499f32faf8b98477b0a26969ef7d8b9987",
+        free=True,
+    )
     dtype: str = setting("", 'type of the weights; "" keeps that of each tensor', choices=("", *DTYPES))
-    megatron: str = setting("", "legacy Megatron checkpoint that has the weights", input=True)
-    model_tag: str = setting("", "folder of nanochat's own checkpoint below `source`, such as d32", free=True)
+    megatron: str = setting(
+        "", "legacy Megatron checkpoint that has the weights", example="checkpoint/release", input=True
+    )
+    model_tag: str = setting(
+        "", "folder of nanochat's own checkpoint below `source`, such as d32", example="d32", free=True
+    )
     step: int = setting(-1, "step of nanochat's own checkpoint; -1: the last", unit="steps", least=-1)
-    adapter: str = setting("", "PEFT folder of a LoRA for this model", input=True)
+    adapter: str = setting("", "PEFT folder of a LoRA for this model", example="my_adapter", input=True)
     tokenizer: str = setting(
-        "", "folder whose tokenizer files go along, where `source` has none; or of nanochat's tokenizer.pkl", input=True
+        "",
+        "folder whose tokenizer files go along, where `source` has none; or of nanochat's tokenizer.pkl",
+        example="my_tokenizer",
+        input=True,
     )
 
 
@@ -181,6 +199,7 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     from megatron_ext.model_folders import model_folder
     from megatron_ext.models.nanochat import checkpoint as nanochat
     from megatron_ext.models.nanochat import tokenizer as nanochat_tokenizer
+    from megatron_ext.models.registry import model_type
     from megatron_ext.weights import convert
 
     source = _source(config)
@@ -206,7 +225,7 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "dtype": dtype,
         "dtype_changes": ledger["dtype_changes"],
-        "family": family.name,
+        "family": model_type(family, source.dims),
     }
 
 

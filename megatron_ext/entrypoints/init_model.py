@@ -26,24 +26,26 @@ class Config:
     """The config of the phase init_model."""
 
     family: str = setting("qwen2", "model type of config.json", choices=tuple(MODEL_TYPES))
-    layers: int = setting(3, "layers", least=1)
-    hidden: int = setting(96, "width of a token between layers, a multiple of heads", least=1)
-    heads: int = setting(4, "heads of attention", least=1)
-    kv_groups: int = setting(2, "heads of keys and values, which the others share", least=1)
-    ffn: int = setting(256, "width within an MLP", least=1)
+    layers: int = setting(3, "layers", unit="layers", least=1)
+    hidden: int = setting(96, "width of a token between layers, a multiple of heads", unit="numbers a token", least=1)
+    heads: int = setting(4, "heads of attention", unit="heads", least=1)
+    kv_groups: int = setting(2, "heads of keys and values, which the others share", unit="heads", least=1)
+    ffn: int = setting(256, "width within an MLP", unit="numbers a token", least=1)
     tied: bool | None = setting(None, "whether the output layer shares the embedding; null: as the family has it")
     max_positions: int = setting(2048, "longest sequence", unit="tokens", least=1)
     rope_base: float = setting(10000.0, "base of the rotary embedding", above=0)
     norm_epsilon: float = setting(1e-6, "epsilon of the norms", above=0)
     dtype: str = setting("float32", "type of the weights", choices=DTYPES)
-    config: dict[str, Any] = setting(dict, "further keys of config.json, or other values of them", free=True)
+    config: dict[str, Any] = setting(
+        dict, "further keys of config.json, or other values of them", example={"rope_theta": 1000000}, free=True
+    )
     seed: int = setting(0, "draw of the weights", **SEEDS)
-    alphabet_task: str = setting("", "task whose alphabet a character tokenizer gets", free=True)
+    alphabet_task: str = setting("", "task whose alphabet a character tokenizer gets", example="calculator", free=True)
     chats: bool = setting(
         False, "the character tokenizer writes chats, too: messages one after the other, as a task's rows stand",
         keyed="if_set",
     )  # fmt: skip
-    tokenizer: str = setting("", "or a folder whose tokenizer files are taken", input=True)
+    tokenizer: str = setting("", "or a folder whose tokenizer files are taken", example="my_tokenizer", input=True)
 
 
 def check(config: Config, ranks: int) -> list[Problem]:

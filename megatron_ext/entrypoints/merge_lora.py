@@ -20,7 +20,14 @@ from megatron_ext.preflight import facts
 class Config:
     """The config of the phase merge_lora."""
 
-    model: str = setting("", "a model folder that sft or grpo made with lora", needed=True, input=True, made_by=MODELS)
+    model: str = setting(
+        "",
+        "a model folder that sft or grpo made with lora",
+        example="${phases.sft.out}",
+        needed=True,
+        input=True,
+        made_by=MODELS,
+    )
 
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:

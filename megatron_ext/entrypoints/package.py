@@ -32,7 +32,7 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.entrypoints import export_gguf
 from megatron_ext.lora import peft_config
-from megatron_ext.models.registry import read_config
+from megatron_ext.models.registry import model_type, read_config
 from megatron_ext.parallel.plan import Site
 from megatron_ext.serving import card, hub, modelfile, turns
 from megatron_ext.serving.card import Step
@@ -47,21 +47,40 @@ DAYS = ("2001-02-03", "2004-05-06")  # two days, to see whether a template write
 class Config:
     """The config of the phase package."""
 
-    model: str = setting("", "Hugging Face folder, as export_hf writes it", needed=True, input=True)
-    adapter: str = setting("", "PEFT folder of the same training (export_hf with adapter: peft)", input=True)
-    gguf: list[str] = setting(list, "folders of export_gguf: of the model, of the adapter", input=True)
-    results: list[str] = setting(list, "folders of evaluate or run_exported, for the card", input=True)
-    name: str = setting("", 'what the model is called; "" is its model_type', free=True)
-    base: str = setting(
-        "", "name on the Hub of the model that it was trained from; of a folder the card says nothing", free=True
+    model: str = setting(
+        "", "Hugging Face folder, as export_hf writes it", example="${phases.exported.out}", needed=True, input=True
     )
-    ollama_base: str = setting("", "what Ollama calls that model, for FROM with an adapter: gpt-oss:20b", free=True)
-    license: str = setting("", "license on the card, as the Hub spells it: apache-2.0", free=True)
+    adapter: str = setting(
+        "",
+        "PEFT folder of the same training (export_hf with adapter: peft)",
+        example="${phases.adapter.out}",
+        input=True,
+    )
+    gguf: list[str] = setting(
+        list, "folders of export_gguf: of the model, of the adapter", example=["${phases.gguf.out}"], input=True
+    )
+    results: list[str] = setting(
+        list, "folders of evaluate or run_exported, for the card", example=["${phases.after.out}"], input=True
+    )
+    name: str = setting("", 'what the model is called; "" is its model_type', example="my-model", free=True)
+    base: str = setting(
+        "",
+        "name on the Hub of the model that it was trained from; of a folder the card says nothing",
+        example="Qwen/Qwen2.5-0.5B",
+        free=True,
+    )
+    ollama_base: str = setting(
+        "", "what Ollama calls that model, for FROM with an adapter: gpt-oss:20b", example="gpt-oss:20b", free=True
+    )
+    license: str = setting("", "license on the card, as the Hub spells it: apache-2.0", example="apache-2.0", free=True)
     date: str = setting(
         "", 'what the chat template says today is, YYYY-MM-DD; "" is the day, where the template says it as that',
+        example="2026-07-01",
         free=True,
     )  # fmt: skip
-    chat_arguments: dict[str, Any] = setting(dict, "variables of the chat template: reasoning_effort: low", free=True)
+    chat_arguments: dict[str, Any] = setting(
+        dict, "variables of the chat template: reasoning_effort: low", example={"reasoning_effort": "low"}, free=True
+    )
     temperature: float = setting(1.0, "of completions, for Ollama", above=0)
     top_p: float = setting(1.0, "share of the likeliest tokens that are drawn from, for Ollama", above=0, most=1)
     top_k: int = setting(0, "likeliest tokens that are drawn from, for Ollama; 0: all", unit="tokens", least=0)
@@ -71,7 +90,7 @@ class Config:
         unit="tokens",
         least=0,
     )
-    repo: str = setting("", "repository on the Hub, OWNER/NAME", free=True)
+    repo: str = setting("", "repository on the Hub, OWNER/NAME", example="me/my-model", free=True)
     push: bool = setting(False, "upload the folder to `repo`, which is private")
 
 
@@ -103,7 +122,7 @@ def run(
     family, dims, wrong = read_config(Path(config.model))
     if problems or wrong or family is None:
         raise UserMistake(problems + wrong)
-    name = config.name or family.name
+    name = config.name or model_type(family, dims)
     if is_path(config.base) or Path(config.base).exists():  # "" too
         config = replace(config, base="")
     told = _copy(config, out)
@@ -113,7 +132,7 @@ def run(
     _vllm(config, out, name, dims.dtype, told=told)
     facts: card.Facts = {
         "name": name,
-        "description": _description(config, family.name, lineage),
+        "description": _description(config, model_type(family, dims), lineage),
         "base": config.base,
         "license": config.license,
         "tags": ["afterok", *(["lora"] if config.adapter else [])],

@@ -40,12 +40,21 @@ Sampled = tuple[list[int], str]  # a completion's tokens, and "stop" or "length"
 class Config:
     """The config of the phase run_exported."""
 
-    model: str = setting("", "Hugging Face folder, as export_hf writes it", needed=True, input=True)
+    model: str = setting(
+        "", "Hugging Face folder, as export_hf writes it", example="${phases.exported.out}", needed=True, input=True
+    )
     gguf: str = setting(
-        "", "folder of export_gguf: its model is asked, by llama.cpp, with the tokenizer of `model`", input=True,
+        "", "folder of export_gguf: its model is asked, by llama.cpp, with the tokenizer of `model`",
+        example="${phases.gguf.out}", input=True,
         keyed="if_set",
     )  # fmt: skip
-    gguf_adapter: str = setting("", "folder of export_gguf with an adapter for it", input=True, keyed="if_set")
+    gguf_adapter: str = setting(
+        "",
+        "folder of export_gguf with an adapter for it",
+        example="${phases.gguf_adapter.out}",
+        input=True,
+        keyed="if_set",
+    )
     mix: MixConfig = setting(MixConfig, "the tasks whose prompts are asked, and how they are rewarded")
     dtype: str = setting("", 'type that is computed in; "" as config.json says', choices=("", *DTYPES))
     max_new_tokens: int = setting(16, "new tokens of a completion, at most", unit="tokens", least=1)
@@ -57,10 +66,13 @@ class Config:
     batch: int = setting(8, "prompts that are generated together", unit="prompts", least=1)
     seed: int = setting(0, "noise of the samples", **SEEDS)
     compare_with: str | None = setting(
-        None, "output of an evaluation, of the base model say, for the gain over it", input=True
+        None,
+        "output of an evaluation, of the base model say, for the gain over it",
+        example="${phases.base_tested.out}",
+        input=True,
     )
     chat_arguments: dict[str, Any] = setting(
-        dict, "variables of the chat template, where prompts are messages", free=True
+        dict, "variables of the chat template, where prompts are messages", example={"enable_thinking": True}, free=True
     )
     bos: str = setting(
         "", 'the token that opens a text prompt: "" as the tokenizer adds it, or never', choices=("", NEVER)

@@ -31,11 +31,16 @@ NO_TARGETS = {
 class LoraConfig:
     """The adapters of a model."""
 
-    rank: int = setting(0, "columns of A and rows of B; 0: no LoRA, all parameters are trained", least=0)
+    rank: int = setting(
+        0, "columns of A and rows of B; 0: no LoRA, all parameters are trained", unit="columns", least=0
+    )
     alpha: float = setting(16.0, "the adapter is scaled by alpha / rank", above=0)
     dropout: float = setting(0.0, "dropout of the adapters' input", least=0, below=1)
     targets: list[str] = setting(
-        lambda: [ALL_LINEAR], "modules that get an adapter: all-linear, or q_proj, …, experts, router", free=True
+        lambda: [ALL_LINEAR],
+        "modules that get an adapter: all-linear, or q_proj, …, experts, router",
+        example=["q_proj", "v_proj"],
+        free=True,
     )
 
     @property

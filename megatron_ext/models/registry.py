@@ -83,6 +83,11 @@ class Family:
         return self._part("weight_layout")
 
 
+def model_type(family: Family, dims: Any) -> str:
+    """Return what config.json calls a model: of a family of several kinds, such as Qwen2's, which one it is."""
+    return getattr(dims, "kind", family.name)
+
+
 def unwrap(model: Any) -> Any:
     """Return the family's model below DistributedDataParallel and Float16Module."""
     while hasattr(model, "module"):

@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ModelSettings:
     """A model folder and how its ranks hold it."""
 
-    model: str = setting("", "model folder", needed=True, input=True, made_by=MODELS)
+    model: str = setting("", "model folder", example="${phases.imported.out}", needed=True, input=True, made_by=MODELS)
     dtype: str = setting("", 'type of the weights; "" keeps that of the model folder', choices=("", *DTYPES))
     backend: str = setting(
         "auto",

@@ -100,9 +100,9 @@ class Evaluation:
     """In the loop, of the weights in training, on prompts that are not trained."""
 
     every: int = setting(0, "steps between two evaluations, and one after the last; 0: never", unit="steps", least=0)
-    prompts: int = setting(32, "how many prompts, the first ones", least=1)
+    prompts: int = setting(32, "how many prompts, the first ones", unit="prompts", least=1)
     samples: int = setting(
-        0, "samples of each prompt, for the mean accuracy, pass@k and maj@k; 0: greedy alone", least=0
+        0, "samples of each prompt, for the mean accuracy, pass@k and maj@k; 0: greedy alone", unit="samples", least=0
     )
     temperature: float = setting(1.0, "temperature of these samples", above=0)
 
@@ -123,7 +123,7 @@ def check_loss(loss: Loss, where: str = "loss") -> list[Problem]:
 class GenerateSettings(RolloutSettings):
     """Sampling on the prompts of tasks: the config of the phase generate."""
 
-    samples: int = setting(8, "samples of each prompt", least=1)
+    samples: int = setting(8, "samples of each prompt", unit="samples", least=1)
     sampling: Sampling = setting(Sampling, "how tokens are chosen")
     seed: int = setting(0, "noise of the samples", **SEEDS)
     chunk: int = setting(1024, "prompts whose samples become a file at a time", unit="prompts", least=1, keyed=False)
@@ -135,16 +135,23 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
     """In-place GRPO on tasks: the config of the phase grpo."""
 
     reference: str = setting(
-        "", 'model folder of the KL term; "": the model itself', free=True, input=True, made_by=MODELS
+        "",
+        'model folder of the KL term; "": the model itself',
+        example="${phases.imported.out}",
+        free=True,
+        input=True,
+        made_by=MODELS,
     )
     evaluation: Evaluation = setting(Evaluation, "evaluation in the loop, of the weights in training")
 
     steps: int = setting(100, "how often prompts are drawn, sampled and trained on", unit="steps", least=1)
     prompts: int = setting(64, "prompts of a step", unit="prompts", least=1)
     group: int = setting(8, "samples of a prompt, which are compared with one another", unit="samples", least=2)
-    passes: int = setting(1, "passes over the rollouts of a step", least=1)
-    minibatches: int = setting(1, "updates of a pass", least=1)
-    refill_tries: int = setting(0, "times a step, at most, that prompts are drawn in place of those dropped", least=0)
+    passes: int = setting(1, "passes over the rollouts of a step", unit="passes", least=1)
+    minibatches: int = setting(1, "updates of a pass", unit="updates", least=1)
+    refill_tries: int = setting(
+        0, "times a step, at most, that prompts are drawn in place of those dropped", unit="times", least=0
+    )
     seed: int = setting(0, "order of the prompts, noise of the samples", **SEEDS)
     sampling: Sampling = setting(Sampling, "how tokens are chosen")
     rewarding: Rewarding = setting(Rewarding, "which samples count, and what their length costs")
@@ -178,7 +185,7 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
     )  # fmt: skip
     completions: str = setting(
         "", "CSV file of all samples that were logged, made at the end, with a .jsonl beside it; below KEEP unless it "
-        "is an absolute path", free=True, keyed=False,
+        "is an absolute path", example="completions.csv", free=True, keyed=False,
     )  # fmt: skip
 
     def rate_schedule(self) -> Schedule:

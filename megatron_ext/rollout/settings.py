@@ -27,7 +27,9 @@ class Sampling:
         0.0, "only tokens at least this likely are drawn, as a share of the likeliest; 0: all", least=0, below=1
     )
     max_tokens: int = setting(256, "new tokens of a completion, at most", unit="tokens", least=1)
-    stop_strings: list[str] = setting(list, "a completion ends where one of these texts is complete", free=True)
+    stop_strings: list[str] = setting(
+        list, "a completion ends where one of these texts is complete", example=["</answer>"], free=True
+    )
     max_turns: int = setting(
         0, "turns of the model, at most, in tasks that reply; 0: as many as max_tokens leaves room for",
         unit="turns", least=0,
@@ -70,7 +72,7 @@ class RolloutSettings(ModelSettings):
 
     mix: MixConfig = setting(MixConfig, "the tasks whose prompts are asked, and how they are rewarded")
     chat_arguments: dict[str, Any] = setting(
-        dict, "variables of the chat template, where prompts are messages", free=True
+        dict, "variables of the chat template, where prompts are messages", example={"enable_thinking": True}, free=True
     )
     bos: str = setting(
         "", 'the token that opens a text prompt: "" as the tokenizer adds it, or never', choices=("", NEVER),

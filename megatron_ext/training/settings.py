@@ -35,7 +35,9 @@ class TrainingSettings(ModelSettings):
     checkpoint_every: int = setting(
         0, "steps between two checkpoints; 0: only at the end", unit="steps", least=0, keyed=False
     )
-    keep_checkpoints: int = setting(2, "how many of the newest checkpoints stay", least=1, keyed=False)
+    keep_checkpoints: int = setting(
+        2, "how many of the newest checkpoints stay", unit="checkpoints", least=1, keyed=False
+    )
     keep_every: int = setting(
         0, "checkpoints of multiples of this step stay for good; 0: none", unit="steps", least=0, keyed=False
     )
@@ -68,29 +70,60 @@ class TrainingSettings(ModelSettings):
 class SftSettings(TrainingSettings):
     """Supervised fine-tuning on packs: the config of the phase sft."""
 
-    store: str = setting("", "token store", needed=True, input=True, made_by=STORES)
-    packs: str = setting("", "pack plan of that store", needed=True, input=True, made_by=PACKS)
-    blend_stores: list[str] = setting(
-        list, "further token stores, blended by weight", free=True, input=True, made_by=STORES
+    store: str = setting("", "token store", example="${phases.data.out}", needed=True, input=True, made_by=STORES)
+    packs: str = setting(
+        "", "pack plan of that store", example="${phases.packs.out}", needed=True, input=True, made_by=PACKS
     )
-    blend_packs: list[str] = setting(list, "pack plans of the further stores", free=True, input=True, made_by=PACKS)
+    blend_stores: list[str] = setting(
+        list,
+        "further token stores, blended by weight",
+        example=["${phases.more_data.out}"],
+        free=True,
+        input=True,
+        made_by=STORES,
+    )
+    blend_packs: list[str] = setting(
+        list,
+        "pack plans of the further stores",
+        example=["${phases.more_packs.out}"],
+        free=True,
+        input=True,
+        made_by=PACKS,
+    )
     blend_weights: list[float] = setting(
         list, "shares of packs: that of `packs`, then that of each further plan", above=0
     )
     valid_stores: list[str] = setting(
-        list, "token stores of the validation sets", free=True, input=True, made_by=STORES
+        list,
+        "token stores of the validation sets",
+        example=["${phases.valid_data.out}"],
+        free=True,
+        input=True,
+        made_by=STORES,
     )
-    valid_packs: list[str] = setting(list, "pack plans of the validation sets", free=True, input=True, made_by=PACKS)
+    valid_packs: list[str] = setting(
+        list,
+        "pack plans of the validation sets",
+        example=["${phases.valid_packs.out}"],
+        free=True,
+        input=True,
+        made_by=PACKS,
+    )
     init_from: str = setting(
         "",
         "weights to begin with: a model folder, a step, or the folder of a training",
+        example="${phases.cold_start.out}",
         free=True,
         input=True,
         made_by=MODELS,
     )
-    init_step: int = setting(0, "step of the training in init_from; 0: what it sealed, else its newest", least=0)
+    init_step: int = setting(
+        0, "step of the training in init_from; 0: what it sealed, else its newest", unit="steps", least=0
+    )
 
-    steps: int = setting(0, "updates; the first limit that is reached ends the training; 0: no limit", least=0)
+    steps: int = setting(
+        0, "updates; the first limit that is reached ends the training; 0: no limit", unit="steps", least=0
+    )
     samples: int = setting(0, "packs; what is less than an update is left out; 0: no limit", unit="packs", least=0)
     tokens: int = setting(0, "tokens, padding counts; 0: no limit", unit="tokens", least=0)
     minutes: float = setting(

@@ -14,7 +14,7 @@ class Track:
     wandb: str = setting(
         "off", "Weights & Biases; offline needs no internet, later `wandb sync KEEP/wandb/offline-run-*`", choices=WANDB
     )
-    project: str = setting("afterok", "project of the W&B run", free=True)
-    entity: str = setting("", 'user or team of the W&B run; "": that of the W&B key', free=True)
-    name: str = setting("", 'name of the W&B run; "": W&B chooses', free=True)
+    project: str = setting("afterok", "project of the W&B run", example="my-project", free=True)
+    entity: str = setting("", 'user or team of the W&B run; "": that of the W&B key', example="my-team", free=True)
+    name: str = setting("", 'name of the W&B run; "": W&B chooses', example="first-try", free=True)
     tensorboard: bool = setting(False, "event files in KEEP/tensorboard")

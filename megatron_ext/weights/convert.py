@@ -38,7 +38,7 @@ from megatron_ext.models.layouts import (
     placed,
     shard_on_rank,
 )
-from megatron_ext.models.registry import Family
+from megatron_ext.models.registry import Family, model_type
 from megatron_ext.weights import copies, dist_weights, rounded
 from megatron_ext.weights.dist_weights import Piece, Region, pieces, regions
 from megatron_ext.weights.hf_files import SHARD_BYTES, HfTensors, SafetensorsFiles
@@ -75,7 +75,7 @@ def check_tensors(shapes: Mapping[str, Shape], family: Family, dims: Any, where:
         return [
             Problem(
                 where,
-                f"has none of the {len(expected)} tensors of the {family.name} model in config.json "
+                f"has none of the {len(expected)} tensors of the {model_type(family, dims)} model in config.json "
                 f"but {name} {list(shape)}: these are the weights of another model",
             )
         ]
@@ -91,7 +91,9 @@ def check_tensors(shapes: Mapping[str, Shape], family: Family, dims: Any, where:
                     Problem(where, f"tensor {name} has shape {list(shape)}, config.json gives {list(expected[name])}")
                 )
         elif not family.mapping.is_redundant(name, dims):
-            problems.append(Problem(where, f"tensor {name} {list(shape)} is not part of a {family.name} model"))
+            problems.append(
+                Problem(where, f"tensor {name} {list(shape)} is not part of a {model_type(family, dims)} model")
+            )
     if len(problems) > LISTED:
         problems[LISTED:] = [Problem(where, f"and {len(problems) - LISTED} more tensors are wrong")]
     return problems

@@ -8,6 +8,7 @@ from data_tools.mistake import Problem, nearest
 from slurm.profile.environments import environments, site_variables
 from slurm.profile.images import COMMA_PARTS_MOUNTS, is_relative, split
 from slurm.profile.limits import limit_problems
+from slurm.profile.mail import mail_problems
 from slurm.profile.places import gpus_of
 from slurm.profile.policy import forbidden
 from slurm.profile.resolve import choices, gres_problems, naming_problems, resolve, time_problems
@@ -97,6 +98,7 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
         problems.append(
             Problem(f"{file}: hooks", "local processes have no batch script that could run them; take it out")
         )
+    problems += mail_problems(profile, file)
     problems += _folder_problems(profile.storage, f"{file}: storage")
     problems += _container_problems(profile, f"{file}: container")
     if not problems:  # the numbers can be compared only now

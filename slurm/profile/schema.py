@@ -11,7 +11,10 @@ The dataclasses are OmegaConf structured configs too.
 import re
 from dataclasses import dataclass, field
 
+from data_tools.base.declared import setting
+
 STANDARD_ROLES = ("cpu", "train", "generate", "eval")
+DEFAULT_ROLE = "cpu"  # of a phase that names none
 KINDS = ("slurm", "local")
 RUNTIMES = ("none", "pyxis", "apptainer", "charliecloud")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -191,23 +194,38 @@ class Hooks:
     health: Health = field(default_factory=Health)
 
 
+@dataclass
+class Mail:
+    """Whom Slurm sends mail, and of what (mail.py): sbatch's --mail-user and --mail-type, said once for a pipeline.
+
+    Without `type` it is END and FAIL, without `user` the one who submits. Local processes send none.
+    """
+
+    user: str | None = None
+    type: list[str] = field(default_factory=list)  # BEGIN, END, FAIL, REQUEUE, INVALID_DEPEND, TIME_LIMIT…, ALL, NONE
+
+
 @dataclass(kw_only=True)
 class Wishes:
     """What a phase may ask for, beside its role; None takes the profile's value for its kind, else the role's."""
 
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    cpus_per_task: int | None = None
-    mem_gib: int | None = None
-    time: str | None = None
-    ranks_per_node: int | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    reservation: str | None = None
-    licenses: str | None = None
-    constraint: str | None = None
-    gres: str | None = None
+    nodes: int | None = setting(None, "nodes of each element", unit="nodes", example=2)
+    gpus_per_node: int | None = setting(None, "GPUs of each node", unit="GPUs", example=8)
+    cpus_per_task: int | None = setting(None, "CPU cores of each rank", unit="cores", example=12)
+    mem_gib: int | None = setting(None, "memory of each node", unit="GiB", example=500)
+    time: str | None = setting(None, "time limit, as sbatch takes it: minutes, H:M:S or D-H:M:S", example="8:00:00")
+    ranks_per_node: int | None = setting(
+        None, "processes of each node; by default one a GPU, and one where there are no GPUs", unit="ranks", example=8
+    )
+    partition: str | None = setting(None, "partition, in place of the role's", example="gpu")
+    account: str | None = setting(None, "account that is charged", example="llm")
+    qos: str | None = setting(None, "quality of service", example="normal")
+    reservation: str | None = setting(None, "reservation that the job runs in", example="course")
+    licenses: str | None = setting(None, "licences that the job holds", example="matlab:1")
+    constraint: str | None = setting(None, "features that the nodes must have", example="h100")
+    gres: str | None = setting(
+        None, "generic resources of each node, beside its GPUs or with their names", example="nvme:1"
+    )
 
 
 @dataclass
@@ -251,6 +269,7 @@ class Profile:
     hooks: Hooks = field(default_factory=Hooks)
     network: Network = field(default_factory=Network)
     srun: Srun = field(default_factory=Srun)
+    mail: Mail = field(default_factory=Mail)
     max_array_size: int | None = None  # None: no limit known
     max_submit_jobs: int | None = None  # of one user at a time, array elements counted; None: asked of sacctmgr
     signal_lead_s: int = 90  # seconds before the time limit at which a job is asked to stop: one checkpoint must fit
@@ -262,7 +281,7 @@ class Profile:
 class Request(Wishes):
     """What a phase asks for."""
 
-    role: str
+    role: str = setting(DEFAULT_ROLE, "what it does: the profile maps it to a partition and defaults", example="train")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,11 @@ def config_of(tokenizer: Path, *inputs: Path, **changes: object) -> Config:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def left_out(folder: Path) -> list[dict]:
+    path = folder / "left_out.jsonl"
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
 any_line = st.one_of(
@@ -57,6 +64,7 @@ def test_the_store_and_its_balance_do_not_depend_on_the_number_of_elements(
     assert facts_of_many == facts
     Balance.from_json(read_json(one / "balance.json")).check()
     assert facts["kept"] == len(Store(one)) and facts["tokens"] == Store(one).tokens
+    assert Counter(told["bucket"] for told in left_out(one)) == facts["buckets"]
 
 
 def test_rows_are_the_canonical_marks_in_order_with_their_lines(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -93,6 +101,24 @@ def test_every_drop_has_its_bucket(tmp_path: Path, tokenizer_folder: Path) -> No
         "duplicate": 1, "wrong_answer": 1, "unparsable": 1, "too_long": 1,
     }  # fmt: skip
     assert (facts["lines"], facts["rows"], facts["kept"]) == (4, 6, 2)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_row_that_is_left_out_is_listed_with_its_line_and_reason(
+    tmp_path: Path, tokenizer_folder: Path, count: int
+) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("\n".join([line("1+1=2"), "{oops", line("11111*10000=111110000"), line("1+1=2.0")]))
+    second.write_text("\n".join([line("2+2=4"), line("1+1=2"), line("2+2=5")]))
+    out, facts = build(config_of(tokenizer_folder, first, second, on_bad_row="bucket", max_tokens=10), tmp_path, count)
+    listed = left_out(out)
+    assert [(told["file"], told["line"], told["bucket"]) for told in listed] == [
+        (str(first), 2, "malformed_line"), (str(first), 3, "too_long"), (str(first), 4, "duplicate"),
+        (str(second), 2, "duplicate"), (str(second), 3, "wrong_answer"),
+    ]  # fmt: skip
+    assert "not JSON" in listed[0]["reason"] and listed[1]["reason"] == "22 tokens; max_tokens is 10"
+    assert listed[2]["reason"] == "the same text with the same loss mask as a row before it"
+    assert facts["left_out"] == {"file": "left_out.jsonl", "rows": 5}
 
 
 def test_a_character_the_tokenizer_lacks_drops_the_row(tmp_path: Path) -> None:

@@ -1,17 +1,23 @@
 """Every setting of every phase kind is declared, and no value out of its range gets past a plan, whatever the kind."""
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from data_tools.base import declared
-from data_tools.base.declared import NAME, Declaration
+from data_tools.base.declared import NAME, Declaration, describe
 from jobs.kind import PhaseKind, Placement, find_kind, kind_names
+from jobs.schema.problems import Problems
+from jobs.schema.typed import structured
 from megatron_ext.entrypoints import certify
+from slurm.profile.schema import Request
 
 ANY_LEAF = {int, float, str, Any}  # kinds of values of which not all may be legal
 CONFIGS = [*((name, find_kind(name).config) for name in kind_names()), ("certify", certify.Config)]
@@ -44,6 +50,28 @@ def test_every_setting_has_help_and_what_is_legal_is_known(name, config):
             path = field.metadata.get("input") or field.metadata.get("module")
             assert known.legal or known.free or path, f"{name}: what {key} may be is not declared"
             assert not (known.legal and known.free), f"{name}: {key} has a range and says that every value is legal"
+
+
+@pytest.mark.parametrize("name, config", [*CONFIGS, ("resources", Request)], ids=lambda value: str(value))
+def test_every_setting_has_an_example_that_is_taken_and_every_number_a_unit(name, config):
+    """A count of something says of what; a number without a unit is a pure one, and so is what draws."""
+    for described in describe(config):
+        *above, last = described.key.split(".")
+        if described.type == "mapping":
+            continue
+        assert described.example is not None, f"{name}: {described.key} has no example"
+        assert described.type != "int" or described.unit or last.endswith("seed"), (
+            f"{name}: {described.key} has no unit"
+        )
+        given = described.example
+        for part in reversed([*above, last]):
+            given = {part if part != NAME else "x": given}
+        problems = Problems(Path("p.yaml"))
+        text = re.sub(r"\$\{phases\.\w+\.out\}", "folder", yaml.safe_dump(given))  # what the pipeline puts there
+        typed = structured(problems, "with", config, yaml.safe_load(text))
+        told = [problem for problem in declared.check(typed) if problem.where == described.key.replace(NAME, "x")]
+        assert not problems.noted and not told, (name, described.key, described.example, problems.noted, told)
+        assert described.example != described.default, f"{name}: {described.key}"
 
 
 def wrong_values(known: Declaration, kinds: set[Any]) -> list[Any]:

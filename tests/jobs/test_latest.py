@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from data_tools.base import durable
 from tests.launchers.planted_run import KEY, PlantedRun, balance_file
 
 
@@ -48,3 +49,13 @@ def test_what_is_sealed_stays_sealed_where_no_link_can_be_made(tmp_path, broken)
         planted.run.latest_link("data").mkdir()
     planted.run.link_latest("data")
     assert planted.run.seal("data", KEY) is not None and not planted.run.latest_link("data").is_symlink()
+
+
+def test_a_plan_of_many_phases_is_read_once_to_set_their_links(tmp_path, monkeypatch):
+    planted = PlantedRun(tmp_path, {f"phase{n}": "materialize" for n in range(20)})
+    read = []
+    monkeypatch.setattr(
+        durable, "read_checked", lambda path, before=durable.read_checked: read.append(path) or before(path)
+    )
+    planted.run.freeze(1, "planted", list(planted.phases.values()))
+    assert read == [planted.run.plan_path(1)]

@@ -57,7 +57,7 @@ def submitted_jobs(run, env):
         {
             row.array_job_id or row.job_id
             for row in Slurm(env).queue()
-            if row.name.startswith(f"{run.name}.") and row.state != "CANCELLED" and str(run) in _workdir(env, row)
+            if f".{run.name}.a" in row.name and row.state != "CANCELLED" and str(run) in _workdir(env, row)
         }
     )
 

@@ -174,7 +174,7 @@ container:
     run, slurm, env = RunFolder(folder / "runs" / "c"), Slurm(dev_cluster.env()), {"SLURM_CONF": str(dev_cluster.conf)}
     afterok("submit", folder / "c.yaml", f"cluster={folder / 'site.yaml'}", "--run", run.path, env=env)
     wait_for("its first step", lambda: list(run.path.glob("counter/*/progress/0000.json")))
-    (row,) = [row for row in slurm.queue() if row.name.startswith("c.counter")]
+    (row,) = [row for row in slurm.queue() if row.name.startswith("counter.c.")]
     slurm.run(["scancel", "--signal=USR2", row.job_id])
     wait_for("its seal", lambda: list(run.path.glob("counter/*/seal.json")), 300)
     wait_for("its last word, which follows the seal", lambda: len(run.outcomes("counter")) > 1)

@@ -276,14 +276,14 @@ def test_what_is_only_likely_says_so():
 
 def test_scontrols_job_reads_like_accountings():
     line = (
-        "JobId=15 ArrayJobId=12 ArrayTaskId=3 JobName=toy.numbers.a1.x UserId=root(0) JobState=FAILED "
+        "JobId=15 ArrayJobId=12 ArrayTaskId=3 JobName=numbers.toy.a1.x UserId=root(0) JobState=FAILED "
         "Reason=NonZeroExitCode Requeue=1 Restarts=0 ExitCode=0:53 RunTime=1-00:01:05 TimeLimit=00:10:00 "
         "ReqNodeList=(null) NodeList=n[1-2] NumNodes=2"
     )
     assert parse_job_row(line) == AccountingRow(
         job_id="12_3",
         raw_id="15",
-        name="toy.numbers.a1.x",
+        name="numbers.toy.a1.x",
         state="FAILED",
         exit_code=0,
         exit_signal=53,

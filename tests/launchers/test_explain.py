@@ -12,7 +12,7 @@ from tests.command import ROOT, afterok, afterok_json, one_line
 def test_without_a_phase_the_kinds_are_listed_with_a_line_each():
     told = afterok("explain").stdout
     listed = afterok_json("explain")["phases"]
-    assert [each["phase"] for each in listed] == kind_names()
+    assert [each["phase"] for each in listed] == [*kind_names(), "resources"]
     assert all(each["about"] and each["about"] in told for each in listed)
 
 
@@ -20,7 +20,7 @@ def test_each_setting_of_a_phase_is_told_with_type_default_unit_range_and_meanin
     found = {each["key"]: each for each in afterok_json("explain", "grpo")["settings"]}
     assert found["loss.clip_low"] == {
         "key": "loss.clip_low", "type": "float", "default": 0.2, "unit": "", "legal": "0 to 1", "keyed": True,
-        "needed": False, "help": "the ratio counts from 1 - clip_low; cispo: from 0",
+        "needed": False, "help": "the ratio counts from 1 - clip_low; cispo: from 0", "example": 0.4,
     }  # fmt: skip
     assert found["schedule"]["default"] == "constant" and "cosine" in found["schedule"]["legal"]
     assert found["bos"]["keyed"] == "if_set" and found["parallel.tensor"]["keyed"] is False
@@ -39,6 +39,12 @@ def test_each_setting_of_a_phase_is_told_with_type_default_unit_range_and_meanin
 )
 def test_one_setting_and_those_below_it_can_be_asked_for(setting, keys):
     assert [each["key"] for each in afterok_json("explain", "grpo", setting)["settings"]] == keys
+    assert [each["key"] for each in afterok_json("explain", f"grpo.{setting}")["settings"]] == keys
+
+
+def test_what_a_phase_may_ask_of_the_cluster_is_explained_too():
+    told = afterok("explain", "resources.time").stdout
+    assert "time limit" in told and "written as PHASE.resources.time='8:00:00'" in told
 
 
 @pytest.mark.parametrize(

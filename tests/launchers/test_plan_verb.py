@@ -72,7 +72,11 @@ def test_the_scripts_are_printed_and_what_is_refused_is_in_json_too(two, capsys)
     path, site, folder = two
     words = ["plan", path, f"cluster={site}", "--run", folder / "run"]
     told = said(capsys, *words, "--sbatch").out
-    assert "# numbers\n#!/bin/bash" in told and "#SBATCH --gpus-per-node=8" in told and "a1.TOKEN" in told
+    assert (
+        "# numbers\n#!/bin/bash" in told
+        and "#SBATCH --gpus-per-node=8" in told
+        and "--job-name=numbers.run.a1.TOKEN" in told
+    )
     answer = json.loads(said(capsys, *words, "--sbatch", "--json").out)
     assert set(answer["sbatch"]) == {"numbers", "total"} and not (folder / "run").exists()
     told = said(capsys, *words, "--budget", "100", "numbers.resources.nodes=0", "--json", code=2)

@@ -240,7 +240,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_until_it_is_waived(p
     monkeypatch.setattr(PhaseKind, "costs", lambda self, config, placement: {"bytes": 2.0**60, "seconds": 7200.0})
     line = refused(plan)["D001"]
     assert (
-        "1,073,741,824.0 GiB of checkpoints and weights at the least (counter 1,073,741,824.0)" in line
+        "1,048,576.0 TiB of checkpoints and weights at the least (counter 1,048,576.0 TiB)" in line
         and "keep fewer" in line
     )
     made = plan("gpus_per_node=2", "nodes=2", "time=3:00:00", waive=["D001"])

@@ -172,3 +172,12 @@ def test_json_for_people_says_the_same_and_holds_no_control_character(text):
     printed = printing.json_text({text: [text]})
     assert json.loads(printed) == {text: [text]} and not CONTROL.search(printed)
     assert not CONTROL.search(printing.clean(text)) and printing.clean("a\tü\n日") == "a\tü\n日"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (1, "1 byte"), (1023, "1,023 bytes"), (1024, "1.0 KiB"), (2**20 - 1, "1.0 MiB"),
+     (3.5 * 2**20, "3.5 MiB"), (2**30, "1.0 GiB"), (2**50, "1,024.0 TiB")],
+)  # fmt: skip
+def test_a_size_has_the_unit_that_it_is_read_in(size, text):
+    assert printing.size_text(size) == text

@@ -218,6 +218,24 @@ def test_hours_up_to_a_step_are_the_sum_of_the_times_of_its_steps():
     assert math.isnan(columns["valid/loss"].values[0]) and set(columns) == {"step_s", "hours", "valid/loss"}
 
 
+def test_every_number_of_every_line_is_in_its_curve_in_the_order_of_steps():
+    """Also where lines have other names, nested ones too, and other values than numbers stand in a number's place."""
+    lines = [
+        {"step": 3, "loss": 1.0, "eval": {"a": 2, "b": {"c": 0.5}}},
+        {"step": 1, "loss": 4, "note": "x"},
+        {"step": 2, "loss": None, "lr": True, "eval": {"a": 1.5}},
+        {"step": 4, "loss": 0.5, "eval": 7},
+        {"step": 5, "loss": 10**400, "eval": {"b": {"c": 1}}},
+    ]
+    found = {name: list(zip(column.steps, column.values)) for name, column in curves.columns_of(lines).items()}
+    assert found == {
+        "loss": [(1, 4), (3, 1), (4, 0.5), (5, float("inf"))],
+        "eval/a": [(2, 1.5), (3, 2)],
+        "eval/b/c": [(3, 0.5), (5, 1)],
+        "eval": [(4, 7)],
+    }
+
+
 def test_lines_that_are_no_metrics_are_counted_and_one_that_is_being_written_is_not(tmp_path):
     path = tmp_path / "metrics.jsonl"
     bad = ["nonsense", '{"loss": 3}', "[1]", '{"step": Infinity}', '{"step": NaN}']

@@ -120,9 +120,9 @@ def test_a_curve_tells_its_values_where_it_is_pointed_at(browser, tmp_path):
 def test_what_was_open_is_open_when_the_page_is_loaded_again(browser, tmp_path):
     write_report(contents_of(finished(tmp_path / "run").run), tmp_path / "report.html")
     page, noted = opened(browser, tmp_path / "report.html", 390, "dark")
-    page.click("#groups-grpo-1 > summary")
+    page.click("#groups-grpo-0-1 > summary")
     page.reload()
-    assert page.evaluate("document.getElementById('groups-grpo-1').open") and not noted
+    assert page.evaluate("document.getElementById('groups-grpo-0-1').open") and not noted
 
 
 def test_a_large_run_is_written_and_drawn(browser, tmp_path, request):

@@ -22,8 +22,8 @@ def asked(run, env):
     printed = subprocess.run(
         ["squeue", "-h", "-r", "-t", "PD,R", "-o", "%j %l %E"], env=env, capture_output=True, text=True
     ).stdout
-    mine = [line.split() for line in printed.splitlines() if line.startswith(f"{run.name}.")]
-    return {name.split(".")[1]: limit for name, limit, *_ in mine}
+    mine = [line.split() for line in printed.splitlines() if f".{run.name}.a" in line]
+    return {name.split(".")[0]: limit for name, limit, *_ in mine}
 
 
 @pytest.fixture

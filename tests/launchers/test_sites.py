@@ -101,7 +101,7 @@ def jobs_of(run, env):
     return {
         row.name
         for row in Slurm(env | {"PATH": os.environ["PATH"]}).queue()
-        if row.name.startswith(f"{run.name}.") and row.state in ("PENDING", "RUNNING")
+        if f".{run.name}.a" in row.name and row.state in ("PENDING", "RUNNING")
     }
 
 
@@ -169,7 +169,7 @@ def test_banners_around_an_id_and_an_sbatch_that_fails_after_all_change_nothing(
     silent = run.with_name("silent")
     env = sbatch('$REAL "$@" > /dev/null; echo "thank you"')  # found by its name
     afterok("submit", pipeline, "numbers.with.seconds=60", "--run", silent, env=env)
-    assert len({name.split(".")[1] for name in jobs_of(silent, env)}) == len(jobs_of(silent, env)) == 3
+    assert len({name.split(".")[0] for name in jobs_of(silent, env)}) == len(jobs_of(silent, env)) == 3
     afterok("cancel", silent, env=env)
     again = run.with_name("again")
     env = sbatch('$REAL "$@"; echo "accounting hook failed, try again" >&2; exit 3')  # the job is there all the same

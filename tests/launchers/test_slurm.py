@@ -50,7 +50,7 @@ def test_phases_wait_on_each_other_as_dependent_arrays(toy):
     pipeline, run, env = toy
     jobs = afterok_json("submit", pipeline, f"numbers.with.gate={run}.gate", "--run", run, env=env)["jobs"]
     rows = {
-        row.array_index if row.array_index is not None else row.name.split(".")[1]: row
+        row.array_index if row.array_index is not None else row.name.split(".")[0]: row
         for row in Slurm(env).queue()
         if (row.array_job_id or row.job_id) in jobs.values()
     }

@@ -1,6 +1,7 @@
 """The sbatch script is a pure function of plan and profile; its golden text is what an admin reads."""
 
 from pathlib import Path
+from typing import Any
 
 from data_tools.base import durable
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
@@ -13,7 +14,7 @@ from launchers.planning.planner import make_plan
 from slurm.detect import Cluster
 from slurm.printed import QueueRow
 from slurm.profile.files import load
-from slurm.profile.schema import Resources
+from slurm.profile.schema import Profile, Resources
 from tests.command import write_toy
 
 GOLDEN = """#!/bin/bash
@@ -27,7 +28,7 @@ GOLDEN = """#!/bin/bash
 #SBATCH --exclusive
 #SBATCH --export=WANDB_MODE
 #SBATCH --gpus-per-node=8
-#SBATCH --job-name=toy.numbers.a3.cafe
+#SBATCH --job-name=numbers.toy.a3.cafe
 #SBATCH --kill-on-invalid-dep=no
 #SBATCH --mem=1843200M
 #SBATCH --nodes=2
@@ -88,7 +89,7 @@ def test_the_script_of_a_gpu_phase_is_this_text(tmp_path):
     )
     run = RunFolder(Path("/run/toy"))
     planned = make_plan(pipeline, run, Cluster("slurm", profile, {}, "example")).phases[0]
-    spec = JobSpec(planned, "toy.numbers.a3.cafe", [0, 2], {})
+    spec = JobSpec(planned, "numbers.toy.a3.cafe", [0, 2], {})
     parameters, command = phase_parameters(profile, run, 3, spec), phase_command(profile, run, 3, spec)
     assert PhaseExecutor(tmp_path).text(parameters, command) == GOLDEN
 
@@ -142,7 +143,7 @@ def script(tmp_path, profile_text, *overrides):
     pipeline = load_pipeline(write_toy(tmp_path), ["numbers.resources.role=train", *overrides])
     run = RunFolder(Path("/run/toy"))
     planned = make_plan(pipeline, run, Cluster("slurm", profile, {}, "site")).phases[0]
-    spec = JobSpec(planned, "toy.numbers.a3.cafe", [0, 2], {})
+    spec = JobSpec(planned, "numbers.toy.a3.cafe", [0, 2], {})
     parameters, command = phase_parameters(profile, run, 3, spec), phase_command(profile, run, 3, spec)
     return PhaseExecutor(tmp_path).text(parameters, command)
 
@@ -230,3 +231,49 @@ def test_nodes_are_asked_for_their_health_before_the_ranks_start(tmp_path):
     gpus_only = HOOKS.replace(", commands: [\"test -e '/x y'\"]", "").replace("gpus_per_node: 8, ", "")
     assert "jobs.health" not in script(tmp_path, gpus_only)  # a role without GPUs is asked nothing of them
     assert "jobs.health" not in script(tmp_path, PLACES)
+
+
+MAILED = """\
+partitions: {gpu: {}}
+roles: {cpu: {}}
+mail: {user: me@example.org, type: [BEGIN, END, FAIL, TIME_LIMIT_80]}
+"""
+
+
+def test_a_pipeline_sends_few_mails(tmp_path):
+    """One when it begins, one when it ends and one a failure, arrays whole, and not one a phase."""
+    (tmp_path / "site.yaml").write_text(MAILED)
+    pipeline, run = load_pipeline(write_toy(tmp_path)), RunFolder(tmp_path / "run")
+
+    def mails(profile: Profile, **changed: Any) -> dict[str, tuple[str, str]]:
+        phases = make_plan(pipeline, run, Cluster("slurm", profile, {}, "site")).phases
+        found = {}
+        for planned in phases:
+            for name, value in changed.items():
+                setattr(planned if name == "conditional" else planned.frozen, name, value)
+            spec = JobSpec(planned, "a.name", planned.missing, {}, links=changed.get("links", 0))
+            said = phase_parameters(profile, run, 1, spec)["additional_parameters"]
+            found[planned.name] = said.get("mail-type", ""), said.get("mail-user", "")
+        return found
+
+    profile = load(str(tmp_path / "site.yaml"))
+    me = "me@example.org"
+    assert mails(profile) == {"numbers": ("BEGIN,FAIL,TIME_LIMIT_80", me), "total": ("FAIL,TIME_LIMIT_80", me),
+                              "again": ("END,FAIL,TIME_LIMIT_80", me)}  # fmt: skip
+    # Slurm calls a link that handed over failed, and a phase that is not needed too
+    for changed in ({"links": 3}, {"conditional": True}):
+        assert mails(profile, **changed)["total"] == ("END,TIME_LIMIT_80", me)
+    profile.mail.type = []
+    assert [types for types, _ in mails(profile).values()] == ["FAIL", "FAIL", "END,FAIL"]
+    profile.mail.type, profile.mail.user = ["ALL"], None
+    assert mails(profile)["again"] == ("END,FAIL,REQUEUE,INVALID_DEPEND", "")
+    for nothing in (["NONE"], []):
+        profile.mail.type = nothing
+        assert set(mails(profile).values()) == {("", "")}
+
+
+def test_local_processes_say_that_they_send_no_mail(tmp_path):
+    profile = load("local")
+    profile.mail.user = "me"
+    plan = make_plan(load_pipeline(write_toy(tmp_path)), RunFolder(tmp_path / "run"), Cluster("local", profile, {}, ""))
+    assert [note for note in plan.notes if note.startswith("mail: ")]

@@ -124,7 +124,7 @@ def test_more_than_a_bound_is_refused_and_the_largest_named(package):
             file.truncate(size)
         if way == "git":
             subprocess.run(["git", "-C", str(root), "add", "-N", name], check=True)
-    with pytest.raises(UserMistake, match=r"larger.json: 64.0 MiB, the largest of .* the most is 64 MiB"):
+    with pytest.raises(UserMistake, match=r"larger.json: 64.0 MiB, the largest of .* the most is 64.0 MiB"):
         find_code([root])
 
 

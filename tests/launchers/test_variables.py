@@ -1,5 +1,6 @@
 """Variables of the environment: a submission writes down what they set, and a resubmission keeps to it."""
 
+import re
 from pathlib import Path
 
 from data_tools.base import durable
@@ -35,12 +36,15 @@ def test_a_submission_records_its_variables_and_a_resubmission_keeps_to_them(tmp
     assert total(run) == 5 + 6
     assert recorded(run, 1) == ({"TOY_START": "params.start=5"}, ["cluster=local"])
     # not set any more: what was recorded holds, so that nothing of it runs again but what was asked for
-    resubmitted = afterok_json("resubmit", run, "sum", "sum.with.factor=2")
-    assert list(resubmitted["jobs"]) == ["sum"]
+    resubmitted = afterok("resubmit", run, "sum", "sum.with.factor=2")
+    assert "variable TOY_START that an earlier submission had sets params.start=5" in resubmitted.stderr
+    assert re.findall(r"^submitted (\w+) as", resubmitted.stdout, re.M) == ["sum"]
     afterok("status", run, "--watch")
     assert total(run) == 2 * (5 + 6) and recorded(run, 2)[0] == {"TOY_START": "params.start=5"}
     # set anew: that counts; and an override beats it
-    assert list(afterok_json("resubmit", run, "first", env={"TOY_START": "7"})["jobs"]) == ["first", "sum"]
+    resubmitted = afterok("resubmit", run, "first", env={"TOY_START": "7"})
+    assert said.replace("5", "7") in resubmitted.stderr
+    assert re.findall(r"^submitted (\w+) as", resubmitted.stdout, re.M) == ["first", "sum"]
     afterok("status", run, "--watch")
     assert total(run) == 2 * (7 + 8)
     done = afterok("resubmit", run, "first", "params.start=0", env={"TOY_START": "9"})

@@ -11,7 +11,7 @@ from megatron_ext.entrypoints import import_hf
 from megatron_ext.model_folders import model_folder
 from megatron_ext.models import config_meaning
 from megatron_ext.models.config_reading import WITHOUT_EFFECT
-from megatron_ext.models.registry import parse_config
+from megatron_ext.models.registry import model_type, parse_config
 from tests.megatron_ext import tiny
 
 FAMILIES = {
@@ -38,6 +38,10 @@ def understood(file: dict):
     _, dims, problems = parse_config(file, "config.json")
     assert (dims is None) == bool(problems) and all("\n" not in str(problem) for problem in problems)
     return dims
+
+
+def test_a_model_is_called_what_its_file_calls_it(dims):
+    assert model_type(tiny.family(dims), dims) == file_of(dims)["model_type"]
 
 
 def others(value) -> list:

@@ -250,3 +250,21 @@ def test_what_a_cluster_would_refuse_ends_with_its_contact(good):
     *others, last = check(good, request, "p")
     assert last.message.endswith("; contact for profile good: help@x.org")
     assert others and not any("contact" in str(problem) for problem in others)
+
+
+@pytest.mark.parametrize(
+    "mail, key, said",
+    [
+        ("{user: me at home}", "mail.user", "'me at home' is no address and no user"),
+        ('{user: "a@b\\n#SBATCH --x"}', "mail.user", "is no address"),
+        ("{user: me, type: [ENDED]}", "mail.type", "unknown type 'ENDED' (did you mean END?"),
+        ("{type: [end]}", "mail.type", "unknown type 'end' (did you mean END?"),
+        ("{type: [ARRAY_TASKS]}", "mail.type", "would send a mail for each element"),
+        ("{type: [FAIL]}", "partitions.gpu.extra_sbatch.mail_type", "mail says it too"),
+    ],
+)
+def test_mail_that_nobody_could_get_is_refused(tmp_path, mail, key, said):
+    text = f"partitions: {{gpu: {{extra_sbatch: {{mail_type: END}}}}}}\nroles: {{cpu: {{}}}}\nmail: {mail}\n"
+    assert said in problems_of(tmp_path, text)[f"p.yaml: {key}"]
+    (tmp_path / "p.yaml").write_text(text.partition("mail: ")[0])
+    files.load(str(tmp_path / "p.yaml"))  # as it was before

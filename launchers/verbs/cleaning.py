@@ -1,0 +1,69 @@
+"""Does what `afterok clean` says."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_tools.mistake import UserMistake
+from launchers.verbs.said import print_json, tell
+
+if TYPE_CHECKING:
+    from jobs.artifacts.run_folder import RunFolder
+
+MOST_KEPT = 10  # of a run, of which each is told in a line
+
+
+def do_clean(args: argparse.Namespace) -> int:
+    """Show what of some runs nothing needs any more, and with --yes delete it."""
+    from data_tools.base.printing import size_text
+    from launchers.observe.runs import as_typed
+    from launchers.observe.show import cleaned_table, console
+    from launchers.submission.clean import clean, why_going
+    from launchers.submission.superfluous import WHAT
+
+    if unknown := [what for what in args.only if what not in WHAT]:
+        raise UserMistake(f"--only {unknown[0]}: say one of {', '.join(WHAT)}")
+    named, runs = _runs(args.runs)
+    for run in named:
+        if why := why_going(run):
+            raise UserMistake(f"{as_typed(run.path)}: {why}; nothing was deleted")
+    done = clean([*named, *runs], args.only, args.yes)
+    if args.json:
+        return print_json({"runs": [each.as_json() for each in done], "bytes": sum(each.size for each in done)})
+    for each in done:
+        where = as_typed(each.run.path)
+        if each.items:
+            console().print(cleaned_table(each))
+        elif not each.going:
+            print(f"{where}: nothing that may be deleted")
+        for path, why in list(each.kept.items())[:MOST_KEPT]:
+            tell(f"kept {as_typed(path)}: {why}")
+        if len(each.kept) > MOST_KEPT:
+            tell(f"kept {len(each.kept) - MOST_KEPT:,} more for such reasons, which --json lists")
+        if each.going:
+            tell(f"{where} is left alone: {each.going}")
+    for path, why in done[0].unread.items() if done else ():
+        tell(f"{as_typed(path)}: {why}")
+    total = size_text(sum(each.size for each in done))
+    if any(each.items for each in done):
+        words = " ".join(["afterok clean", *args.runs, *(f"--only {what}" for what in args.only)])
+        print(f"{total} deleted" if args.yes else f"{total} in all; nothing was deleted: `{words} --yes` deletes it")
+    return 0
+
+
+def _runs(words: list[str]) -> "tuple[list[RunFolder], list[RunFolder]]":
+    """Return (the runs that were named, those below the folders that were named); by default the run submitted last."""
+    from jobs.artifacts.layout import is_run, runs_below
+    from jobs.artifacts.run_folder import RunFolder
+    from launchers.observe.runs import find_run
+
+    named: dict[Path, RunFolder] = {}
+    below: dict[Path, RunFolder] = {}
+    for word in words or [None]:
+        found = runs_below(Path(word)) if word is not None and not is_run(Path(word)) else []
+        if found:
+            below |= {path.absolute(): RunFolder(path.absolute()) for path in found}
+        else:
+            run = find_run(word)
+            named[run.path] = run
+    return list(named.values()), [run for path, run in sorted(below.items()) if path not in named]
