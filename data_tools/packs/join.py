@@ -65,16 +65,7 @@ def join(
     first = _first_of_equals(pieces) if dedupe else np.ones(sum(piece.stop - piece.start for piece in pieces), bool)
     fate, drawn = np.where(first, KEPT, DUPLICATE).astype(np.uint8), dict[str, Any]()
     if recipe is not None:
-        numbers = np.repeat([source_of[piece.source] for piece in pieces], [p.stop - p.start for p in pieces])
-        hashes = np.concatenate([piece.row_hashes() for piece in pieces])
-        lengths = np.concatenate([np.array(piece.store.lengths[piece.start : piece.stop]) for piece in pieces])
-        if dedupe:  # a row that a validation set has and does not take may be trained on
-            left = undrawn(recipe, numbers, hashes, first)
-            is_validation = np.array([source.is_validation for source in recipe.sources])[numbers]
-            first = np.where(is_validation, first, _first_of_equals(pieces, left))
-        fate, table, short = draw(recipe, numbers, hashes, lengths.astype(np.int64), first)
-        drawn = {"recipe": {"name": recipe.name, **recipe.plain()}, "short": short, "recipe_table": table}
-        drawn["empty"] = empty(recipe, numbers, fate)
+        fate, drawn = _draw(pieces, first, recipe, source_of=source_of, dedupe=dedupe)
     writer = StoreWriter(out)
     _copy(pieces, fate, KEPT, writer)
     held_out = _validation(pieces, fate, out, balance) if (fate == VALIDATION).any() else {}
@@ -89,6 +80,22 @@ def join(
         advice = "; ".join(remedies(buckets)) or "check inputs and tokenizer"
         raise UserMistake(f"no row is left of {balance.total().rows}: {_spell(buckets)}; {advice}")
     return {**write_balance(balance, writer.close(), out), **held_out, **drawn}
+
+
+def _draw(
+    pieces: "list[_Piece]", first: np.ndarray, recipe: Recipe, *, source_of: Sequence[int], dedupe: bool
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return (the fate uint8[rows] of each row by a recipe, its facts), from which rows are the first of their text."""
+    numbers = np.repeat([source_of[piece.source] for piece in pieces], [p.stop - p.start for p in pieces])
+    hashes = np.concatenate([piece.row_hashes() for piece in pieces])
+    lengths = np.concatenate([np.array(piece.store.lengths[piece.start : piece.stop]) for piece in pieces])
+    if dedupe:  # a row that a validation set has and does not take may be trained on
+        left = undrawn(recipe, numbers, hashes, first)
+        is_validation = np.array([source.is_validation for source in recipe.sources])[numbers]
+        first = np.where(is_validation, first, _first_of_equals(pieces, left))
+    fate, table, short = draw(recipe, numbers, hashes, lengths.astype(np.int64), first)
+    drawn = {"recipe": {"name": recipe.name, **recipe.plain()}, "short": short, "recipe_table": table}
+    return fate, {**drawn, "empty": empty(recipe, numbers, fate)}
 
 
 def _copy(pieces: "list[_Piece]", fate: np.ndarray, wanted: int, writer: StoreWriter) -> None:

@@ -9,6 +9,7 @@ from launchers.verbs.said import print_json, tell
 
 if TYPE_CHECKING:
     from jobs.artifacts.run_folder import RunFolder
+    from launchers.submission.clean import Cleaned
 
 MOST_KEPT = 10  # of a run, of which each is told in a line
 
@@ -17,7 +18,6 @@ def do_clean(args: argparse.Namespace) -> int:
     """Show what of some runs nothing needs any more, and with --yes delete it."""
     from data_tools.base.printing import size_text
     from launchers.observe.runs import as_typed
-    from launchers.observe.show import cleaned_table, console
     from launchers.submission.clean import clean, why_going
     from launchers.submission.superfluous import WHAT
 
@@ -31,17 +31,7 @@ def do_clean(args: argparse.Namespace) -> int:
     if args.json:
         return print_json({"runs": [each.as_json() for each in done], "bytes": sum(each.size for each in done)})
     for each in done:
-        where = as_typed(each.run.path)
-        if each.items:
-            console().print(cleaned_table(each))
-        elif not each.going:
-            print(f"{where}: nothing that may be deleted")
-        for path, why in list(each.kept.items())[:MOST_KEPT]:
-            tell(f"kept {as_typed(path)}: {why}")
-        if len(each.kept) > MOST_KEPT:
-            tell(f"kept {len(each.kept) - MOST_KEPT:,} more for such reasons, which --json lists")
-        if each.going:
-            tell(f"{where} is left alone: {each.going}")
+        _show(each)
     for path, why in done[0].unread.items() if done else ():
         tell(f"{as_typed(path)}: {why}")
     total = size_text(sum(each.size for each in done))
@@ -49,6 +39,24 @@ def do_clean(args: argparse.Namespace) -> int:
         words = " ".join(["afterok clean", *args.runs, *(f"--only {what}" for what in args.only)])
         print(f"{total} deleted" if args.yes else f"{total} in all; nothing was deleted: `{words} --yes` deletes it")
     return 0
+
+
+def _show(cleaned: "Cleaned") -> None:
+    """Print what of one run may go or went, and why other things stay."""
+    from launchers.observe.runs import as_typed
+    from launchers.observe.show import cleaned_table, console
+
+    where = as_typed(cleaned.run.path)
+    if cleaned.items:
+        console().print(cleaned_table(cleaned))
+    elif not cleaned.going:
+        print(f"{where}: nothing that may be deleted")
+    for path, why in list(cleaned.kept.items())[:MOST_KEPT]:
+        tell(f"kept {as_typed(path)}: {why}")
+    if len(cleaned.kept) > MOST_KEPT:
+        tell(f"kept {len(cleaned.kept) - MOST_KEPT:,} more for such reasons, which --json lists")
+    if cleaned.going:
+        tell(f"{where} is left alone: {cleaned.going}")
 
 
 def _runs(words: list[str]) -> "tuple[list[RunFolder], list[RunFolder]]":
