@@ -292,9 +292,6 @@ def _add_looking_verbs(verb: AddVerb) -> None:
         "--step", type=int, metavar="N", help="of a grpo phase: its samples of this step (default: last)"
     )
     inspect.add_argument(
-        "--element", type=int, default=0, metavar="N", help="of a grpo phase with an array: this element (default: 0)"
-    )
-    inspect.add_argument(
         "--documents", type=int, default=3, metavar="N", help="how many documents, or prompts, to show (default: 3)"
     )
     inspect.add_argument("--pack", type=int, metavar="N", help="of this pack")

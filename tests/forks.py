@@ -60,6 +60,7 @@ class Forks:
         for _, write in pipes:
             os.close(write)
         told = os.read(pipes[2][0], 64)  # its pid, then how it ended
+        assert told, "the process of forks has ended"
         is_over, (out, err, more) = _read([read for read, _ in pipes], time.monotonic() + timeout)
         pid, *code = map(int, (told.decode() + more).split())
         if not is_over:

@@ -90,10 +90,12 @@ def is_path(name_or_path: str) -> bool:
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
     """Return the tokenizer of a folder, or of a hub repository in the local cache (compute nodes have no internet).
 
+    Of a model folder, such as the output of import_hf, it is that of its files of Hugging Face.
+
     A folder whose tokenizer.json transformers would use as it stands is read with the `tokenizers` library alone:
     the same ids without the seconds that importing transformers takes. Raise UserMistake when it is not there.
     """
-    folder = Path(name_or_path).expanduser()
+    folder = _with_files(Path(name_or_path).expanduser())
     if folder.is_dir():
         _check_inside(folder)
         _check_no_code(folder)
@@ -104,6 +106,11 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
     elif not folder.is_dir() and is_path(name_or_path):
         raise UserMistake(f"tokenizer {name_or_path}: no such folder; give a folder with a tokenizer or a hub name")
     return _load_with_transformers(str(folder) if folder.is_dir() else name_or_path, revision)
+
+
+def _with_files(folder: Path) -> Path:
+    """Return the folder in which the files of a tokenizer lie: `hf` of a model folder, else the folder itself."""
+    return folder / "hf" if (folder / "model.json").is_file() else folder
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -194,6 +201,7 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
 def has_template(folder: Path) -> bool | None:
     """Return whether the tokenizer in a folder has a chat template, without loading it; None where there is no
     tokenizer, or its files cannot be read, which loading it says."""
+    folder = _with_files(folder)
     try:
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             return None

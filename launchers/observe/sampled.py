@@ -128,7 +128,6 @@ class ShownSamples:
     phase: str
     kind: str
     file: str
-    element: int
     step: int | None  # None: of a phase without steps
     steps: list[int]  # all that were logged
     groups: list[Group]
@@ -136,18 +135,16 @@ class ShownSamples:
 
 
 def inspect_samples(
-    run: RunFolder, phase: FrozenPhase, *, element: int, step: int | None, count: int, seed: int, characters: int
+    run: RunFolder, phase: FrozenPhase, *, step: int | None, count: int, seed: int, characters: int
 ) -> ShownSamples:
     """Return `count` groups of a phase, of GRPO those of a step (None: the last one); another `seed` draws other ones.
 
     Raises:
-        UserMistake: it has no such element, has logged no samples, or none of that step, or is not sealed.
+        UserMistake: it has logged no samples, or none of that step, or is not sealed.
     """
     notes, steps = list[str](), list[int]()
-    if element not in range(phase.elements):
-        raise UserMistake(f"--element {element}: {phase.name} has elements 0 to {phase.elements - 1}")
     if phase.uses == GRPO:
-        logs = sample_logs_of(keep_folder(run.artifact(phase).folder, phase, element))
+        logs = sample_logs_of(keep_folder(run.artifact(phase).folder, phase, 0))
         if not logs:
             raise UserMistake(f"{phase.name} has logged no samples yet; see `afterok status {run.path}`")
         steps = sorted(logs)
@@ -155,8 +152,6 @@ def inspect_samples(
         if step not in logs:
             raise UserMistake(f"--step {step}: {phase.name} has samples of steps {steps[0]} to {steps[-1]}")
         file = logs[step]
-    elif element:
-        raise UserMistake(f"--element {element}: the elements of {phase.name}, a {phase.uses} phase, are merged")
     elif step is not None:
         raise UserMistake(f"--step {step}: {phase.name} is a {phase.uses} phase, which has no steps")
     else:
@@ -167,7 +162,7 @@ def inspect_samples(
     groups = [_group(item, list(each), masks, characters) for item, each in islice(lines, first, first + count)]
     if count and not groups:
         notes.append(f"{file} has no samples from there to its end; take another --seed")
-    return ShownSamples(phase.name, phase.uses, str(file), element, step=step, steps=steps, groups=groups, notes=notes)
+    return ShownSamples(phase.name, phase.uses, str(file), step=step, steps=steps, groups=groups, notes=notes)
 
 
 def _start(file: Path, seed: int) -> int:

@@ -287,8 +287,6 @@ def do_inspect(args: argparse.Namespace) -> int:
         return _inspect_samples(args, run, phase)
     if args.step is not None:
         raise UserMistake(f"--step {args.step}: only of a grpo phase")
-    if args.element:
-        raise UserMistake(f"--element {args.element}: only of a grpo phase")
     inspection = inspect(
         run,
         args.phase,
@@ -312,13 +310,7 @@ def _inspect_samples(args: argparse.Namespace, run: "RunFolder", phase: "FrozenP
         raise UserMistake(f"--pack {args.pack}: {args.phase} is a {phase.uses} phase, which has no packs")
     characters = CHARACTERS * max(args.tokens, 1)
     shown = inspect_samples(
-        run,
-        phase,
-        element=args.element,
-        step=args.step,
-        count=max(args.documents, 0),
-        seed=args.seed,
-        characters=characters,
+        run, phase, step=args.step, count=max(args.documents, 0), seed=args.seed, characters=characters
     )
     if args.json:
         return print_json(asdict(shown))

@@ -1,5 +1,6 @@
 """char_tokenizer.py and chat.py: text to ids and back, with and without transformers."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from data_tools.base.durable import read_json, write_json
 from data_tools.chats.char_tokenizer import CHAT_TEMPLATE, write_char_tokenizer
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, encode_row
 from data_tools.chats.encoder import Encoder
-from data_tools.chats.tokenizer import load_tokenizer
+from data_tools.chats.tokenizer import has_template, load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.tasks.calculator import ALPHABET
 from tests.data_tools.chats import tokenizer_of
@@ -49,6 +50,14 @@ def test_an_unknown_character_is_visible_and_special_tokens_can_be_skipped(token
     for character in (" ", "x", "\n", "é", "🙂", "０"):
         assert tokenizer.encode(f"1{character}2") == [4, tokenizer.unk_id, 5]
     assert tokenizer.decode([4, tokenizer.eos_id, tokenizer.pad_id], skip_special_tokens=True) == "1"
+
+
+def test_a_model_folder_has_the_tokenizer_of_its_files(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """A phase may name the output of import_hf where it wants a tokenizer."""
+    shutil.copytree(tokenizer_folder, tmp_path / "model" / "hf")
+    (tmp_path / "model" / "model.json").write_text("{}")
+    assert load_tokenizer(str(tmp_path / "model")).encode("1+2") == load_tokenizer(str(tokenizer_folder)).encode("1+2")
+    assert has_template(tmp_path / "model") == has_template(tokenizer_folder) is not None
 
 
 def test_the_same_alphabet_gives_the_same_bytes(tmp_path: Path) -> None:

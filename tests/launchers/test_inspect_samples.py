@@ -31,8 +31,7 @@ def planted(tmp_path_factory) -> PlantedRun:
 
 def inspected(planted: PlantedRun, phase: str, capsys, **words) -> dict:
     run = planted.run.path if phase in planted.phases else planted.run.path / "more"
-    args = {"run": str(run), "phase": phase, "documents": 3, "pack": None, "seed": 0, "tokens": 400, "step": None,
-            "element": 0}  # fmt: skip
+    args = {"run": str(run), "phase": phase, "documents": 3, "pack": None, "seed": 0, "tokens": 400, "step": None}
     assert runs.do_inspect(Namespace(**{**args, "json": True, **words})) == 0
     out = capsys.readouterr().out
     return json.loads(out) if words.get("json", True) else {"text": out}
@@ -65,8 +64,6 @@ def test_samples_that_were_generated_or_kept_are_shown_and_a_seed_draws_others(p
     ("grpo", {"pack": 1}, "--pack 1: grpo is a grpo phase, which has no packs"),
     ("drawn", {"step": 1}, "--step 1: drawn is a generate phase, which has no steps"),
     ("store", {"step": 1}, "--step 1: only of a grpo phase"),
-    ("store", {"element": 1}, "--element 1: only of a grpo phase"),
-    ("grpo", {"element": 1}, "--element 1: grpo has elements 0 to 0"),
 ])  # fmt: skip
 def test_what_is_not_there_is_refused_in_a_line(planted, capsys, phase, words, said):
     with pytest.raises(UserMistake, match=said):
@@ -81,16 +78,15 @@ def test_a_phase_that_has_sampled_nothing_says_so(tmp_path, capsys):
         inspected(planted, "drawn", capsys)
 
 
-def test_of_an_array_each_element_can_be_shown_and_the_report_shows_some_of_each(tmp_path, capsys):
-    planted = PlantedRun(tmp_path, {"grpo": "grpo"}, elements=7)
+def test_of_an_array_the_report_shows_samples_of_several_elements(tmp_path):
+    """Of a kind of phase of the user's that logs samples as GRPO does."""
+    planted = PlantedRun(tmp_path, {"grpo": "my.grpo"}, elements=7)
     for element in range(7):
         keep = planted.run.artifact(planted.phases["grpo"]).keep_folder(element, 7)
         (keep / "samples").mkdir(parents=True)
         for step in range(1, 6):
             line = {"step": step, **sample(1, 0, completion=f"of {element}")}
             (keep / "samples" / f"step_{step:06d}.jsonl").write_text(json.dumps(line))
-    shown = inspected(planted, "grpo", capsys, element=3)
-    assert shown["element"] == 3 and shown["groups"][0]["samples"][0]["completion"] == "of 3"
     found = groups_of(planted.run, planted.phases["grpo"])
     told = [(step.element, step.step, step.groups[0].samples[0].completion) for step in found.steps]
     assert told == [(n, step, f"of {n}") for n in (0, 2, 4, 6) for step in (1, 5)]
