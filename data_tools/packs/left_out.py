@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from data_tools.recipes.draw import BUCKETS, DUPLICATE
+
 FILE = "left_out.jsonl"
 UNLISTED = ("not_chosen",)
-DUPLICATE = "duplicate"
 REASONS = {  # of buckets whose rows come without one
     "blank_line": "it is empty",
     "contaminated": "it holds a question of evaluation_sets",
-    DUPLICATE: "the same text with the same loss mask as a row before it",
+    BUCKETS[DUPLICATE]: "the same text with the same loss mask as a row before it",
     "no_rows": "the task makes no row of it",
     "nothing_trained": "nothing of it would be in the loss",
     "unknown_character": "it has a character that the tokenizer does not know",
@@ -103,7 +104,7 @@ def join_left_out(
             for number, part in enumerate(files):
                 streams.append(part.of(source, before))
                 before += lines[number][source]
-            equal = ((line, {"bucket": DUPLICATE, "reason": REASONS[DUPLICATE]}) for line in again)
+            equal = ((line, {"bucket": BUCKETS[DUPLICATE], "reason": REASONS[BUCKETS[DUPLICATE]]}) for line in again)
             # of several parts one after the other: a part may read its next source only after this one
             for line, told in heapq.merge(_chained(streams), equal, key=lambda place: place[0]):
                 why = {"bucket": told["bucket"], "reason": told["reason"]}

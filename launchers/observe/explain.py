@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from data_tools.base.declared import NAME, Described, describe
+from data_tools.base.yaml_loaders import read_typed
 from data_tools.mistake import UserMistake, nearest
 from jobs.kind import PhaseKind, find_kind, kind_names
 from slurm.profile.schema import Request
@@ -28,7 +30,9 @@ class Explained:
         """Return how a setting is written, by the first one that has an example."""
         below = "resources" if self.phase == RESOURCES else "with"
         shown = next((each for each in self.settings if each.example is not None), None)
-        return f"written as PHASE.{below}.{shown.key}={spelled(shown.example)}" if shown is not None else ""
+        if shown is None:
+            return ""
+        return f"written as {shlex.quote(f'PHASE.{below}.{shown.key}={spelled(shown.example)}')}"
 
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "settings": [dataclasses.asdict(setting) for setting in self.settings]}
@@ -36,6 +40,8 @@ class Explained:
 
 def spelled(value: Any) -> str:
     """Return a value as YAML in one line, as an override has it."""
+    if isinstance(value, str) and read_typed(value) == value:
+        return value
     return yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).split("\n")[0]
 
 

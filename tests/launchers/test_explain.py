@@ -44,7 +44,7 @@ def test_one_setting_and_those_below_it_can_be_asked_for(setting, keys):
 
 def test_what_a_phase_may_ask_of_the_cluster_is_explained_too():
     told = afterok("explain", "resources.time").stdout
-    assert "time limit" in told and "written as PHASE.resources.time='8:00:00'" in told
+    assert "time limit" in told and "written as PHASE.resources.time=8:00:00" in told
 
 
 @pytest.mark.parametrize(
