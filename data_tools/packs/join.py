@@ -213,9 +213,9 @@ def _source_major(parts: Sequence[Path], sheets: Sequence[Balance]) -> list[_Pie
     pieces = []
     for source in range(sources):
         lines = 0
-        for part, (places, sheet) in enumerate(zip(bounds, sheets)):
+        for number, (places, sheet) in enumerate(zip(bounds, sheets)):
             start, stop = places[source : source + 2]
-            pieces.append(_Piece(stores, part, source, start=start, stop=stop, lines_before=lines))
+            pieces.append(_Piece(stores, number, source, start=start, stop=stop, lines_before=lines))
             lines += sheet.sources[source].lines
     return pieces
 

@@ -59,11 +59,10 @@ def explain(phase: str, setting: str = "") -> Explained:
     if rest and first in (*kind_names(), RESOURCES):
         phase, setting = first, setting or rest
     if phase == RESOURCES:
-        about, schema = _about_resources(), Request
+        about, settings = _about_resources(), describe(Request, keyed=False)
     else:
         kind = _kind(phase)
-        about, schema = _about(kind), kind.config
-    settings = describe(schema, keyed=phase != RESOURCES)
+        about, settings = _about(kind), describe(kind.config)
     if setting:
         wanted = [each for each in settings if _is_below(each.key, setting)]
         if not wanted:

@@ -94,7 +94,7 @@ class SampledGroups:
 def groups_of(run: RunFolder, phase: FrozenPhase) -> SampledGroups | None:
     """Return what the report shows of a phase's samples; None where it logged none."""
     kept = samples_below(run.artifact(phase), phase.elements)
-    logs = {index: found for index, keep in kept.items() if (found := sample_logs_of(keep))}
+    logs = {index: steps for index, keep in kept.items() if (steps := sample_logs_of(keep))}
     if not logs:
         return None
     found, elements = SampledGroups(phase.name), _spread(sorted(logs), ELEMENTS)
@@ -102,15 +102,15 @@ def groups_of(run: RunFolder, phase: FrozenPhase) -> SampledGroups | None:
         numbers = ", ".join(map(str, elements))
         found.notes.append(f"{phase.name}: samples of the elements {numbers} of {phase.elements:,} are shown")
     for index in elements:
-        steps = sorted(logs[index])
-        shown = _spread(steps, max(2, STEPS // len(elements)))
+        logged = sorted(logs[index])
+        shown = _spread(logged, max(2, STEPS // len(elements)))
         for step in shown:
             groups, more = _step(logs[index][step], _masks_truncated(phase), found.notes)
             found.steps.append(StepGroups(step, groups, more, index if phase.elements > 1 else None))
-        if len(shown) < len(steps):
+        if len(shown) < len(logged):
             whose = f"{phase.name}, element {index}" if phase.elements > 1 else phase.name
             numbers = ", ".join(map(str, shown))
-            found.notes.append(f"{whose}: samples of {len(shown)} of {len(steps):,} steps are shown: {numbers}")
+            found.notes.append(f"{whose}: samples of {len(shown)} of {len(logged):,} steps are shown: {numbers}")
     if any(step.more for step in found.steps):
         found.notes.append(f"{phase.name}: of each of these steps the first {GROUPS} prompts are shown")
     return found
