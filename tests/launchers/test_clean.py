@@ -185,9 +185,13 @@ def test_in_doubt_a_thing_stays(planted, capsys, way):
         assert (artifact / "work/0000.a2.r0.g0").exists()
 
 
-@pytest.mark.parametrize("way", ["setting", "relative setting", "input", "link", "its training"])
-def test_what_another_run_reads_stays(planted, tmp_path, capsys, way):
-    wanted = planted.may_go["milestones"][0]
+@pytest.mark.parametrize(
+    "way, what",
+    [("setting", "milestones"), ("its training", "milestones"), ("relative setting", "attempts"),
+     ("input", "settings"), ("link", "retired"), ("link", "journals")],
+)  # fmt: skip
+def test_what_another_run_reads_stays(planted, tmp_path, capsys, way, what):
+    wanted = planted.may_go[what][0]
     other = PlantedRun(tmp_path / "runs" / "other", {"sft": "sft"})
     phase = other.phases["sft"]
     if way == "link":

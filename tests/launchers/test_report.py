@@ -226,10 +226,11 @@ def test_every_number_of_every_line_is_in_its_curve_in_the_order_of_steps():
         {"step": 2, "loss": None, "lr": True, "eval": {"a": 1.5}},
         {"step": 4, "loss": 0.5, "eval": 7},
         {"step": 5, "loss": 10**400, "eval": {"b": {"c": 1}}},
+        {"step": 6, "loss": 9.0, "note": "y"},
     ]
     found = {name: list(zip(column.steps, column.values)) for name, column in curves.columns_of(lines).items()}
     assert found == {
-        "loss": [(1, 4), (3, 1), (4, 0.5), (5, float("inf"))],
+        "loss": [(1, 4), (3, 1), (4, 0.5), (5, float("inf")), (6, 9)],
         "eval/a": [(2, 1.5), (3, 2)],
         "eval/b/c": [(3, 0.5), (5, 1)],
         "eval": [(4, 7)],
