@@ -169,7 +169,7 @@ class _Piece:
 def _source_major(parts: Sequence[Path], sheets: Sequence[Balance]) -> list[_Piece]:
     """Return the pieces source by source, and within a source by element: the order of one element that does it all."""
     closed: list[Store] = []
-    stores = OpenCache[int, Store](lambda part: closed[part], _STORES_OPEN)  # which maps its files when it is asked
+    stores = OpenCache[int, Store](closed.__getitem__, _STORES_OPEN)  # which maps its files when it is asked
     bounds, sources = [], len(sheets[0].sources)
     for part in parts:
         store = Store(part)
@@ -179,9 +179,9 @@ def _source_major(parts: Sequence[Path], sheets: Sequence[Balance]) -> list[_Pie
     pieces = []
     for source in range(sources):
         lines = 0
-        for part, (places, sheet) in enumerate(zip(bounds, sheets)):
+        for number, (places, sheet) in enumerate(zip(bounds, sheets)):
             start, stop = places[source : source + 2]
-            pieces.append(_Piece(stores, part, source, start=start, stop=stop, lines_before=lines))
+            pieces.append(_Piece(stores, number, source, start=start, stop=stop, lines_before=lines))
             lines += sheet.sources[source].lines
     return pieces
 
