@@ -18,19 +18,12 @@ from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    others = {folder: elements for folder, elements in placement.partners.items() if elements != placement.elements}
-    return (
-        rejection.check(config)
-        + _check_shares(config, placement)
-        + [
-            Problem(
-                "inputs",
-                f"{folder} has {elements} elements, of which {placement.elements} would be read one by one (aftercorr); "
-                f"say array: {elements}, or afterok",
-            )
-            for folder, elements in others.items()
-        ]
-    )
+    problems = rejection.check(config) + _check_shares(config, placement)
+    for folder, elements in placement.partners.items():
+        if elements != placement.elements:
+            one_by_one = f"{folder} has {elements} elements, of which {placement.elements} would be read one by one"
+            problems.append(Problem("inputs", f"{one_by_one} (aftercorr); say array: {elements}, or afterok"))
+    return problems
 
 
 def _check_shares(config: Config, placement: Placement) -> list[Problem]:
