@@ -209,15 +209,17 @@ class Slurm:
             "ask the cluster's admin whether slurmctld runs, or say cluster=local to run on this machine"
         )
 
-    def queue(self) -> list[QueueRow]:
+    def queue(self, each_element: bool = True) -> list[QueueRow]:
         """Return every job of this user that the controller remembers, in all states, one row an array element.
+
+        Without `each_element` those that wait are one row together, which tells of no element.
 
         Not by `squeue --array`, which loses the last element of an array it prints with a step ("0-396:4", 22.05.8).
         """
         between = separator()
         fields = "".join(field + between for field in QUEUE_FIELDS)
         command = ["squeue", "--noheader", "--states=all", f"--user={os.geteuid()}", f"--format={fields}"]
-        return parse_queue(self.run(command), between)
+        return parse_queue(self.run(command), between, each_element)
 
     def cancel(self, ids: Iterable[str | int]) -> None:
         """Cancel jobs, arrays ("12") or elements ("12_3"); those already ended or forgotten are no error."""

@@ -120,19 +120,20 @@ def _records(printed: str, between: str, fields: int) -> Iterator[list[str]]:
         yield [first.removeprefix("\n"), *others]
 
 
-def parse_queue(printed: str, between: str) -> list[QueueRow]:
+def parse_queue(printed: str, between: str, each_element: bool = True) -> list[QueueRow]:
     """Return the rows of `squeue` with QUEUE_FIELDS, each followed by `between`; waiting elements come in one and
-    become many.
+    become many, if wanted.
     """
     rows = []
     for record in _records(printed, between, len(QUEUE_FIELDS)):
         job_id, array_id, index, state, reason, dependency, nodelist, name = record
-        indices = parse_indices(index) if index[:1].isdigit() else [None]
+        is_array = index[:1].isdigit()
+        indices = parse_indices(index) if is_array and each_element else [None]
         reason, dependency, nodelist = map(_absent, (reason, dependency, nodelist))
         rows += [
             QueueRow(
                 job_id=job_id,
-                array_job_id=None if element is None else array_id,
+                array_job_id=array_id if is_array else None,
                 array_index=element,
                 name=name,
                 state=state,

@@ -203,7 +203,7 @@ class _Piece:
 def _source_major(parts: Sequence[Path], sheets: Sequence[Balance]) -> list[_Piece]:
     """Return the pieces source by source, and within a source by element: the order of one element that does it all."""
     closed: list[Store] = []
-    stores = OpenCache[int, Store](lambda part: closed[part], _STORES_OPEN)  # which maps its files when it is asked
+    stores = OpenCache[int, Store](closed.__getitem__, _STORES_OPEN)  # which maps its files when it is asked
     bounds, sources = [], len(sheets[0].sources)
     for part in parts:
         store = Store(part)

@@ -22,9 +22,8 @@ def check(config: Config, placement: Placement) -> list[Problem]:
     problems = rejection.check(config) + _check_shares(config, placement)
     for folder, elements in placement.partners.items():
         if elements != placement.elements:
-            read = f"of which {placement.elements} would be read one by one (aftercorr)"
-            message = f"{folder} has {elements} elements, {read}; say array: {elements}, or afterok"
-            problems.append(Problem("inputs", message))
+            one_by_one = f"{folder} has {elements} elements, of which {placement.elements} would be read one by one"
+            problems.append(Problem("inputs", f"{one_by_one} (aftercorr); say array: {elements}, or afterok"))
     return problems
 
 

@@ -115,7 +115,7 @@ class SlurmBackend:
 
     def find(self, names: list[str]) -> dict[str, list[str]]:
         jobs: dict[str, list[str]] = {}
-        for row in self._ask(self.slurm.queue):
+        for row in self._ask(lambda: self.slurm.queue(each_element=False)):
             job = row.array_job_id or row.job_id
             if row.name in names and row.state != CANCELLED and job not in jobs.get(row.name, []):
                 jobs.setdefault(row.name, []).append(job)
@@ -145,7 +145,7 @@ class SlurmBackend:
         """Return those of `jobs` that wait because they are held, or an element of them is."""
         held = {
             row.array_job_id or row.job_id
-            for row in self._ask(self.slurm.queue)
+            for row in self._ask(lambda: self.slurm.queue(each_element=False))
             if row.state == PENDING and (row.reason.startswith("JobHeld") or row.reason in HELD)
         }
         return [job for job in jobs if job in held]

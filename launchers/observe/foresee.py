@@ -65,7 +65,7 @@ def predicted_starts(plan: Plan) -> dict[str, str]:
         return starts
     running = {planned.name for planned in plan.to_run}
     try:
-        waiting = {row.array_job_id or row.job_id for row in cluster.slurm.queue() if row.state == PENDING}
+        waiting = {row.array_job_id or row.job_id for row in cluster.slurm.queue(False) if row.state == PENDING}
     except SlurmError:
         return starts
     sent = {entry.phase: entry.job for entry in Ledger(plan.run.ledger).own_jobs() if entry.job in waiting}

@@ -52,7 +52,7 @@ class Step(abc.ABC):
 
     def record(self) -> dict[str, Any]:
         """Return what the journal says of this step."""
-        return {"do": self.WORD, **dataclasses.asdict(self)}
+        return {"do": self.WORD, **{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}}
 
     @abc.abstractmethod
     def shown(self, backend: Backend, number: int, jobs: Mapping[str, str], new: Container[str]) -> str:

@@ -178,7 +178,7 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
         64.0, "tokens that are recorded for a restart, at most; those of older steps are drawn again",
         unit="GiB", above=0, keyed=False,
     )  # fmt: skip
-    log_samples: bool = setting(True, "every sample is logged with its text, in KEEP/samples", keyed=False)
+    log_samples: bool = setting(True, "samples are logged with their texts, in KEEP/samples", keyed=False)
     samples_gib: float = setting(
         16.0, "log of samples, at most; where more is drawn, each step logs some of its prompts",
         unit="GiB", above=0, keyed=False,
