@@ -98,7 +98,9 @@ phases:
   imported: {uses: import_hf, with: {source: "${phases.init.out}"}}
   samples:
     uses: generate
-    with: {model: "${phases.imported.out}", mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}}
+    with:
+      model: "${phases.imported.out}"
+      mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}
   trained:
     uses: grpo
     with:
@@ -107,7 +109,9 @@ phases:
       mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}
   judged:
     uses: evaluate
-    with: {model: "${phases.imported.out}", mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}}
+    with:
+      model: "${phases.imported.out}"
+      mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}
 """
 
 
