@@ -95,18 +95,23 @@ phases:
   init:
     uses: init_model
     with: {family: qwen2, alphabet_task: calculator, layers: 1, hidden: 32, heads: 4, kv_groups: 2, ffn: 64}
+  imported: {uses: import_hf, with: {source: "${phases.init.out}"}}
   samples:
     uses: generate
-    with: {model: "${phases.init.out}", mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}}
+    with:
+      model: "${phases.imported.out}"
+      mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}
   trained:
     uses: grpo
     with:
-      model: "${phases.init.out}"
+      model: "${phases.imported.out}"
       steps: 1
       mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}
   judged:
     uses: evaluate
-    with: {model: "${phases.init.out}", mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}}
+    with:
+      model: "${phases.imported.out}"
+      mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}
 """
 
 
