@@ -149,7 +149,9 @@ def test_mxfp4_experts_answer_as_our_engine_but_for_what_ggml_rounds(alone, tmp_
         name: sum(a == b for a, b in zip(answers, found)) for name, found in (("plain", plain), ("rounded", rounded))
     }
     print(f"of {PROMPTS} answers as ours: {same}; log-probs of first tokens differ by at most {far}")
-    assert same["rounded"] > same["plain"]
+    assert far["rounded"] < far["plain"] / 2
+    # What is left differs where a value lies at the border of two codes: one falls otherwise, and all behind it.
+    assert PROMPTS - same["rounded"] < (PROMPTS - same["plain"]) / 2
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt_oss"])
