@@ -218,7 +218,7 @@ def test_afterok_runs_it_and_reuses_what_is_sealed(where, released, tmp_path, re
         roles = [f"{name}.resources.role=cpu" for name in ("base_tested", "grpo", "test_adapter", "run_exported")]
         words = [word for word in words if word != "cluster=local"] + roles
     if not (converter.check_installed("") or llama_cpp.check_installed()):
-        words += ["params.gguf=true", "package.with.gguf=[${phases.gguf.out}]", "run_gguf.with.verifiers=1"]
+        words += ["params.gguf=true", 'package.with.gguf=["${phases.gguf.out}"]', "run_gguf.with.verifiers=1"]
         words += ["run_gguf.resources.role=cpu"] * (where == "slurm")
     command = ("run", PIPELINE, "--run", tmp_path / "run", *words)
     print(afterok(*command, env=environment, timeout=1500).stdout)
