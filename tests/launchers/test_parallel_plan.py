@@ -1,6 +1,7 @@
 """`afterok plan --parallel PHASE`: a training phase's plan is shown with its numbers, or refused, before it exists."""
 
 import json
+import re
 
 import pytest
 
@@ -111,8 +112,10 @@ def test_what_the_rollouts_of_grpo_hold_is_told_and_refused_where_it_is_nothing(
     assert "and one sample needs 12,288; give more" in one_line(
         afterok(*command, "grpo.with.engine.kv_gib=0.3", check=2)
     )
-    all_of_it = one_line(afterok(*command, "grpo.with.sampling.max_tokens=131072", check=2))
-    assert "131,072 new ones leave no room for a prompt in the model's 131,072 positions: give fewer" in all_of_it
+    positions, memory = afterok(*command, "grpo.with.sampling.max_tokens=131072", check=2).stderr.splitlines()
+    assert "131,072 new ones leave no room for a prompt in the model's 131,072 positions: give fewer" in positions
+    # A sample is a row, though it is longer than row_tokens.
+    assert re.search(r"needs \d+\.\d GiB a GPU in an update .* has 79\.6: use parallel\.recompute full \(", memory)
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_one_that_does(plan):

@@ -142,14 +142,16 @@ def test_mxfp4_experts_answer_as_our_engine_but_for_what_ggml_rounds(alone, tmp_
     far: dict[str, float] = {"plain": 0.0, "rounded": 0.0}
     for place, prompt in enumerate(prompts(20)):
         said = asked._ask({"prompt": list(prompt), "n_predict": 1, "temperature": 0.0, "n_probs": ROWS})
-        for token in said["completion_probabilities"][0]["top_logprobs"]:
+        for token in said.get("completion_probabilities", [{"top_logprobs": []}])[0]["top_logprobs"]:  # none of an end
             for name, found in (("plain", of_plain), ("rounded", of_rounded)):
                 far[name] = max(far[name], abs(float(found[place][token["id"]]) - token["logprob"]))
     same = {
         name: sum(a == b for a, b in zip(answers, found)) for name, found in (("plain", plain), ("rounded", rounded))
     }
     print(f"of {PROMPTS} answers as ours: {same}; log-probs of first tokens differ by at most {far}")
-    assert same["rounded"] > same["plain"]
+    assert far["rounded"] < far["plain"] / 2
+    # What is left differs where a value lies at the border of two codes: one falls otherwise, and all behind it.
+    assert PROMPTS - same["rounded"] < (PROMPTS - same["plain"]) / 2
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt_oss"])

@@ -187,8 +187,7 @@ def _check_completions(kept: Path) -> None:
 
 @pytest.mark.soak
 # Gains on 2026-11-30, of the adapter and of the exported model: seed 1 0.299 ± 0.057 and 0.321 ± 0.046, seed 3
-# 0.221 ± 0.045 and 0.270 ± 0.056.
-@pytest.mark.xfail(reason="seeds 1 and 3 passed; seed 2 has not run")
+# 0.221 ± 0.045 and 0.270 ± 0.056; seed 2 passed too, its gains were not written down.
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released, tmp_path, seed):
     # Half of what this model says names no action. Masked, or worth 0 where a reward is 0.1 on average, that teaches no
@@ -203,6 +202,7 @@ def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released
     made = run(words, tmp_path / "run")
     for tested in ("test_adapter", "run_exported"):
         facts = made[tested][0]
+        print(f"seed {seed}: {tested} {facts['reward_gain']:.3f} ± {facts['reward_gain_error']:.3f}")
         assert facts["reward_gain"] > 2 * facts["reward_gain_error"], facts
 
 
@@ -218,7 +218,7 @@ def test_afterok_runs_it_and_reuses_what_is_sealed(where, released, tmp_path, re
         roles = [f"{name}.resources.role=cpu" for name in ("base_tested", "grpo", "test_adapter", "run_exported")]
         words = [word for word in words if word != "cluster=local"] + roles
     if not (converter.check_installed("") or llama_cpp.check_installed()):
-        words += ["params.gguf=true", "package.with.gguf=[${phases.gguf.out}]", "run_gguf.with.verifiers=1"]
+        words += ["params.gguf=true", 'package.with.gguf=["${phases.gguf.out}"]', "run_gguf.with.verifiers=1"]
         words += ["run_gguf.resources.role=cpu"] * (where == "slurm")
     command = ("run", PIPELINE, "--run", tmp_path / "run", *words)
     print(afterok(*command, env=environment, timeout=1500).stdout)
