@@ -58,11 +58,9 @@ def explain(phase: str, setting: str = "") -> Explained:
     first, _, rest = phase.partition(".")
     if rest and first in (*kind_names(), RESOURCES):
         phase, setting = first, setting or rest
-    if phase == RESOURCES:
-        about, schema = _about_resources(), Request
-    else:
-        kind = _kind(phase)
-        about, schema = _about(kind), kind.config
+    kind = _kind(phase) if phase != RESOURCES else None
+    about = _about(kind) if kind is not None else _about_resources()
+    schema: type = kind.config if kind is not None else Request
     settings = describe(schema, keyed=phase != RESOURCES)
     if setting:
         wanted = [each for each in settings if _is_below(each.key, setting)]
