@@ -90,7 +90,7 @@ class SampledGroups:
 def groups_of(run: RunFolder, phase: FrozenPhase) -> SampledGroups | None:
     """Return what the report shows of a phase's samples; None where it logged none."""
     kept = samples_below(run.artifact(phase), phase.elements)
-    logs = {index: found for index, keep in kept.items() if (found := sample_logs_of(keep))}
+    logs = {index: of_steps for index, keep in kept.items() if (of_steps := sample_logs_of(keep))}
     if not logs:
         return None
     found, elements = SampledGroups(phase.name), _spread(sorted(logs), ELEMENTS)
