@@ -6,7 +6,6 @@ with too many points the lowest and the highest of each stretch of steps are kep
 
 import json
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +109,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             if number % max(every, 1) and line.endswith(b"\n"):
                 continue
             try:
-                value = json.loads(line)
+                value = json.loads(line.decode())
                 if isinstance(value, dict) and _is_step(value.get("step")):
                     lines.append(value)
                     continue
@@ -163,18 +162,17 @@ def columns_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
 
 @dataclass
 class _Found:
-    """The numbers of one metric, and the places of their lines."""
+    """The numbers of one metric, in pieces: the places of lines, and the number of each."""
 
-    at: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
+    pieces: list[tuple[Sequence[int], Sequence[float]]] = field(default_factory=list)
 
     def column(self, steps: Sequence[float]) -> Column:
         """Return them by step, in the order of the lines."""
-        at, values = self.at, self.values
-        if any(map(operator.gt, at, at[1:])):  # lines with other names stood between
-            order = sorted(range(len(at)), key=at.__getitem__)
-            at, values = [at[n] for n in order], [values[n] for n in order]
-        return Column([steps[place] for place in at], values)
+        at, values = self.pieces[0]
+        if len(self.pieces) > 1:  # of lines with other names, which may stand between one another
+            pairs = sorted((place, value) for piece in self.pieces for place, value in zip(*piece, strict=True))
+            at, values = [place for place, _ in pairs], [value for _, value in pairs]
+        return Column(list(map(steps.__getitem__, at)), list(values))
 
 
 def _gather(found: dict[str, _Found], lines: Sequence[Mapping[str, Any]], at: Sequence[int], prefix: str) -> None:
@@ -186,21 +184,19 @@ def _gather(found: dict[str, _Found], lines: Sequence[Mapping[str, Any]], at: Se
     alike: dict[tuple[str, ...], list[int]] = {}
     for place, line in enumerate(lines):
         alike.setdefault(tuple(line), []).append(place)
-    for names, places in alike.items():
-        for name, values in zip(names, zip(*(lines[place].values() for place in places)), strict=True):
+    for names, group in alike.items():
+        where = [at[place] for place in group]
+        for name, values in zip(names, zip(*(lines[place].values() for place in group)), strict=True):
             kinds = set(map(type, values))
-            if kinds & {float, int}:
+            if kinds == {float}:
+                found.setdefault(prefix + name, _Found()).pieces.append((where, values))
+            elif kinds & {float, int}:
+                numbers = [(place, _as_float(v)) for place, v in zip(where, values) if type(v) in (float, int)]
                 each = found.setdefault(prefix + name, _Found())
-                if kinds == {float}:
-                    each.at += [at[place] for place in places]
-                    each.values += values
-                else:
-                    numbers = [(at[n], _as_float(v)) for n, v in zip(places, values) if type(v) in (float, int)]
-                    each.at += [place for place, _ in numbers]
-                    each.values += [value for _, value in numbers]
+                each.pieces.append(([place for place, _ in numbers], [value for _, value in numbers]))
             if dict in kinds:
-                below = [(at[n], value) for n, value in zip(places, values) if type(value) is dict]
-                _gather(found, [value for _, value in below], [n for n, _ in below], f"{prefix}{name}/")
+                below = [(place, value) for place, value in zip(where, values) if type(value) is dict]
+                _gather(found, [value for _, value in below], [place for place, _ in below], f"{prefix}{name}/")
 
 
 def _as_float(value: float) -> float:
