@@ -32,7 +32,7 @@ ENDED_STATES = frozenset((
 ))  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a run may have a million
 class QueueRow:
     """One job, or one element of an array.
 

@@ -317,10 +317,9 @@ class RunFolder(RunLayout):
         asked = "" if attempt is None else f".a{attempt}."
         begins = "" if element is None else f"{element_name(element)}."
         outcomes: dict[tuple[int, int, int, bool], Outcome] = {}
+        files = (told for _, told in self.outcome_files(phase, asked, begins))
         # Files first: one that is gone when it is read is in what was gathered by then.
-        for told in itertools.chain(
-            (told for _, told in self.outcome_files(phase, asked, begins)), self._gathered(phase)
-        ):
+        for told in itertools.chain(files, self._gathered(phase)):
             with contextlib.suppress(TypeError):
                 outcome = Outcome(**told)
                 if element in (None, outcome.element) and attempt in (None, outcome.attempt):

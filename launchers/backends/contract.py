@@ -45,7 +45,7 @@ class JobSpec:
         return self.planned.frozen.array is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a run may have a million
 class TaskState:
     """One element of one job, as the back end sees it now. A PENDING one that can never start has reason NEVER."""
 

@@ -24,7 +24,7 @@ from slurm.printed import AccountingRow, parse_indices
 # -- elements -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a run may have a million
 class Element:
     """One element of a phase, as its newest job left it."""
 
