@@ -86,7 +86,7 @@ def graded(samples: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, 
     return means
 
 
-def _mean(samples: Sequence[Mapping[str, Any]], name: str, value_of: Any) -> dict[str, float]:
+def _mean(samples: Sequence[Mapping[str, Any]], name: str, value_of: Any) -> dict[str, float | None]:
     by_prompt: dict[Any, list[float]] = {}
     for sample in samples:
         by_prompt.setdefault(sample["prompt"], []).append(value_of(sample))
