@@ -352,9 +352,8 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
     balance = _balance(parts, entries, first, chosen)
     if not chosen.any():
         buckets = balance.total().lines_dropped + balance.total().dropped
-        left_out = ", ".join(f"{count:,} {bucket}" for bucket, count in sorted(buckets.items()))
-        told_why = left_out or "the inputs are empty"
-        raise UserMistake(Problem("inputs", f"no row can be drawn ({told_why}); give other files, or other limits"))
+        lost = ", ".join(f"{count:,} {bucket}" for bucket, count in sorted(buckets.items())) or "the inputs are empty"
+        raise UserMistake(Problem("inputs", f"no row can be drawn ({lost}); give other files, or other limits"))
     _write(parts, entries[chosen], part_of[chosen], out=out, progress=progress)
     balance.write(out)
     fsync_tree(out)
