@@ -242,6 +242,7 @@ def node_that_does_not_see(accounted_cluster, slurm, tmp_path, monkeypatch):
     command = accounted_cluster._command("n2")
 
     def restart():
+        wait_until(lambda: slurm.node_states()["n2"] == "idle", "n2 has told of its job's end")
         accounted_cluster.kill_daemon("n2")
         slurm.run(["scontrol", "update", "nodename=n2", "state=down", "reason=restart"])  # until it registers again
         accounted_cluster.start_daemon("n2")
