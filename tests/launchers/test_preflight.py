@@ -6,6 +6,7 @@ refuses the job itself, after other jobs of the pipeline are in the queue alread
 
 import contextlib
 import re
+import subprocess
 from datetime import datetime, timedelta
 
 import pytest
@@ -20,6 +21,7 @@ from launchers.planning.planner import make_plan
 from slurm.checks import CHECKS, sort_out
 from slurm.client import Slurm, SlurmError
 from slurm.detect import find_cluster
+from slurm.dev.cluster import DevCluster
 from slurm.verify.live import user_name
 from tests.cluster import wait_until
 from tests.command import ROOT
@@ -228,6 +230,42 @@ def test_a_run_that_slurm_does_not_find_again_is_a_job_without_a_word(plan, slur
         with pytest.raises(UserMistake) as refused:
             make_plan(load_pipeline(tmp_path / "one.yaml", []), RunFolder(tmp_path / name), find_cluster("slurm"))
         assert [problem.check for problem in refused.value.problems] == ["F003"]
+
+
+@pytest.fixture
+def node_that_does_not_see(accounted_cluster, slurm, tmp_path, monkeypatch):
+    """A node's name; in its slurmd's own namespace of mounts another, empty filesystem lies at `tmp_path`."""
+    hidden = 'mount -t tmpfs none "$0" && exec "$@"'
+    alone = ["unshare", "--mount", "--propagation=private", "sh", "-c", hidden, str(tmp_path)]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount in a namespace of its own")
+    command = accounted_cluster._command("n2")
+
+    def restart():
+        wait_until(lambda: slurm.node_states()["n2"] == "idle", "n2 has told of its job's end")
+        accounted_cluster.kill_daemon("n2")
+        slurm.run(["scontrol", "update", "nodename=n2", "state=down", "reason=restart"])  # until it registers again
+        accounted_cluster.start_daemon("n2")
+        wait_until(lambda: slurm.node_states()["n2"] == "idle", "n2 is back")
+
+    with monkeypatch.context() as there:
+        there.setattr(DevCluster, "_command", lambda self, name: [*alone, *command])
+        restart()
+    yield "n2"
+    restart()
+
+
+def test_a_run_that_its_node_does_not_see_is_a_job_without_a_word(
+    plan, slurm, monkeypatch, tmp_path, node_that_does_not_see
+):
+    (tmp_path / "shared").mkdir()
+    there = f"batch: {{extra_sbatch: {{nodelist: {node_that_does_not_see}}}}}"
+    storage = f"storage: {{shared: [{tmp_path}/shared]}}\n"
+    (tmp_path / "site.yaml").write_text(SITE.replace("batch: {}", there) + storage)
+    found, job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path)
+    assert list(found) == ["F003"] and "is in no folder that profile" in found["F003"]
+    wait_until(lambda: slurm.job(job)["JobState"] == "FAILED", "its end", 60)
+    assert slurm.job(job)["ExitCode"] == "0:53" and not list((tmp_path / "run").rglob("*.*"))
 
 
 def test_an_array_longer_than_slurms_is_refused_by_sbatch(slurm):
