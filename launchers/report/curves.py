@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.base.printing import as_float
 from jobs.artifacts.layout import metrics_below
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 
@@ -154,7 +155,7 @@ def columns_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
     hours, seconds, before = Column(), 0.0, 0.0
     for step, line in zip(steps, ordered, strict=True):
         each = line.get("step_s")
-        if isinstance(each, (int, float)) and math.isfinite(each):
+        if isinstance(each, (int, float)) and math.isfinite(each := as_float(each)):
             seconds += each * max(0.0, step - before)
             hours.add(step, seconds / 3600)
             before = step
@@ -195,19 +196,12 @@ def _gather(found: dict[str, _Found], lines: Sequence[Mapping[str, Any]], at: Se
                     each.at += [at[place] for place in places]
                     each.values += values
                 else:
-                    numbers = [(at[n], _as_float(v)) for n, v in zip(places, values) if type(v) in (float, int)]
+                    numbers = [(at[n], as_float(v)) for n, v in zip(places, values) if type(v) in (float, int)]
                     each.at += [place for place, _ in numbers]
                     each.values += [value for _, value in numbers]
             if dict in kinds:
                 below = [(at[n], value) for n, value in zip(places, values) if type(value) is dict]
                 _gather(found, [value for _, value in below], [n for n, _ in below], f"{prefix}{name}/")
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # JSON's integers have no bound
-        return math.inf
 
 
 def _series(label: str, column: Column) -> Series:

@@ -196,6 +196,7 @@ def _template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
         return "", "the tokenizer's chat template writes the day in a way of its own: pin it (date)"
     lost = [] if found[0].system else ["it has no place for a system message"]
     lost += [] if found[0].keeps_edges else ["the tokenizer's takes spaces off the ends of a content, Ollama does not"]
+    lost += [] if found[0].keeps_thoughts else ["the tokenizer's takes thoughts out of earlier answers, Ollama does not"]
     return template, "; ".join(lost)
 
 
@@ -239,8 +240,9 @@ def _vllm(config: Config, out: Path, name: str, dtype: str, *, told: dict[str, s
         adapter, problems = peft_config.read(Path(config.adapter))
         if problems or adapter is None:
             raise UserMistake(problems)
-        if not adapter.parameters:  # experts and router, of which vLLM reads another order (vllm#52198)
-            rank = adapter.config.rank
+        rank = adapter.config.rank
+        # Of experts and router, which are parameters, vLLM reads another order (vllm#52198).
+        if not adapter.parameters and rank <= modelfile.VLLM_RANKS[-1]:
             scripts[SERVE_ADAPTER] = modelfile.vllm_command(name, dtype, config.context, base=config.base, rank=rank)
     for file, text in scripts.items():
         durable.write_file(out / file, text)
