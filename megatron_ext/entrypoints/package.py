@@ -196,7 +196,9 @@ def _template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
         return "", "the tokenizer's chat template writes the day in a way of its own: pin it (date)"
     lost = [] if found[0].system else ["it has no place for a system message"]
     lost += [] if found[0].keeps_edges else ["the tokenizer's takes spaces off the ends of a content, Ollama does not"]
-    lost += [] if found[0].keeps_thoughts else ["the tokenizer's takes thoughts out of earlier answers, Ollama does not"]
+    lost += (
+        [] if found[0].keeps_thoughts else ["the tokenizer's takes thoughts out of earlier answers, Ollama does not"]
+    )
     return template, "; ".join(lost)
 
 

@@ -63,7 +63,13 @@ def vllm_command(name: str, dtype: str, context: int, *, base: str = "", rank: i
     words = ["--served-model-name", shlex.quote(name)]
     if base:
         rank = next(most for most in VLLM_RANKS if most >= rank)
-        words = ["--enable-lora", "--lora-modules", f'{shlex.quote(name)}="$HERE"/adapter', "--max-lora-rank", str(rank)]
+        words = [
+            "--enable-lora",
+            "--lora-modules",
+            f'{shlex.quote(name)}="$HERE"/adapter',
+            "--max-lora-rank",
+            str(rank),
+        ]
     said = " ".join([*words, "--dtype", dtype, *(["--max-model-len", str(context)] if context else [])])
     model = shlex.quote(base) if base else '"$HERE"'
     here = 'HERE=$(cd "$(dirname "$0")" && pwd)'

@@ -123,7 +123,7 @@ def test_other_templates_are_told_apart(tmp_path):
     trimmed, without = found(TRIMMED), found(NO_SYSTEM)
     assert trimmed is not None and not trimmed.keeps_edges
     assert without is not None and without.system is None
-    unthought = found(CHATML.replace("message.content", "message.content.split('</think>')[-1]"))
+    unthought = found(CHATML.replace("m.content", "m.content.split('</think>')[-1]"))
     assert unthought is not None and not unthought.keeps_thoughts and trimmed.keeps_thoughts
 
 
