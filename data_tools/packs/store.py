@@ -374,7 +374,7 @@ def _map(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def _naming_damage(path: Path) -> Iterator[None]:
-    """Say of an archive that cannot be read that it is damaged; zipfile raises RuntimeError for odd flags and methods."""
+    """Say of an archive that cannot be read that it is damaged. Of odd flags zipfile raises RuntimeError."""
     try:
         yield
     except (OSError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, EOFError, struct.error) as error:
