@@ -28,10 +28,11 @@ from data_tools.base.declared import setting
 from data_tools.base.inside import files, inside
 from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer, stop_ids
+from data_tools.evaluations import accuracy
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.entrypoints import export_gguf
-from megatron_ext.lora import peft_config
+from megatron_ext.lora import peft_config, peft_format
 from megatron_ext.models.registry import model_type, read_config
 from megatron_ext.parallel.plan import Site
 from megatron_ext.serving import card, hub, modelfile, turns
@@ -125,11 +126,13 @@ def run(
     name = config.name or model_type(family, dims)
     if is_path(config.base) or Path(config.base).exists():  # "" too
         config = replace(config, base="")
+    results = _results(config, lineage)
+    rank = _vllm_rank(config)
     told = _copy(config, out)
     tokenizer = load_tokenizer(str(out))
     template, note = _template(config, tokenizer)
     _modelfiles(config, out, tokenizer, template, note=note, is_gpt_oss=family.name == "gpt_oss", told=told)
-    _vllm(config, out, name, dims.dtype, told=told)
+    _vllm(config, out, name, dims.dtype, rank=rank, told=told)
     facts: card.Facts = {
         "name": name,
         "description": _description(config, model_type(family, dims), lineage),
@@ -138,7 +141,7 @@ def run(
         "tags": ["afterok", *(["lora"] if config.adapter else [])],
         "files": told,
     }
-    durable.write_file(out / CARD, card.model_card(facts, _results(config, lineage), lineage))
+    durable.write_file(out / CARD, card.model_card(facts, results, lineage))
     durable.fsync_tree(out)
     progress(1, 2 if config.push else 1, "steps")
     commit = hub.upload(out, config.repo, f"{name}, packaged by afterok") if config.push else ""
@@ -236,16 +239,25 @@ def _modelfiles(
             told[name] = f"`ollama create NAME -f {name}`. {says}"
 
 
-def _vllm(config: Config, out: Path, name: str, dtype: str, *, told: dict[str, str]) -> None:
+def _vllm_rank(config: Config) -> int:
+    """Return the rank of the adapter, 0 where vLLM has no such adapter or none is given. Raise UserMistake for none.
+
+    Of experts and router, which are parameters, vLLM reads another order (vllm#52198).
+    """
+    if not config.adapter:
+        return 0
+    adapter, problems = peft_config.read(Path(config.adapter))
+    if not problems and not (Path(config.adapter) / peft_format.TENSORS).is_file():
+        problems = [Problem("adapter", f"{config.adapter} has no {peft_format.TENSORS}; export_hf makes one")]
+    if problems or adapter is None:
+        raise UserMistake(problems)
+    return 0 if adapter.parameters or adapter.config.rank > modelfile.VLLM_RANKS[-1] else adapter.config.rank
+
+
+def _vllm(config: Config, out: Path, name: str, dtype: str, *, rank: int, told: dict[str, str]) -> None:
     scripts = {SERVE: modelfile.vllm_command(name, dtype, config.context)}
-    if config.adapter and config.base:
-        adapter, problems = peft_config.read(Path(config.adapter))
-        if problems or adapter is None:
-            raise UserMistake(problems)
-        rank = adapter.config.rank
-        # Of experts and router, which are parameters, vLLM reads another order (vllm#52198).
-        if not adapter.parameters and rank <= modelfile.VLLM_RANKS[-1]:
-            scripts[SERVE_ADAPTER] = modelfile.vllm_command(name, dtype, config.context, base=config.base, rank=rank)
+    if rank and config.base:
+        scripts[SERVE_ADAPTER] = modelfile.vllm_command(name, dtype, config.context, base=config.base, rank=rank)
     for file, text in scripts.items():
         durable.write_file(out / file, text)
         (out / file).chmod(0o755)
@@ -269,8 +281,12 @@ def _results(config: Config, lineage: Sequence[Step]) -> Mapping[str, Mapping[st
     for name, folder in zip(names, folders):
         try:
             results[name] = durable.read_json(folder / "result.json")
+            accuracy.headline(results[name])
         except (OSError, ValueError) as error:
             raise UserMistake(Problem("results", f"{folder} has no evaluation ({error})")) from None
+        except (AttributeError, LookupError, TypeError) as error:
+            said = f"{folder / 'result.json'} is no evaluation's ({error!r}): give a folder of evaluate or run_exported"
+            raise UserMistake(Problem("results", said)) from None
     return results
 
 
