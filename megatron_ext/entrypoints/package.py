@@ -41,6 +41,8 @@ from megatron_ext.serving.card import Step
 CARD, MODELFILE, ADAPTER_MODELFILE = "README.md", "Modelfile", "Modelfile.adapter"
 SERVE, SERVE_ADAPTER = "serve_vllm.sh", "serve_vllm_adapter.sh"
 NOT_TAKEN = ("conversion.json",)  # names folders of the cluster, which concern nobody else
+BASE_CARD = "README.base.md"
+MADE = (MODELFILE, ADAPTER_MODELFILE, SERVE, SERVE_ADAPTER, BASE_CARD)
 DAYS = ("2001-02-03", "2004-05-06")  # two days, to see whether a template writes one
 
 
@@ -107,6 +109,9 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
             "an adapter for Ollama is a GGUF file: give gguf a folder of export_gguf with the adapter, or leave it out"
         )
         problems.append(Problem("ollama_base", said))
+    for key, text in {"name": config.name, "ollama_base": config.ollama_base}.items():
+        if not text.isprintable():
+            problems.append(Problem(key, f"{text!r} has characters that no line of a file shows: leave them out"))
     if ranks != 1:
         problems.append(Problem("", f"package runs on 1 rank, not {ranks}"))
     return problems
@@ -159,9 +164,12 @@ def _copy(config: Config, out: Path) -> dict[str, str]:
     """Put all files in place: hard links, or copies where the filesystem has none. Return what the card says."""
     told = {}
     for path in files(Path(config.model)):
+        if path.name in MADE:  # of other settings than these
+            said = f"{config.model} has {path.name}, as package makes it: give the folder that was packaged"
+            raise UserMistake(Problem("model", said))
         if path.name not in NOT_TAKEN:
             # The card of the model that this one was made of is not this one's.
-            _link(inside(Path(config.model), path.name), out / (path.name if path.name != CARD else "README.base.md"))
+            _link(inside(Path(config.model), path.name), out / (path.name if path.name != CARD else BASE_CARD))
     told["*.safetensors"] = "the weights, for transformers and vLLM"
     if config.adapter:
         (out / "adapter").mkdir()

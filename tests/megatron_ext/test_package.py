@@ -198,11 +198,38 @@ def test_a_day_in_the_template_is_ollamas_unless_it_is_pinned(tmp_path):
         ({"push": True, "repo": "it"}, "repo: 'it' is no name of a repository"),
         ({"date": "yesterday"}, "date: 'yesterday' is no date"),
         ({"ollama_base": "gpt-oss:20b"}, "ollama_base: an adapter for Ollama is a GGUF file"),
+        ({"gguf": ["g"], "ollama_base": "a\nADAPTER /b"}, "ollama_base: 'a\\nADAPTER /b' has characters that no line"),
+        ({"name": "\ud800"}, "name: '\\ud800' has characters"),
     ],
 )
 def test_what_cannot_be_packaged_is_refused(settings, said):
     (problem,) = package.check(package.Config("hf", **settings), 1)
     assert said in str(problem)
+
+
+@pytest.mark.parametrize(
+    "setting, file, text, said",
+    [
+        ("adapter", None, "", "is missing"),
+        ("adapter", "adapter_config.json", '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["x"]}',
+         "has no adapter_model.safetensors"),
+        ("results", "result.json", "[]", "is no evaluation's"),
+        ("results", "result.json", "{}", "is no evaluation's"),
+        ("results", "result.json", "{", "has no evaluation"),
+        ("model", "Modelfile", "FROM x", "has Modelfile, as package makes it"),
+    ],
+)  # fmt: skip
+def test_what_is_no_part_of_a_package_is_refused_before_anything_is_written(tmp_path, setting, file, text, said):
+    given = folder(tmp_path / "given", CHATML) if setting == "model" else tmp_path / "given"
+    given.mkdir(exist_ok=True)
+    if file:
+        (given / file).write_text(text)
+    model = folder(tmp_path / "hf", CHATML)
+    (tmp_path / "out").mkdir()
+    config = package.Config(**{"model": str(model), setting: [str(given)] if setting == "results" else str(given)})
+    with pytest.raises(UserMistake, match=said):
+        package.run(config, tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out" / "README.md").exists() and not (tmp_path / "out" / "adapter").exists()
 
 
 @pytest.mark.parametrize("name", ["decider", "my model", 'a"b $HOME `id` $(id)', "it's"])
