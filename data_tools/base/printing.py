@@ -8,6 +8,7 @@ name as another one. Everything that `afterok` prints goes through `clean_stream
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -45,6 +46,14 @@ def size_text(size: float) -> str:
         if size < 1023.95 or unit == units[-1]:  # what would be printed as 1,024.0 is 1.0 of the next one
             break
     return f"{size:,.1f} {unit}"
+
+
+def as_float(value: float) -> float:
+    """Return a number that JSON gave as a float; infinity for an integer beyond it, since JSON's have no bound."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def json_text(value: Any) -> str:

@@ -374,10 +374,10 @@ def _map(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def _naming_damage(path: Path) -> Iterator[None]:
-    """Say of an archive that cannot be read that it is damaged."""
+    """Say of an archive that cannot be read that it is damaged. Of odd flags zipfile raises RuntimeError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, struct.error) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, EOFError, struct.error) as error:
         raise _damaged(path, f"not the provenance of a store ({error})") from None
 
 
@@ -388,12 +388,13 @@ def _check_rows(path: Path, rows: int) -> dict[str, int]:
     with _naming_damage(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         for name in _COLUMNS:
             member = archive.getinfo(f"{name}.npy")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed")
             with archive.open(member) as column:
                 np.lib.format.read_magic(column)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(column)
                 header = column.tell()
-            wanted = (RECORD[name].base, RECORD[name].shape, False, zipfile.ZIP_STORED)
-            if (dtype, shape[1:], fortran, member.compress_type) != wanted:
+            if (dtype, shape[1:], fortran) != (RECORD[name].base, RECORD[name].shape, False):
                 raise ValueError(f"{name} is {dtype} {shape}")
             if shape[:1] != (rows,) or member.file_size != header + math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{shape[0]} values of {name} for {rows} rows")

@@ -318,13 +318,14 @@ class RunFolder(RunLayout):
         begins = "" if element is None else f"{element_name(element)}."
         outcomes: dict[tuple[int, int, int, bool], Outcome] = {}
         files = (told for _, told in self.outcome_files(phase, asked, begins))
-        # Files first: one that is gone when it is read is in what was gathered by then.
+        # Files first: one that is gone when it is read is in what was gathered by then. What was gathered is believed:
+        # where a life has a file again, another of its ranks made it later.
         for told in itertools.chain(files, self._gathered(phase)):
             with contextlib.suppress(TypeError):
                 outcome = Outcome(**told)
                 if element in (None, outcome.element) and attempt in (None, outcome.attempt):
                     life = (outcome.element, outcome.attempt, outcome.restart, outcome.state == "skipped")
-                    outcomes.setdefault(life, outcome)
+                    outcomes[life] = outcome
         return sorted(outcomes.values(), key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
 
     def outcome_files(self, phase: str, asked: str = "", begins: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_tools.base import durable
+from data_tools.base.printing import as_float
 from data_tools.mistake import UserMistake
 from jobs.artifacts.layout import sample_logs_of, samples_below
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
@@ -220,7 +221,7 @@ def _lines(path: Path, notes: list[str], start: int = 0) -> Iterator[dict[str, A
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 value = None
-            if isinstance(value, dict) and _prompt_of(value) is not None:
+            if _is_sample(value):
                 yield value
             elif not bad:
                 bad = True
@@ -228,6 +229,15 @@ def _lines(path: Path, notes: list[str], start: int = 0) -> Iterator[dict[str, A
             if read > SCANNED:
                 notes.append(f"{path.name}: only its first {read:,} bytes were read")
                 break
+
+
+def _is_sample(value: Any) -> bool:
+    """Return whether a line names its prompt, and what is nested in it is of the kinds that are shown."""
+    if not isinstance(value, dict) or _prompt_of(value) is None:
+        return False
+    messages = value.get("messages", [None])
+    nested = (value.get(name) or {} for name in ("parts", "logprob_difference"))
+    return isinstance(messages, list) and bool(messages) and all(isinstance(each, dict) for each in nested)
 
 
 def _group(item: Any, lines: list[dict[str, Any]], mask_truncated: bool, characters: int = TEXT) -> Group:
@@ -272,7 +282,7 @@ def why_masked(line: Mapping[str, Any], mask_truncated: bool) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
+    return as_float(value) if isinstance(value, (int, float)) else None
 
 
 def cut(text: Any, characters: int = TEXT) -> str:

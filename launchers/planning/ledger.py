@@ -273,6 +273,11 @@ class Ledger:
             f"answer): `afterok repair {where}` goes on with it, `afterok cancel {where}` takes it back"
         )
 
+    def newest_released(self) -> int:
+        """Return the submission whose jobs were let go last; 0 where there is none."""
+        released = (event["submission"] for event in self.events() if event["event"] == "released")
+        return max(released, default=0)
+
     def unreleased(self) -> list[int]:
         """Return the submissions of this folder that were begun and neither released nor abandoned."""
         begun: list[int] = []

@@ -198,7 +198,8 @@ def take_snapshot(folder: Path, shared: Path, extra: Iterable[Path] = ()) -> Non
     """
     code = find_code(extra)
     place = shared / _name(code.files)
-    if not place.is_dir() or _name({name: place / name for name in code.files}) != place.name:
+    there = {path.relative_to(place).as_posix(): path for path in _walk(place)}  # another module in it shadows, perhaps
+    if there.keys() != code.files.keys() or _name({name: place / name for name in code.files}) != place.name:
         place = _copied(code, shared)
     folder.symlink_to(os.path.relpath(place, folder.parent))
     digests = {name: _digest(folder / name) for name in code.files}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.base.printing import as_float
 from jobs.artifacts.layout import metrics_below
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 
@@ -153,7 +154,7 @@ def columns_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
     hours, seconds, before = Column(), 0.0, 0.0
     for step, line in zip(steps, ordered, strict=True):
         each = line.get("step_s")
-        if isinstance(each, (int, float)) and math.isfinite(each):
+        if isinstance(each, (int, float)) and math.isfinite(each := as_float(each)):
             seconds += each * max(0.0, step - before)
             hours.add(step, seconds / 3600)
             before = step
@@ -191,19 +192,12 @@ def _gather(found: dict[str, _Found], lines: Sequence[Mapping[str, Any]], at: Se
             if kinds == {float}:
                 found.setdefault(prefix + name, _Found()).pieces.append((where, values))
             elif kinds & {float, int}:
-                numbers = [(place, _as_float(v)) for place, v in zip(where, values) if type(v) in (float, int)]
+                numbers = [(place, as_float(v)) for place, v in zip(where, values) if type(v) in (float, int)]
                 each = found.setdefault(prefix + name, _Found())
                 each.pieces.append(([place for place, _ in numbers], [value for _, value in numbers]))
             if dict in kinds:
                 below = [(place, value) for place, value in zip(where, values) if type(value) is dict]
                 _gather(found, [value for _, value in below], [place for place, _ in below], f"{prefix}{name}/")
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # JSON's integers have no bound
-        return math.inf
 
 
 def _series(label: str, column: Column) -> Series:

@@ -45,7 +45,7 @@ class Cleaned:
     """What may go of one run, or what went."""
 
     run: RunFolder
-    going: str = ""  # why nothing of it may go
+    going: str = ""  # why nothing of it may go, or no more of it
     items: list[Item] = field(default_factory=list)
     kept: dict[Path, str] = field(default_factory=dict)  # what stays for a reason that its user may not know
     deleted: bool = False
@@ -72,31 +72,54 @@ class Cleaned:
 def clean(runs: Sequence[RunFolder], only: Iterable[str], delete: bool) -> list[Cleaned]:
     """Return what may go of each run; with `delete`, after it is gone. A run that is going keeps all.
 
+    So does one of which nobody can tell what it needs: its ledger is damaged, or somebody submits to it.
+
     Raises:
-        UserMistake: a plan or ledger is damaged, so that nobody can tell what a run needs.
+        UserMistake: a plan is damaged, so that nobody can tell what that run reads of any.
     """
     references = References(_others(runs))
     unread = dict.fromkeys(references.unread, "you may not read that run: nobody can tell what of these it reads")
     done = []
     for run in runs:
-        cleaned = Cleaned(run, why_going(run), unread=unread)
-        if not cleaned.going and delete:
-            with submit_lock(run):
-                cleaned.going = why_going(run)  # it may have been submitted a moment ago
-                _find(cleaned, references, only)
-                for item in cleaned.items:
-                    remove(item.path)
-            cleaned.deleted = not cleaned.going
-        else:
-            _find(cleaned, references, only)
-        done.append(cleaned)
+        done.append(Cleaned(run, unread=unread))
+        try:
+            _clean(done[-1], references, only, delete)
+        except UserMistake as mistake:  # what went before it must be told
+            done[-1].going = str(mistake)
     return done
 
 
+def _clean(cleaned: Cleaned, references: References, only: Iterable[str], delete: bool) -> None:
+    """Fill in what may go of one run, or what went.
+
+    Raise UserMistake where nobody can tell what the run needs, or something cannot be deleted.
+    """
+    cleaned.going = why_going(cleaned.run)
+    if cleaned.going or not delete:
+        _find(cleaned, references, only)
+        return
+    with submit_lock(cleaned.run):
+        cleaned.going = why_going(cleaned.run)  # it may have been submitted a moment ago
+        _find(cleaned, references, only)
+        found, cleaned.items, cleaned.deleted = cleaned.items, [], not cleaned.going
+        for item in found:
+            try:
+                remove(item.path)
+            except OSError as error:
+                raise UserMistake(f"{error.filename or item.path} cannot be deleted: {error.strerror}") from None
+            cleaned.items.append(item)
+
+
 def _others(runs: Sequence[RunFolder]) -> list[RunFolder]:
-    """Return all runs that may read something of these: these, those beside them, and those below ./runs."""
+    """Return all runs that may read something of these: these, those beside them, and those below ./runs.
+
+    A folder there that this user may not enter may be a run, too.
+    """
     folders = {run.path.parent.resolve() for run in runs} | {Path("runs").resolve()}
-    paths = {run.path.resolve() for run in runs} | {path for folder in folders for path in runs_below(folder)}
+    paths = {run.path.resolve() for run in runs}
+    for folder in filter(Path.is_dir, folders):
+        paths.update(runs_below(folder))
+        paths.update(path for path in folder.iterdir() if path.is_dir() and not os.access(path, os.X_OK))
     return [RunFolder(path) for path in sorted(paths)]
 
 

@@ -21,7 +21,7 @@ from launchers.planning.ledger import Ledger
 
 WHAT = {
     "attempts": "what attempts wrote and never sealed",
-    "settings": "unsealed phases under settings that the newest submission has no more",
+    "settings": "unsealed phases under settings that the newest submission, and the newest that ran, have no more",
     "milestones": "checkpoints of sealed trainings, but for the newest (keep_checkpoints)",
     "journals": "what sealed phases wrote down while they sampled, to go on after a stop",
     "retired": "what `resubmit --again` set aside, of phases that are sealed again",
@@ -134,6 +134,11 @@ class _Finder:
             (name, phase.key): phase for number in run.submissions() for name, phase in run.frozen(number).items()
         }
         self.ledger = Ledger(run.ledger)
+        # Whoever took a submission back, or has not sent its bundle, goes on from what the one before had.
+        ran = {number for number in (self.ledger.newest_released(),) if number in run.submissions()}
+        self.current = {
+            (name, phase.key) for frozen in [self.newest, *map(run.frozen, ran)] for name, phase in frozen.items()
+        }
         self.jobs = {entry.job for entry in self.ledger.jobs()}  # none of which is under way
         self.outcomes = {  # hosts on which a life of an element told how it ended
             (name, (told.element, told.attempt, told.restart)): told.host
@@ -177,8 +182,7 @@ class _Finder:
         if roots is None:
             self.found.kept[artifact.folder] = "a seal in it is damaged: nobody can tell what it names"
             return
-        current = self.newest.get(phase.name)
-        abandoned = current is None or current.key != phase.key
+        abandoned = (phase.name, phase.key) not in self.current
         if abandoned and not any(artifact.all_seals()):
             at_work = next(filter(None, (self._why_at_work(lease, phase.name) for lease in artifact.all_leases())), "")
             if at_work:
@@ -265,11 +269,10 @@ class _Finder:
         """Add the code and scripts of submissions that no seal names, and whose jobs nobody can ask about any more."""
         if not self.all_seals_read:
             return
-        asked = {(name, phase.key) for name, phase in self.newest.items()}
         newest_jobs = {  # of each element that is not sealed, which `why` speaks of
             (entry.phase, element): entry.scripted
             for entry in self.ledger.jobs()
-            if (entry.phase, entry.key) in asked and self.run.whole_seal(entry.phase, entry.key) is None
+            if (entry.phase, entry.key) in self.current and self.run.whole_seal(entry.phase, entry.key) is None
             for element in entry.elements
         }
         needed = {self.run.newest_submission(), *self.sealed_by, *newest_jobs.values()}

@@ -1,10 +1,11 @@
 """Does what `afterok clean` says."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.mistake import UserMistake
+from data_tools.mistake import EXIT_MISTAKE, UserMistake
 from launchers.verbs.said import print_json, tell
 
 if TYPE_CHECKING:
@@ -28,17 +29,19 @@ def do_clean(args: argparse.Namespace) -> int:
         if why := why_going(run):
             raise UserMistake(f"{as_typed(run.path)}: {why}; nothing was deleted")
     done = clean([*named, *runs], args.only, args.yes)
+    code = EXIT_MISTAKE if any(each.going for each in done[: len(named)]) else 0  # though they had nothing going
     if args.json:
-        return print_json({"runs": [each.as_json() for each in done], "bytes": sum(each.size for each in done)})
+        print_json({"runs": [each.as_json() for each in done], "bytes": sum(each.size for each in done)})
+        return code
     for each in done:
         _show(each)
     for path, why in done[0].unread.items() if done else ():
         tell(f"{as_typed(path)}: {why}")
     total = size_text(sum(each.size for each in done))
     if any(each.items for each in done):
-        words = " ".join(["afterok clean", *args.runs, *(f"--only {what}" for what in args.only)])
+        words = shlex.join(["afterok", "clean", *args.runs, *(word for what in args.only for word in ("--only", what))])
         print(f"{total} deleted" if args.yes else f"{total} in all; nothing was deleted: `{words} --yes` deletes it")
-    return 0
+    return code
 
 
 def _show(cleaned: "Cleaned") -> None:

@@ -97,7 +97,7 @@ def _model(config: Config, family: Family, dims: Any, file: Path) -> dict[str, A
     dtype = convert.main_dtype({name: tensors.dtype(name) for name in names}, family.mapping.rules(dims, names))
     outtype = config.outtype or TYPES[dtype]
     name = config.name or model_type(family, dims)
-    arguments = [config.model, "--outfile", str(file), "--outtype", outtype, "--model-name", name]
+    arguments = [config.model, "--outfile", str(file), "--outtype", outtype, f"--model-name={name}"]
     converter.convert(converter.MODEL, config.llama_cpp, arguments)
     return {"outtype": outtype, "parameters": family.config.shape(dims).parameters.total}
 

@@ -28,10 +28,11 @@ from data_tools.base.declared import setting
 from data_tools.base.inside import files, inside
 from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer, stop_ids
+from data_tools.evaluations import accuracy
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.entrypoints import export_gguf
-from megatron_ext.lora import peft_config
+from megatron_ext.lora import peft_config, peft_format
 from megatron_ext.models.registry import model_type, read_config
 from megatron_ext.parallel.plan import Site
 from megatron_ext.serving import card, hub, modelfile, turns
@@ -40,6 +41,8 @@ from megatron_ext.serving.card import Step
 CARD, MODELFILE, ADAPTER_MODELFILE = "README.md", "Modelfile", "Modelfile.adapter"
 SERVE, SERVE_ADAPTER = "serve_vllm.sh", "serve_vllm_adapter.sh"
 NOT_TAKEN = ("conversion.json",)  # names folders of the cluster, which concern nobody else
+BASE_CARD = "README.base.md"
+MADE = (MODELFILE, ADAPTER_MODELFILE, SERVE, SERVE_ADAPTER, BASE_CARD)
 DAYS = ("2001-02-03", "2004-05-06")  # two days, to see whether a template writes one
 
 
@@ -106,6 +109,9 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
             "an adapter for Ollama is a GGUF file: give gguf a folder of export_gguf with the adapter, or leave it out"
         )
         problems.append(Problem("ollama_base", said))
+    for key, text in {"name": config.name, "ollama_base": config.ollama_base}.items():
+        if not text.isprintable():
+            problems.append(Problem(key, f"{text!r} has characters that no line of a file shows: leave them out"))
     if ranks != 1:
         problems.append(Problem("", f"package runs on 1 rank, not {ranks}"))
     return problems
@@ -125,11 +131,13 @@ def run(
     name = config.name or model_type(family, dims)
     if is_path(config.base) or Path(config.base).exists():  # "" too
         config = replace(config, base="")
+    results = _results(config, lineage)
+    rank = _vllm_rank(config)
     told = _copy(config, out)
     tokenizer = load_tokenizer(str(out))
     template, note = _template(config, tokenizer)
     _modelfiles(config, out, tokenizer, template, note=note, is_gpt_oss=family.name == "gpt_oss", told=told)
-    _vllm(config, out, name, dims.dtype, told=told)
+    _vllm(config, out, name, dims.dtype, rank=rank, told=told)
     facts: card.Facts = {
         "name": name,
         "description": _description(config, model_type(family, dims), lineage),
@@ -138,7 +146,7 @@ def run(
         "tags": ["afterok", *(["lora"] if config.adapter else [])],
         "files": told,
     }
-    durable.write_file(out / CARD, card.model_card(facts, _results(config, lineage), lineage))
+    durable.write_file(out / CARD, card.model_card(facts, results, lineage))
     durable.fsync_tree(out)
     progress(1, 2 if config.push else 1, "steps")
     commit = hub.upload(out, config.repo, f"{name}, packaged by afterok") if config.push else ""
@@ -156,9 +164,12 @@ def _copy(config: Config, out: Path) -> dict[str, str]:
     """Put all files in place: hard links, or copies where the filesystem has none. Return what the card says."""
     told = {}
     for path in files(Path(config.model)):
+        if path.name in MADE:  # of other settings than these
+            said = f"{config.model} has {path.name}, as package makes it: give the folder that was packaged"
+            raise UserMistake(Problem("model", said))
         if path.name not in NOT_TAKEN:
             # The card of the model that this one was made of is not this one's.
-            _link(inside(Path(config.model), path.name), out / (path.name if path.name != CARD else "README.base.md"))
+            _link(inside(Path(config.model), path.name), out / (path.name if path.name != CARD else BASE_CARD))
     told["*.safetensors"] = "the weights, for transformers and vLLM"
     if config.adapter:
         (out / "adapter").mkdir()
@@ -196,6 +207,9 @@ def _template(config: Config, tokenizer: Tokenizer) -> tuple[str, str]:
         return "", "the tokenizer's chat template writes the day in a way of its own: pin it (date)"
     lost = [] if found[0].system else ["it has no place for a system message"]
     lost += [] if found[0].keeps_edges else ["the tokenizer's takes spaces off the ends of a content, Ollama does not"]
+    lost += (
+        [] if found[0].keeps_thoughts else ["the tokenizer's takes thoughts out of earlier answers, Ollama does not"]
+    )
     return template, "; ".join(lost)
 
 
@@ -233,15 +247,25 @@ def _modelfiles(
             told[name] = f"`ollama create NAME -f {name}`. {says}"
 
 
-def _vllm(config: Config, out: Path, name: str, dtype: str, *, told: dict[str, str]) -> None:
+def _vllm_rank(config: Config) -> int:
+    """Return the rank of the adapter, 0 where vLLM has no such adapter or none is given. Raise UserMistake for none.
+
+    Of experts and router, which are parameters, vLLM reads another order (vllm#52198).
+    """
+    if not config.adapter:
+        return 0
+    adapter, problems = peft_config.read(Path(config.adapter))
+    if not problems and not (Path(config.adapter) / peft_format.TENSORS).is_file():
+        problems = [Problem("adapter", f"{config.adapter} has no {peft_format.TENSORS}; export_hf makes one")]
+    if problems or adapter is None:
+        raise UserMistake(problems)
+    return 0 if adapter.parameters or adapter.config.rank > modelfile.VLLM_RANKS[-1] else adapter.config.rank
+
+
+def _vllm(config: Config, out: Path, name: str, dtype: str, *, rank: int, told: dict[str, str]) -> None:
     scripts = {SERVE: modelfile.vllm_command(name, dtype, config.context)}
-    if config.adapter and config.base:
-        adapter, problems = peft_config.read(Path(config.adapter))
-        if problems or adapter is None:
-            raise UserMistake(problems)
-        if not adapter.parameters:  # experts and router, of which vLLM reads another order (vllm#52198)
-            rank = adapter.config.rank
-            scripts[SERVE_ADAPTER] = modelfile.vllm_command(name, dtype, config.context, base=config.base, rank=rank)
+    if rank and config.base:
+        scripts[SERVE_ADAPTER] = modelfile.vllm_command(name, dtype, config.context, base=config.base, rank=rank)
     for file, text in scripts.items():
         durable.write_file(out / file, text)
         (out / file).chmod(0o755)
@@ -265,8 +289,12 @@ def _results(config: Config, lineage: Sequence[Step]) -> Mapping[str, Mapping[st
     for name, folder in zip(names, folders):
         try:
             results[name] = durable.read_json(folder / "result.json")
+            accuracy.headline(results[name])
         except (OSError, ValueError) as error:
             raise UserMistake(Problem("results", f"{folder} has no evaluation ({error})")) from None
+        except (AttributeError, LookupError, TypeError) as error:
+            said = f"{folder / 'result.json'} is no evaluation's ({error!r}): give a folder of evaluate or run_exported"
+            raise UserMistake(Problem("results", said)) from None
     return results
 
 

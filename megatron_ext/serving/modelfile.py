@@ -38,20 +38,39 @@ def modelfile(
     lines = [*(f"# {note}." for note in notes), f"FROM {origin}"]
     lines += [f"ADAPTER {adapter}"] if adapter else []
     lines += [f'TEMPLATE """{template}"""'] if template else []
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    for stop in stops:
+        unread = f"# Left out is the stop {json.dumps(stop)}, which no Modelfile can hold."
+        lines.append(f"PARAMETER stop {quoted(stop)}" if quoted(stop) else unread)
     lines += [f"PARAMETER temperature {sampling.temperature:g}", f"PARAMETER top_p {sampling.top_p:g}"]
     lines += [f"PARAMETER top_k {sampling.top_k}", "PARAMETER min_p 0", "PARAMETER repeat_penalty 1"]
     lines += [f"PARAMETER num_ctx {context}"] if context else []
     return "\n".join(lines) + "\n"
 
 
+def quoted(text: str) -> str:
+    """Return a text as Ollama reads it from a Modelfile (parser/parser.go); "" where it can read no such text.
+
+    Between its quotes are no escapes, and what cannot be printed is dropped, but for white space.
+    """
+    if '"""' in text or not all(char.isprintable() or char in "\n\r\t" for char in text):
+        return ""
+    quote = '"""' if '"' in text else '"'
+    return quote + text + quote
+
+
 def vllm_command(name: str, dtype: str, context: int, *, base: str = "", rank: int = 0) -> str:
     """Return a script that serves the folder it lies in; with `base`, that model with the adapter beside it."""
-    words = ["--served-model-name", name] if not base else ["--enable-lora", "--lora-modules", f"{name}=$HERE/adapter"]
+    words = ["--served-model-name", shlex.quote(name)]
     if base:
-        words += ["--max-lora-rank", str(next(most for most in VLLM_RANKS if most >= rank))]
-    words += ["--dtype", dtype] + (["--max-model-len", str(context)] if context else [])
-    said = " ".join(f'"{word}"' if "$" in word else shlex.quote(word) for word in words)
+        rank = next(most for most in VLLM_RANKS if most >= rank)
+        words = [
+            "--enable-lora",
+            "--lora-modules",
+            f'{shlex.quote(name)}="$HERE"/adapter',
+            "--max-lora-rank",
+            str(rank),
+        ]
+    said = " ".join([*words, "--dtype", dtype, *(["--max-model-len", str(context)] if context else [])])
     model = shlex.quote(base) if base else '"$HERE"'
     here = 'HERE=$(cd "$(dirname "$0")" && pwd)'
     about = "# Serves an OpenAI-compatible API on port 8000."

@@ -25,6 +25,7 @@ class Turns:
     assistant: tuple[str, str]
     goes_on: str  # after the last user's turn
     keeps_edges: bool = True  # False: the template takes spaces off the ends of a content
+    keeps_thoughts: bool = True  # False: it takes what was thought out of earlier answers
 
     def text(self, messages: Messages) -> str:
         """Return a conversation as the template writes it."""
@@ -41,7 +42,7 @@ class Turns:
 
         def words(text: str) -> str:
             parts = text.split(today) if today else [text]
-            quoted = ["{{ " + json.dumps(part, ensure_ascii=False) + " }}" if part else "" for part in parts]
+            quoted = ["{{ " + _go_string(part) + " }}" if part else "" for part in parts]
             return "{{ currentDate }}".join(quoted)
 
         (before_user, after_user), (before_answer, after_answer) = self.user, self.assistant
@@ -58,6 +59,12 @@ class Turns:
             + "{{ end }}{{ end }}"
             + words(self.goes_on)
         )
+
+
+def _go_string(text: str) -> str:
+    """Return a text as Go spells it, all of it printable: of a Modelfile Ollama drops what is not."""
+    spelled = json.dumps(text, ensure_ascii=False)
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in spelled)
 
 
 def find(render: Render) -> Turns | None:
@@ -83,7 +90,8 @@ def find(render: Render) -> Turns | None:
     if not all(_agree(render, found, talk) for talk in _talks("two\nlines, {{ braces }} and é", bool(found.system))):
         return None
     edges = all(_agree(render, found, talk) for talk in _talks(" \n spaces around \n", bool(found.system)))
-    return replace(found, keeps_edges=edges)
+    thoughts = _agree(render, found, _talk(_FIRST, f"<think>\n{_SECOND}\n</think>\n\n{_ANSWER}", _SECOND))
+    return replace(found, keeps_edges=edges, keeps_thoughts=thoughts)
 
 
 def _talk(*contents: str) -> list[dict[str, str]]:

@@ -88,6 +88,18 @@ def test_a_damaged_store_is_a_mistake_that_names_the_file(tmp_path: Path, name: 
     assert name in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_no_byte_of_the_directory_of_rows_npz_gives_other_values_or_another_error(tmp_path: Path) -> None:
+    folder = write(tmp_path / "s", [[(1, 0)]])
+    path, wanted = folder / "rows.npz", Store(folder).records(0, 1).tobytes()
+    data = path.read_bytes()
+    for place in range(data.index(b"PK\x01\x02"), len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x81]) + data[place + 1 :])
+        try:
+            assert Store(folder).records(0, 1).tobytes() == wanted
+        except UserMistake as mistake:
+            assert str(path) in str(mistake)
+
+
 def test_a_file_of_another_store_is_a_mistake_that_names_it(tmp_path: Path) -> None:
     other = write(tmp_path / "other", [[(1, 0)], [(2, 1)], [(3, 1)]])
     for name in ("tokens.idx", "tokens_loss_mask.idx", "rows.npz"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.base import durable
-from jobs.artifacts.layout import CLEANED
+from jobs.artifacts.layout import CLEANED, RunLayout
 from jobs.artifacts.owner import Owner
 from launchers.cli import main
 from launchers.observe.look import look_at
@@ -207,6 +207,60 @@ def test_what_another_run_reads_stays(planted, tmp_path, capsys, way, what):
     (found,) = said(capsys, planted.run.path, "--yes")["runs"]
     assert wanted.exists() and str(other.run.path) in found["kept"][str(wanted)]
     assert not planted.may_go["code"][0].exists()
+
+
+@pytest.mark.parametrize("end", ["taken back", "a bundle that nobody sent"])
+def test_what_the_newest_submission_that_ran_goes_on_from_stays(planted, capsys, end):
+    folder = planted.run.artifact(planted.phases["grpo"]).folder
+    planted.phases["grpo"] = dataclasses.replace(planted.phases["grpo"], key="d" * 16)
+    planted.run.submission_folder(4).mkdir(exist_ok=True)
+    planted.run.freeze(4, "planted", list(planted.phases.values()))
+    told = {"submission": 4, "backend": "local", "choice": "local", "cluster": "local"}
+    if end == "taken back":
+        planted._tell(0, event="submission", **told)
+        planted._tell(0, event="abandoned", submission=4, why="refused", jobs=[])
+    else:
+        planted._tell(0, event="bundle", jobs=[], folder="bundle", **told)
+    (found,) = said(capsys, planted.run.path, "--yes")["runs"]
+    assert found["deleted"] and (folder / "checkpoints/step_1/bytes").exists()
+
+
+def test_of_many_runs_each_is_told_though_one_cannot_be_cleaned(planted, tmp_path, capsys):
+    for name, text in (("a b", "no ledger\n"), ("z", "")):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "ledger.jsonl").write_text(text)
+    runs = said(capsys, "runs", "--yes")["runs"]
+    assert [bool(run["going"]) for run in runs] == [True, False, True] and runs[1]["items"] and runs[1]["deleted"]
+    assert not planted.may_go["code"][0].exists()
+    assert "nothing was submitted there yet" in runs[2]["going"] and "is not whole JSON" in runs[0]["going"]
+
+
+def test_what_went_before_something_that_cannot_is_told(planted, capsys, monkeypatch):
+    paths, remove = [Path(item["path"]) for item in said(capsys, planted.run.path)["runs"][0]["items"]], clean.remove
+    refuse = PermissionError(1, "Operation not permitted", str(paths[2]))
+    monkeypatch.setattr(
+        clean, "remove", lambda path: remove(path) if path != paths[2] else (_ for _ in ()).throw(refuse)
+    )
+    (found,) = said(capsys, planted.run.path, "--yes", code=2)["runs"]
+    assert [item["path"] for item in found["items"]] == list(map(str, paths[:2]))
+    assert found["going"] == f"{paths[2]} cannot be deleted: Operation not permitted"
+    assert [path.exists() for path in paths[:3]] == [False, False, True]
+
+
+def test_a_folder_that_may_not_be_entered_is_told_as_a_run_that_may_read_something(
+    planted, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "runs" / "theirs").mkdir()
+    monkeypatch.setattr(clean.os, "access", lambda path, _: Path(path).name != "theirs")  # root may enter any
+    submissions = RunLayout.submission_numbers
+
+    def closed(run):
+        if run.name == "theirs":
+            raise PermissionError
+        return submissions(run)
+
+    monkeypatch.setattr(RunLayout, "submission_numbers", closed)
+    assert said(capsys, planted.run.path)["runs"][0]["unread"] == [str(tmp_path / "runs" / "theirs")]
 
 
 def test_wrong_words_are_refused_in_a_line(planted, capsys):

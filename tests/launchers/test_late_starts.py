@@ -320,5 +320,7 @@ def test_what_a_large_array_leaves_is_gathered_once_it_is_sealed_and_reads_as_be
     assert sorted(told) == [(0, 0, "sealed"), (1, 0, "failed"), (1, 1, "sealed"), (2, 0, "sealed")]
     assert [outcome.state for outcome in run.run.outcomes("first", element=1)] == ["failed", "sealed"]
     assert run.run.outcomes("first", attempt=2) == [] and run.actions()["first"] == "reuse"
+    run.run.record_outcome("first", Outcome(0, 1, 0, "failed", 1, "another rank, later", "host", "", 1.0))
+    assert [outcome.state for outcome in run.run.outcomes("first", element=0)] == ["sealed"]
     for element in range(3):
         assert ended(run.start("first", element)) == EXIT_SEALED  # there is nothing to do for a late start

@@ -282,6 +282,19 @@ def test_what_is_not_shown_of_samples_is_said(tmp_path):
     assert any("lines of it are no samples" in note for note in found.notes) and cut({"a": 1}) == '{"a": 1}'
 
 
+def test_no_value_of_any_field_of_a_sample_breaks_the_page(tmp_path, monkeypatch):
+    """A sample that others wrote, or of a reward of any size; what is nested otherwise is no sample."""
+    odd = [None, True, "x", "\ud800", [], [1], {}, {"a": {"b": 1}}, math.inf, math.nan, 10**400, -(10**400)]
+    lines = [{**sample(0, 0), name: value} for name in sample(0, 0) if name != "item" for value in odd]
+    lines += [{"item": 1, "messages": value} for value in odd]
+    planted = PlantedRun(tmp_path, {"grpo": "grpo"})
+    planted.samples("grpo", 7, [{**line, "item": item} for item, line in enumerate(lines)])
+    planted.metrics("grpo", [{"step": 1, "step_s": 10**400, "loss": -(10**400)}, {"step": 2, "loss": 1.0}])
+    monkeypatch.setattr("launchers.observe.sampled.GROUPS", len(lines))
+    found = contents_of(planted.run)
+    assert len(found.groups[0].steps[0].groups) > 0.8 * len(lines) and "lines of it are no samples" in page_of(found)
+
+
 def test_what_is_damaged_is_left_out_and_said(tmp_path):
     planted = finished(tmp_path)
     for name, file in (("data", "balance.json"), ("after", "samples.jsonl")):

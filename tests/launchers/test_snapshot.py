@@ -104,10 +104,13 @@ def test_submissions_of_the_same_code_share_one_copy_and_an_edited_one_is_nobody
     closed = taken(3)
     assert closed != first and stat.S_IMODE((closed / "mine.py").stat().st_mode) == 0o600
     mine.chmod(0o644), mine.write_text("x = 2\n")
-    assert taken(4) not in (first, closed)
+    fourth = taken(4)
+    assert fourth not in (first, closed)
     (first / "mine.py").write_text("x = 3  # by hand, for the jobs of before\n")
     mine.write_text("x = 1\n")
     assert taken(5) != first and len(list(shared.iterdir())) == 4
+    mine.write_text("x = 2\n"), (fourth / "torch.py").touch()  # shadows another module
+    assert taken(6) != fourth
 
 
 def test_python_that_is_a_link_out_of_its_package_is_refused(package):

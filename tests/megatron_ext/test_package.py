@@ -123,6 +123,8 @@ def test_other_templates_are_told_apart(tmp_path):
     trimmed, without = found(TRIMMED), found(NO_SYSTEM)
     assert trimmed is not None and not trimmed.keeps_edges
     assert without is not None and without.system is None
+    unthought = found(CHATML.replace("m.content", "m.content.split('</think>')[-1]"))
+    assert unthought is not None and not unthought.keeps_thoughts and trimmed.keeps_thoughts
 
 
 def made(tmp_path: Path, template: str, lineage: Any = (), **settings: Any) -> tuple[Path, dict[str, Any]]:
@@ -196,6 +198,8 @@ def test_a_day_in_the_template_is_ollamas_unless_it_is_pinned(tmp_path):
         ({"push": True, "repo": "it"}, "repo: 'it' is no name of a repository"),
         ({"date": "yesterday"}, "date: 'yesterday' is no date"),
         ({"ollama_base": "gpt-oss:20b"}, "ollama_base: an adapter for Ollama is a GGUF file"),
+        ({"gguf": ["g"], "ollama_base": "a\nADAPTER /b"}, "ollama_base: 'a\\nADAPTER /b' has characters that no line"),
+        ({"name": "\ud800"}, "name: '\\ud800' has characters"),
     ],
 )
 def test_what_cannot_be_packaged_is_refused(settings, said):
@@ -203,9 +207,67 @@ def test_what_cannot_be_packaged_is_refused(settings, said):
     assert said in str(problem)
 
 
-def test_vllm_is_given_a_rank_that_it_has():
-    told = modelfile.vllm_command("decider", "bfloat16", 4096, base="openai/gpt-oss-20b", rank=4)
-    assert 'serve openai/gpt-oss-20b --enable-lora --lora-modules "decider=$HERE/adapter" --max-lora-rank 8' in told
+@pytest.mark.parametrize(
+    "setting, file, text, said",
+    [
+        ("adapter", None, "", "is missing"),
+        ("adapter", "adapter_config.json", '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["x"]}',
+         "has no adapter_model.safetensors"),
+        ("results", "result.json", "[]", "is no evaluation's"),
+        ("results", "result.json", "{}", "is no evaluation's"),
+        ("results", "result.json", "{", "has no evaluation"),
+        ("model", "Modelfile", "FROM x", "has Modelfile, as package makes it"),
+    ],
+)  # fmt: skip
+def test_what_is_no_part_of_a_package_is_refused_before_anything_is_written(tmp_path, setting, file, text, said):
+    given = folder(tmp_path / "given", CHATML) if setting == "model" else tmp_path / "given"
+    given.mkdir(exist_ok=True)
+    if file:
+        (given / file).write_text(text)
+    model = folder(tmp_path / "hf", CHATML)
+    (tmp_path / "out").mkdir()
+    config = package.Config(**{"model": str(model), setting: [str(given)] if setting == "results" else str(given)})
+    with pytest.raises(UserMistake, match=said):
+        package.run(config, tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out" / "README.md").exists() and not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize("name", ["decider", "my model", 'a"b $HOME `id` $(id)', "it's"])
+def test_vllm_is_given_a_rank_that_it_has_and_the_name_as_it_is(tmp_path, name):
+    (tmp_path / "vllm").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    script = tmp_path / "with spaces" / "serve.sh"
+    script.parent.mkdir()
+    for path in (tmp_path / "vllm", script):
+        path.touch()
+        path.chmod(0o755)
+    for base, wanted in (("", ["serve", str(script.parent), "--served-model-name", name]),
+                         ("o/base", ["serve", "o/base", "--enable-lora", "--lora-modules",
+                                     f"{name}={script.parent}/adapter", "--max-lora-rank", "8"])):  # fmt: skip
+        script.write_text(modelfile.vllm_command(name, "bfloat16", 4096, base=base, rank=4))
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        told = subprocess.run([script], capture_output=True, text=True, check=True, env=environment).stdout
+        assert told.splitlines() == [*wanted, "--dtype", "bfloat16", "--max-model-len", "4096"]
+
+
+def read_value(line: str) -> str:
+    """Return a value as Ollama's parser/parser.go reads it: unprintable characters drop out, and no escape is one."""
+    value = "".join(char for char in line if char.isprintable() or char in "\t\r\n")
+    quote = '"""' if value.startswith('"""') else '"' if value.startswith('"') else ""
+    return value[len(quote) : len(value) - len(quote)]
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", "\n", "a\\b", 'say "', '"', "é｜", "\n\nHuman: "])
+def test_ollama_reads_a_stop_as_it_is(stop):
+    assert read_value(modelfile.quoted(stop)) == stop
+
+
+def test_what_no_modelfile_holds_is_left_out_and_said_or_escaped():
+    sampling = modelfile.Sampling(1.0, 1.0, 0)
+    text = modelfile.modelfile("./m", "", "", stops=["\u200b", 'a"""b'], sampling=sampling, context=0, notes=[])
+    assert "PARAMETER stop" not in text and '# Left out is the stop "\\u200b", which no Modelfile can hold.' in text
+    turn = ("<\u200b\U000e0001", "\n>")
+    template = turns.Turns("", None, turn, turn, "go").go_template()
+    assert template.isprintable() and r'"<\U0000200b\U000e0001"' in template
 
 
 class Hub:
