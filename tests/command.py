@@ -14,6 +14,13 @@ from typing import Any
 from tests.forks import Forks
 
 ROOT = Path(__file__).parents[1]
+# of jobs/pipelines/tiny.yaml: all its phases, each as short as can be
+TINY_SHORT = [
+    "params.steps=100", "params.train_rows=4000", "params.test_rows=240", "params.samples=2", "params.grpo_steps=4",
+    "params.rs_prompts=256", "params.rs_steps=4", "rs_sft.with.warmup_steps=0", "rs_sft.resources.ranks_per_node=1",
+    "sft.with.checkpoint_every=20", "sft.with.log_every=10", "grpo.with.prompts=16", "grpo.with.checkpoint_every=2",
+    "grpo.with.advantage.drop_equal_groups=false",
+]  # fmt: skip
 
 
 def afterok(

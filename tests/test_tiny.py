@@ -19,15 +19,10 @@ from data_tools.packs.store import Store
 from jobs.artifacts.seal import read_seal
 from launchers.planning.ledger import Ledger
 from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
-from tests.command import ROOT, afterok, afterok_json, one_line, wait_for, wait_until_sealed
+from tests.command import ROOT, TINY_SHORT, afterok, afterok_json, one_line, wait_for, wait_until_sealed
 from tests.megatron_ext.rounding import logits_bound
 
 TINY = "jobs/pipelines/tiny.yaml"
-SHORT = ["params.steps=100", "params.train_rows=4000", "params.test_rows=240", "params.samples=2",
-         "params.grpo_steps=4", "params.rs_prompts=256", "params.rs_steps=4", "rs_sft.with.warmup_steps=0",
-         "rs_sft.resources.ranks_per_node=1", "sft.with.checkpoint_every=20", "sft.with.log_every=10",
-         "grpo.with.prompts=16", "grpo.with.checkpoint_every=2",
-         "grpo.with.advantage.drop_equal_groups=false"]  # fmt: skip
 FROM_SFT = {"sft", "trained", "grpo", "reinforced", "sampled", "kept", "rs_data", "rs_packs", "rs_sft", "refined",
             "exported"}  # fmt: skip
 FROM_GRPO = FROM_SFT - {"sft", "trained"}
@@ -44,7 +39,7 @@ def json_lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def local_run(tmp_path_factory, scrub_slurm):  # noqa: F811
     run = tmp_path_factory.mktemp("tiny") / "run"
-    done = afterok("run", TINY, *SHORT, "cluster=local", "--run", run, timeout=900)
+    done = afterok("run", TINY, *TINY_SHORT, "cluster=local", "--run", run, timeout=900)
     return run, done.stdout
 
 
@@ -127,16 +122,18 @@ def test_a_recorded_rollout_is_drawn_again_to_the_same_tokens(local_run):
 def test_a_second_run_submits_nothing_and_another_lr_reruns_what_depends_on_it(local_run):
     run, _ = local_run
     jobs = len(Ledger(run / "ledger.jsonl").jobs())
-    assert "nothing to submit" in afterok("run", TINY, *SHORT, "cluster=local", "--run", run).stdout
+    assert "nothing to submit" in afterok("run", TINY, *TINY_SHORT, "cluster=local", "--run", run).stdout
     assert len(Ledger(run / "ledger.jsonl").jobs()) == jobs
-    plan = afterok_json("plan", TINY, *SHORT, "sft.with.lr=1e-3", "cluster=local", "--run", run)["phases"]
+    plan = afterok_json("plan", TINY, *TINY_SHORT, "sft.with.lr=1e-3", "cluster=local", "--run", run)["phases"]
     found = {phase["phase"]: (phase["action"], phase["reasons"]) for phase in plan}
     assert found["sft"] == ("rerun", ["sft.with.lr 0.002 → 0.001"])
     assert found["trained"] == found["grpo"] == ("rerun", ["because of sft"])
     assert {name for name in found if found[name][0] != "reuse"} == FROM_SFT
     again = afterok("resubmit", run, "grpo", "grpo.with.mix.entries.calculator.weight=0.6", "--dry-run").stdout
     assert {line.split()[1] for line in again.splitlines() if line.startswith("start ")} == FROM_GRPO
-    layout = afterok_json("plan", TINY, *SHORT, "sft.with.parallel.tensor=2", "cluster=local", "--run", run)["phases"]
+    layout = afterok_json("plan", TINY, *TINY_SHORT, "sft.with.parallel.tensor=2", "cluster=local", "--run", run)[
+        "phases"
+    ]
     assert {phase["action"] for phase in layout} == {"reuse"}  # parallel degrees are recorded, not keyed
 
 
@@ -158,7 +155,7 @@ def assert_same_training(here: Path, there: Path, *phases: str) -> None:
 def test_the_same_training_on_slurm_seals_the_same_weights_bit_for_bit(local_run, dev_cluster, tmp_path):  # noqa: F811
     env = dev_cluster.env()
     run = copied(local_run[0], tmp_path / "slurm", "sft", "trained")
-    afterok("submit", TINY, *SHORT, "--run", run, env=env)
+    afterok("submit", TINY, *TINY_SHORT, "--run", run, env=env)
     wait_until_sealed(run, "trained", timeout=400, env=env)
     assert_same_training(local_run[0], run, "sft")
 
@@ -166,7 +163,7 @@ def test_the_same_training_on_slurm_seals_the_same_weights_bit_for_bit(local_run
 @pytest.mark.soak
 def test_the_same_run_on_slurm_exports_the_same_files(local_run, dev_cluster, tmp_path):  # noqa: F811
     run, env = tmp_path / "slurm", dev_cluster.env()
-    afterok("run", TINY, *SHORT, "--run", run, env=env, timeout=900)
+    afterok("run", TINY, *TINY_SHORT, "--run", run, env=env, timeout=900)
     assert_same_training(local_run[0], run, "sft", "grpo")
     sha = [seal_of(r, "exported").content["files"] for r in (local_run[0], run)]
     names = [name for name in sha[0] if name.endswith(".safetensors")]
@@ -188,7 +185,7 @@ def test_each_phase_of_training_gains_more_than_two_standard_errors(tmp_path):
 def test_a_killed_training_rank_resumes_to_the_same_weights_bit_for_bit(local_run, tmp_path, victim):
     finished, _ = local_run
     run = copied(finished, tmp_path / "run", *FROM_SFT)
-    afterok("submit", TINY, *SHORT, "cluster=local", "--run", run)
+    afterok("submit", TINY, *TINY_SHORT, "cluster=local", "--run", run)
     wait_for("a checkpoint", lambda: list(run.glob("sft/*/checkpoints/step_*")), 120)
     ranks = subprocess.run(["pgrep", "-f", f"jobs.worker {run} sft"], capture_output=True, text=True).stdout.split()
     children = [int(pid) for pid in ranks if b"AFTEROK_RANK=%d\0" % victim in Path(f"/proc/{pid}/environ").read_bytes()]

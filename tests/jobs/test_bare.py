@@ -12,7 +12,7 @@ from jobs import bare
 from jobs.kind import find_kind, kind_names
 from jobs.schema.pipeline import load_pipeline
 from megatron_ext.entrypoints.bare import read_config
-from tests.command import ROOT
+from tests.command import ROOT, TINY_SHORT
 from tests.data_tools.chats import write_tokenizer
 
 SHIPPED = sorted((ROOT / "jobs/pipelines").glob("*.yaml"))
@@ -105,10 +105,8 @@ def test_a_phase_of_the_users_on_two_ranks_of_torchrun(tmp_path):
 def test_the_quick_starts_training_by_hand(tmp_path):
     """init_model, import_hf, materialize, pack by python; sft on two ranks of torchrun; evaluate by python."""
     made: dict[str, str] = {}
-    pipeline = load_pipeline(
-        ROOT / "jobs/pipelines/tiny.yaml", ["params.train_rows=4000", "params.steps=20", "params.test_rows=40"]
-    )
-    for name in ("init", "imported", "data", "packs", "sft", "trained"):
+    pipeline = load_pipeline(ROOT / "jobs/pipelines/tiny.yaml", TINY_SHORT)
+    for name in ("init", "imported", "data", "packs", "untrained", "sft", "trained"):
         phase, folder = pipeline.phases[name], tmp_path / name
         folder.mkdir()
         text = yaml.safe_dump(phase.settings)

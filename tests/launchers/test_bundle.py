@@ -11,7 +11,17 @@ import pytest
 from jobs.artifacts.run_folder import RunFolder
 from launchers.planning.ledger import Ledger
 from launchers.submission.bundle_script import submit_script
-from tests.command import ROOT, afterok, afterok_json, one_line, states, wait_for, wait_until_sealed, write_toy
+from tests.command import (
+    ROOT,
+    TINY_SHORT,
+    afterok,
+    afterok_json,
+    one_line,
+    states,
+    wait_for,
+    wait_until_sealed,
+    write_toy,
+)
 from tests.launchers.shims import submitted_jobs
 
 TOOLS = ("sbatch", "scancel", "sh", "cat", "ln", "rm", "uname")  # all that submit.sh needs
@@ -196,8 +206,7 @@ def test_afterok_finishes_what_a_killed_shell_left_and_doubles_nothing(toy, tmp_
 def test_the_quick_start_as_a_bundle_from_a_shell_without_our_environment(dev_cluster, tmp_path):
     env, run = dev_cluster.env(), tmp_path / "run"
     node = LoginNode(tmp_path, env)
-    small = ["params.train_rows=4000", "params.test_rows=60", "params.steps=40", "params.grpo_steps=2"]
-    afterok("bundle", ROOT / "jobs/pipelines/tiny.yaml", tmp_path / "bundle", *small, "--run", run, env=env)
+    afterok("bundle", ROOT / "jobs/pipelines/tiny.yaml", tmp_path / "bundle", *TINY_SHORT, "--run", run, env=env)
     assert node.send(tmp_path / "bundle").returncode == 0
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"}, timeout=900)
     print(afterok("status", run, env=env).stdout, file=sys.stderr)

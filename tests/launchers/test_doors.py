@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.base import durable
-from tests.command import ROOT, afterok_json, states, wait_for, wait_until_sealed
+from tests.command import ROOT, TINY_SHORT, afterok_json, states, wait_for, wait_until_sealed
 from tests.slurm.test_client import GPUS, OUTER
 
 TEXT = """
@@ -137,11 +137,10 @@ def test_the_doors_differ_in_their_words_only():
 def test_the_quick_start_by_sbatch_and_then_a_phase_of_it(dev_cluster, tmp_path):
     env, run, out = dev_cluster.env(), tmp_path / "run", tmp_path / "out"
     python = f"AFTEROK_PYTHON={sys.executable}"
-    small = ["params.train_rows=4000", "params.test_rows=60", "params.steps=40", "params.grpo_steps=2"]
-    words = ("jobs/pipelines/tiny.yaml", *small, "--run", run)
+    words = ("jobs/pipelines/tiny.yaml", *TINY_SHORT, "--run", run)
     assert through("pipeline", *words, export=python, env=env, out=out) == 0, out.read_text()
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"}, 1200)
-    words = (run, "trained", "trained.with.samples=2")
+    words = (run, "trained", "trained.with.samples=3")
     assert through("phase", *words, export=f"PATH,{python}", env=env, out=out) == 0, out.read_text()
     wait_for("the phase", lambda: len(list(run.glob("trained/*/seal.json"))) == 2, 600)
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"}, 1200)
