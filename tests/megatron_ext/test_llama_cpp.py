@@ -127,8 +127,8 @@ def first_logprobs(model: Any, prompt: tuple[int, ...]) -> torch.Tensor:
 
 def test_mxfp4_experts_answer_as_our_engine_but_for_what_ggml_rounds(alone, tmp_path):
     """ggml's kernel rounds to 8 bits what it multiplies MXFP4 with, which decides where a random model hardly prefers
-    one token: where our experts round so, nearly all answers are the same, and all are by llama.cpp over matrices of the
-    same values, with which it multiplies without rounding. The log-probs of first tokens tell it in numbers."""
+    one token: where our experts round so, nearly all answers are the same, and all are by llama.cpp over matrices of
+    the same values, with which it multiplies without rounding. The log-probs of first tokens tell it in numbers."""
     source = folder(tmp_path / "hf", WHOLE_YARN, mxfp4=True)
     model = tiny.model(source, replace(WHOLE_YARN, mxfp4=True), ParallelPlan())
     plain = ours(model)
