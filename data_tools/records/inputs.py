@@ -21,8 +21,8 @@ def files_of(inputs: Sequence[str], endings: Sequence[str], where: str = "inputs
             named = [path]
         if not named:
             kinds = [ending.removeprefix(".") for ending in endings if ending.count(".") == 1]
-            message = f"{name} is neither a file nor a folder with a file of records ({', '.join(kinds)}); give what exists"
-            problems.append(Problem(where, message))
+            message = f"{name} is neither a file nor a folder with a file of records ({', '.join(kinds)})"
+            problems.append(Problem(where, f"{message}; give what exists"))
         files += named
     if problems:
         raise UserMistake(problems)
