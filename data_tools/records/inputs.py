@@ -15,7 +15,7 @@ def files_of(inputs: Sequence[str], endings: Sequence[str], where: str = "inputs
     files, problems = list[Path](), list[Problem]()
     for name in inputs:
         path = Path(name).expanduser()
-        inside = path.iterdir() if path.is_dir() else []
+        inside = list(path.iterdir()) if path.is_dir() else []
         named = sorted(file for file in inside if file.is_file() and file.name.lower().endswith(tuple(endings)))
         if path.is_file():
             named = [path]

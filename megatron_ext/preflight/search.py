@@ -18,7 +18,7 @@ HEADROOM = 0.95  # share of a GPU that a plan we offer may fill: activation form
 MOST_GROWTH = 64  # times the GPUs asked for that a plan is looked for
 
 
-Needs = Callable[[ParallelPlan, Training], Memory]  # of a legal plan, on its fullest rank
+MemoryOf = Callable[[ParallelPlan, Training], Memory]  # of a legal plan, on its fullest rank
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def legal_plans(t: Training, base: ParallelPlan) -> Iterator[ParallelPlan]:
                 yield plan
 
 
-def search(t: Training, base: ParallelPlan, needs_of: Needs = memory) -> list[Candidate]:
+def search(t: Training, base: ParallelPlan, needs_of: MemoryOf = memory) -> list[Candidate]:
     """Return the legal plans that fit the GPUs, the fastest first; each with the least recomputation that fits."""
     timed = t.gpu and t.workload.pack_length
     candidates = []
@@ -85,7 +85,7 @@ def _rank(candidate: Candidate) -> tuple[float, int, float]:
     return round(100 * math.log(seconds)), axes, candidate.memory.total
 
 
-def offer(plan: ParallelPlan, t: Training, needs_of: Needs = memory) -> tuple[int, Candidate] | None:
+def offer(plan: ParallelPlan, t: Training, needs_of: MemoryOf = memory) -> tuple[int, Candidate] | None:
     """Return (GPUs, the best plan that fits them): as many GPUs as asked for, else the fewest times as many.
 
     None where nothing fits MOST_GROWTH times as many.
@@ -109,7 +109,7 @@ def with_align(plan: ParallelPlan, w: Workload) -> str:
     return f"; align {unit} in pack" if w.align and w.align % unit else ""
 
 
-def offer_text(plan: ParallelPlan, t: Training, needs_of: Needs = memory) -> str:
+def offer_text(plan: ParallelPlan, t: Training, needs_of: MemoryOf = memory) -> str:
     """Return the words of a refusal that say which plan would fit, or that none does."""
     best_fit = offer(plan, t, needs_of)
     if best_fit is None:
