@@ -59,7 +59,8 @@ def _runs(words: list[str]) -> "tuple[list[RunFolder], list[RunFolder]]":
 
     named: dict[Path, RunFolder] = {}
     below: dict[Path, RunFolder] = {}
-    for word in words or [None]:
+    asked: list[str | None] = [*words] or [None]
+    for word in asked:
         found = runs_below(Path(word)) if word is not None and not is_run(Path(word)) else []
         if found:
             below |= {path.absolute(): RunFolder(path.absolute()) for path in found}
