@@ -9,6 +9,7 @@ from launchers.verbs.said import print_json, tell
 
 if TYPE_CHECKING:
     from jobs.artifacts.run_folder import RunFolder
+    from launchers.submission.clean import Cleaned
 
 MOST_KEPT = 10  # of a run, of which each is told in a line
 
@@ -17,7 +18,6 @@ def do_clean(args: argparse.Namespace) -> int:
     """Show what of some runs nothing needs any more, and with --yes delete it."""
     from data_tools.base.printing import size_text
     from launchers.observe.runs import as_typed
-    from launchers.observe.show import cleaned_table, console
     from launchers.submission.clean import clean, why_going
     from launchers.submission.superfluous import WHAT
 
@@ -30,6 +30,19 @@ def do_clean(args: argparse.Namespace) -> int:
     done = clean([*named, *runs], args.only, args.yes)
     if args.json:
         return print_json({"runs": [each.as_json() for each in done], "bytes": sum(each.size for each in done)})
+    _print(done)
+    total = size_text(sum(each.size for each in done))
+    if any(each.items for each in done):
+        words = " ".join(["afterok clean", *args.runs, *(f"--only {what}" for what in args.only)])
+        print(f"{total} deleted" if args.yes else f"{total} in all; nothing was deleted: `{words} --yes` deletes it")
+    return 0
+
+
+def _print(done: "list[Cleaned]") -> None:
+    """Print what may go of each run, or went, and what stays for a reason."""
+    from launchers.observe.runs import as_typed
+    from launchers.observe.show import cleaned_table, console
+
     for each in done:
         where = as_typed(each.run.path)
         if each.items:
@@ -44,11 +57,6 @@ def do_clean(args: argparse.Namespace) -> int:
             tell(f"{where} is left alone: {each.going}")
     for path, why in done[0].unread.items() if done else ():
         tell(f"{as_typed(path)}: {why}")
-    total = size_text(sum(each.size for each in done))
-    if any(each.items for each in done):
-        words = " ".join(["afterok clean", *args.runs, *(f"--only {what}" for what in args.only)])
-        print(f"{total} deleted" if args.yes else f"{total} in all; nothing was deleted: `{words} --yes` deletes it")
-    return 0
 
 
 def _runs(words: list[str]) -> "tuple[list[RunFolder], list[RunFolder]]":
