@@ -69,11 +69,8 @@ def join(
     writer = StoreWriter(out)
     _copy(pieces, fate, KEPT, writer)
     held_out = _validation(pieces, fate, out, balance) if (fate == VALIDATION).any() else {}
-    lines = [[sheet.lines for sheet in part.sources] for part in sheets]
-    again = [_lines_of(pieces, fate, source) for source in range(len(balance.sources))]
-    names = names or [sheet.name for sheet in balance.sources]
-    listed = join_left_out(parts, lines, again, names=names, out=out)
-    drawn |= {"left_out": {"file": LEFT_OUT, "rows": listed}} if listed else {}
+    equal = [_lines_of(pieces, fate, source) for source in range(len(balance.sources))]
+    drawn |= _left_out(parts, sheets, equal, names=names, out=out)
     _drop(pieces, fate, balance)
     if writer.rows == 0:
         buckets = balance.total().dropped + balance.total().lines_dropped
@@ -106,6 +103,17 @@ def _copy(pieces: "list[_Piece]", fate: np.ndarray, wanted: int, writer: StoreWr
             stop = min(start + _MERGE_ROWS, piece.stop)
             piece.copy(start, stop, fate[done : done + stop - start] == wanted, writer)
             done += stop - start
+
+
+def _left_out(
+    parts: list[Path], sheets: list[Balance], equal: list[Iterator[int]], names: Sequence[str], out: Path
+) -> dict[str, Any]:
+    """List the rows that the elements left out, and of each source the lines that are `equal` to one before; return the
+    fact of it, none where there is no such row."""
+    lines = [[source.lines for source in sheet.sources] for sheet in sheets]
+    names = names or [source.name for source in sheets[0].sources]
+    listed = join_left_out(parts, lines, equal, names=names, out=out)
+    return {"left_out": {"file": LEFT_OUT, "rows": listed}} if listed else {}
 
 
 def _lines_of(pieces: "list[_Piece]", fate: np.ndarray, source: int) -> Iterator[int]:
