@@ -81,7 +81,7 @@ class Reasoner:
 
     def _reuse(self, planned: PlannedPhase, seal: Seal) -> None:
         planned.action, planned.reasons = "reuse", ["sealed, same key and upstream"]
-        if not all(some.has_sum for some in (seal, *planned.survey.parts.values())):
+        if not (seal.has_sum and all(part.has_sum for part in planned.survey.parts.values())):
             planned.reasons.append("no sum: written before")
         planned.code_changed = self._code_changes(seal, planned.name)
         was, now = seal.content.get("image", {}), planned.frozen.image

@@ -273,7 +273,7 @@ def test_a_submit_on_a_full_disk_is_one_line_and_a_later_one_works(disk, tmp_pat
 
 def test_a_read_only_run_can_be_looked_at_and_every_writer_is_refused_in_one_line(disk, finished, say):
     pipeline, run = finished[0], disk.path / "run"
-    shutil.copytree(finished[1], run)
+    shutil.copytree(finished[1], run, symlinks=True)
     next(run.glob("total/*/seal.json")).unlink()
     assert disk.mount("remount,ro")
     files = disk.used
@@ -300,7 +300,7 @@ def copy(source, target):
 @pytest.mark.parametrize("how", [os.rename, copy], ids=["moved", "copied"])
 def test_a_moved_or_copied_run_is_reused_whole_and_goes_on(finished, tmp_path, say, how):
     pipeline, run, target = finished[0], tmp_path / "run", tmp_path / "elsewhere/run2"
-    shutil.copytree(finished[1], run)
+    shutil.copytree(finished[1], run, symlinks=True)
     target.parent.mkdir()
     how(run, target)
     shutil.rmtree(run, ignore_errors=True)  # nothing may reach back
@@ -379,7 +379,7 @@ def test_a_torn_file_ends_no_verb_in_a_traceback(half_done, tmp_path, say, kind)
 
 def test_a_run_whose_every_small_file_is_torn_says_what_to_remove_and_is_completed(half_done, tmp_path, say):
     pipeline, run = half_done[0], tmp_path / "run"
-    shutil.copytree(half_done[1], run)
+    shutil.copytree(half_done[1], run, symlinks=True)
     for torn in TORN:
         for path in run.glob(torn):
             path.write_bytes(path.read_bytes()[:30])
