@@ -16,6 +16,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,6 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.verb:
         return verb_here(args.verb)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit leaves no cluster behind
     folder = Path(tempfile.mkdtemp(prefix="aok-", dir="/tmp"))
     costs: dict[int, dict[str, Any]] = {}
     try:
