@@ -12,8 +12,9 @@ from jobs.health import FAILED_ON
 
 PREEMPTED_LINE = re.compile(r"DUE TO PREEMPTION")
 TIME_LINE = re.compile(r"DUE TO TIME LIMIT")
+LAUNCH_LINE = re.compile(r"Task launch for \S+ failed on node", re.IGNORECASE)
 NODE_LINE = re.compile(
-    rf"DUE TO NODE FAILURE|Node failure on \S+|{FAILED_ON}|launch failed on node|\bNODE_FAIL\b",
+    rf"DUE TO NODE FAILURE|Node failure on \S+|{FAILED_ON}|launch failed on node|{LAUNCH_LINE.pattern}|\bNODE_FAIL\b",
     re.IGNORECASE,
 )
 CANCELLED_LINE = re.compile(r"slurmstepd.*: error: \*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT (?!.* DUE TO )")

@@ -10,6 +10,7 @@ from launchers.causes.log_lines import (
     CANCELLED_LINE,
     ENVIRONMENT_LINE,
     HOST_MEMORY_LINE,
+    LAUNCH_LINE,
     NODE_LINE,
     PREEMPTED_LINE,
     TIME_LINE,
@@ -49,15 +50,17 @@ def preempted(e: Evidence) -> Diagnosis | None:
 
 
 def node_lost(e: Evidence) -> Diagnosis | None:
-    """Tell of an element that ended with its node, and name the node where it is known."""
+    """Tell of an element that ended with its node or never began there, and name the node where it is known."""
     line = e.find(NODE_LINE)
     if e.state not in LOST_NODE_STATES and (not line or e.state not in UNTOLD_STATES):
         return None
     remedy = "submit again (checkpoints are kept)"
     if node := guilty_node(e):
+        # where srun launched nothing, its exit code is Slurm's errno, no signal's
+        what = "could not begin on node" if LAUNCH_LINE.search(line) else "lost node"
         return Diagnosis(
             Cause.NODE,
-            f"found node {node} unfit" if FAILED_ON in line else f"lost node {node}",
+            f"found node {node} unfit" if FAILED_ON in line else f"{what} {node}",
             line or e.said,
             f"{remedy}, and tell the admin about {node}",
             node=node,

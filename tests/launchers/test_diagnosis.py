@@ -70,6 +70,10 @@ STEPD = (
     "slurmstepd-n1: error: *** JOB 3 ON n1 CANCELLED AT 2026-11-21T01:41:06 {} ***\n"
     "srun: error: n1: task 0: Terminated\n"
 )
+NOT_LAUNCHED = """srun: error: Task launch for StepId=1.0 failed on node n1: Job credential expired
+srun: error: Application launch failed: Job credential expired
+srun: Job step aborted
+"""
 CGROUP_OOM = (
     HELLO + "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.\n"
     "srun: error: n1: task 0: Out Of Memory\n"
@@ -153,6 +157,11 @@ CASES = {
         dict(state="NODE_FAIL", row=row("NODE_FAIL", nodes="n[1-2]"), down_nodes=("n2",)),
         Cause.NODE,
         "NODE_FAIL",
+    ),
+    "launch": (  # the controller stood still while srun began; its exit code is Slurm's errno, no signal's
+        dict(exit_code=167, log=NOT_LAUNCHED),
+        Cause.NODE,
+        "Job credential expired",
     ),
     "cgroup OOM": (dict(log=CGROUP_OOM, state="OUT_OF_MEMORY", asked_memory="8192M"), Cause.HOST_MEMORY, "oom_kill"),
     "OverMemoryKill": (dict(log=OVER_MEMORY, row=row("FAILED", 0, 9)), Cause.HOST_MEMORY, "Exceeded job memory limit"),
