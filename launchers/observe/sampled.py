@@ -249,7 +249,8 @@ def _is_sample(value: Any) -> bool:
     """Return whether a line names its prompt, and what is nested in it is of the kinds that are shown."""
     if not isinstance(value, dict) or _prompt_of(value) is None:
         return False
-    messages = value.get("messages", [None])
+    told = {"prompt", "completion"} <= value.keys()
+    messages = [None] if told else value.get("messages", [None])
     nested = (value.get(name) or {} for name in ("parts", "logprob_difference"))
     return isinstance(messages, list) and bool(messages) and all(isinstance(each, dict) for each in nested)
 

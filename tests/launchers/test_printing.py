@@ -187,7 +187,16 @@ def test_a_size_has_the_unit_that_it_is_read_in(size, text):
 def test_what_is_no_table_is_left_out(tmp_path):
     write_table(tmp_path, "whole", "t", ["x"], [[1]])
     table = tmp_path / "tables" / "odd.json"
-    for odd in ("[]", "5", "{", '{"title": "t"}', '{"title": 1, "columns": [], "rows": []}',
-                '{"title": "t", "columns": ["x"], "rows": 5}', '{"title": "t", "columns": ["x"], "rows": [5]}'):  # fmt: skip
-        table.write_text(odd)
-        assert list(read_tables(tmp_path)) == ["whole"], odd
+    whole = {"title": "t", "columns": ["x"], "rows": [[1]]}
+    odd = [
+        [],
+        5,
+        {"title": "t"},
+        whole | {"title": 1},
+        whole | {"columns": 5},
+        whole | {"rows": 5},
+        whole | {"rows": [5]},
+    ]
+    for text in ("{", *map(json.dumps, odd)):
+        table.write_text(text)
+        assert list(read_tables(tmp_path)) == ["whole"], text
