@@ -28,9 +28,19 @@ def write_table(keep: Path, name: str, title: str, columns: Sequence[str], rows:
 
 
 def read_tables(keep: Path) -> dict[str, ShownTable]:
-    """Return {name: table} of a phase; a torn one is left out."""
+    """Return {name: table} of a phase; what is torn, or no table, is left out."""
     found = {}
     for path in sorted((keep / "tables").glob("*.json")):
         with contextlib.suppress(durable.TornFile, FileNotFoundError):
-            found[path.stem] = durable.read_json(path)
+            if _is_table(table := durable.read_json(path)):
+                found[path.stem] = table
     return found
+
+
+def _is_table(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("title"), str):
+        return False
+    columns, rows = value.get("columns"), value.get("rows")
+    if not isinstance(columns, list) or not isinstance(rows, list):
+        return False
+    return all(isinstance(row, list) for row in rows)

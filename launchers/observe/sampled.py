@@ -162,7 +162,7 @@ def inspect_samples(
     first = 1 if seed else 0  # a draw begins within a group, which it leaves out
     groups = [_group(item, list(each), masks, characters) for item, each in islice(lines, first, first + count)]
     if count and not groups:
-        notes.append(f"{file} has no samples from there to its end; take another --seed")
+        notes.append(f"{file} has no samples" + (" from there to its end; take another --seed" if seed else ""))
     return ShownSamples(phase.name, phase.uses, str(file), step=step, steps=steps, groups=groups, notes=notes)
 
 
@@ -209,10 +209,24 @@ def _opened(path: Path, start: int) -> Iterator[BinaryIO | io.BufferedReader]:
             yield lines
 
 
+@contextlib.contextmanager
+def _up_to_damage(path: Path, notes: list[str]) -> Iterator[None]:
+    """End the reading of a compressed log where it is damaged, and tell so in `notes`."""
+    if path.suffix != PACKED:
+        yield
+        return
+    import zstandard
+
+    try:
+        yield
+    except zstandard.ZstdError as error:
+        notes.append(f"{path.name}: it is damaged, and what comes after that is left out ({error})")
+
+
 def _lines(path: Path, notes: list[str], start: int = 0) -> Iterator[dict[str, Any]]:
     """Yield the samples of a log from a byte on, those of a prompt together; tell in `notes` what is no sample."""
     read, bad = 0, False
-    with _opened(path, start) as file:
+    with _up_to_damage(path, notes), _opened(path, start) as file:
         if start:
             file.readline()  # the rest of one
         for line in file:
@@ -235,7 +249,8 @@ def _is_sample(value: Any) -> bool:
     """Return whether a line names its prompt, and what is nested in it is of the kinds that are shown."""
     if not isinstance(value, dict) or _prompt_of(value) is None:
         return False
-    messages = value.get("messages", [None])
+    told = {"prompt", "completion"} <= value.keys()
+    messages = [None] if told else value.get("messages", [None])
     nested = (value.get(name) or {} for name in ("parts", "logprob_difference"))
     return isinstance(messages, list) and bool(messages) and all(isinstance(each, dict) for each in nested)
 

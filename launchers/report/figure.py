@@ -14,6 +14,7 @@ FORMATS = ("svg", "png", "pdf")
 COLUMNS = 3
 SIZE = (4.2, 2.6)  # of one chart, in inches
 DOTS = 150  # an inch, in a PNG
+MOST = 1e300  # that is drawn: matplotlib adds and subtracts limits, which overflow beyond
 
 
 def chosen(curves: Sequence[Curves], phases: Sequence[str], metrics: Sequence[str]) -> list[tuple[str, Chart]]:
@@ -21,13 +22,13 @@ def chosen(curves: Sequence[Curves], phases: Sequence[str], metrics: Sequence[st
 
     Raise UserMistake where a phase or a metric is not there.
     """
-    known = [each.phase for each in curves]
+    known = [each.phase for each in curves if each.charts]
     if not known:
         raise UserMistake("no phase of the run has written metrics yet")
     for phase in phases:
         if phase not in known:
             raise UserMistake(f"{phase!r} is no phase with metrics{nearest(phase, known)}")
-    asked = [each for each in curves if each.phase in phases or not phases]
+    asked = [each for each in curves if each.charts and (each.phase in phases or not phases)]
     names = list(dict.fromkeys(chart.metric for each in asked for chart in each.charts))
     for metric in metrics:
         if metric not in names:
@@ -35,7 +36,7 @@ def chosen(curves: Sequence[Curves], phases: Sequence[str], metrics: Sequence[st
     return [
         (each.phase, chart)
         for each in asked
-        for chart in (each.charts if metrics else each.first)
+        for chart in (each.charts if metrics else each.first or each.charts)
         if chart.metric in metrics or not metrics
     ]
 
@@ -58,11 +59,11 @@ def draw(charts: Sequence[tuple[str, Chart]], path: Path) -> int:
     places = figure.subplots(lines, columns, squeeze=False).flat
     for (phase, chart), place in zip(charts, places):  # the charts first: they end first
         drawn = [
-            place.plot(each.steps, [math.nan if value is None else value for value in each.values], linewidth=1)[0]
-            for each in chart.series
+            place.plot(each.steps, [_drawn(value) for value in each.values], linewidth=1)[0] for each in chart.series
         ]
         # What a run holds is no markup: neither TeX between dollars nor control characters.
-        place.set_title(clean(f"{phase}: {chart.metric}"), fontsize=9, parse_math=False)
+        title = clean(f"{phase}: {chart.metric}").encode(errors="replace").decode()
+        place.set_title(title, fontsize=9, parse_math=False)
         place.tick_params(labelsize=7)
         place.grid(alpha=0.3)
         if len(drawn) > 1:
@@ -76,3 +77,8 @@ def draw(charts: Sequence[tuple[str, Chart]], path: Path) -> int:
     except OSError as error:
         raise UserMistake(f"--output {path}: {error.strerror}; name a file in a folder that can be written") from None
     return len(file.getvalue())
+
+
+def _drawn(value: float | None) -> float:
+    """Return a value, or the gap that one is that is not finite, or too large for matplotlib."""
+    return math.nan if value is None or abs(value) > MOST else value

@@ -4,6 +4,7 @@ Needed is what a seal names, what the newest submission would go on from, and wh
 run or of another. In doubt a thing stays: where a seal is damaged, or nobody can tell whether a worker has ended.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ def _linked(run: RunFolder) -> Iterator[str]:
     for _ in range(LINK_DEPTH):
         below: list[str] = []
         for folder in folders:
-            with os.scandir(folder) as entries:
+            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:  # gone since, as its links are
                 for entry in entries:
                     if entry.is_symlink():
                         if not run.is_own_link(Path(entry.path)):

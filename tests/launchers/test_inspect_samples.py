@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 
 import pytest
+import zstandard
 
 from data_tools.mistake import UserMistake
 from launchers.observe.sampled import groups_of
@@ -68,6 +69,18 @@ def test_samples_that_were_generated_or_kept_are_shown_and_a_seed_draws_others(p
 def test_what_is_not_there_is_refused_in_a_line(planted, capsys, phase, words, said):
     with pytest.raises(UserMistake, match=said):
         inspected(planted, phase, capsys, **words)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_damaged_log_is_shown_up_to_the_damage(tmp_path, capsys, seed):
+    planted = PlantedRun(tmp_path, {"grpo": "grpo"})
+    planted.samples("grpo", 7, [sample(item, 0) for item in range(100)])
+    (path,) = (planted.run.artifact(planted.phases["grpo"]).folder / "samples").iterdir()
+    frame = zstandard.compress(path.read_bytes())
+    path.rename(path.with_suffix(".old"))
+    path.with_name("step_000007.jsonl.zst").write_bytes(frame + b"no frame")
+    notes = inspected(planted, "grpo", capsys, documents=1000, seed=seed)["notes"]
+    assert "it is damaged, and what comes after that is left out" in notes[0]
 
 
 def test_a_phase_that_has_sampled_nothing_says_so(tmp_path, capsys):

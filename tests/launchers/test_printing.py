@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.base import printing
+from data_tools.base.tables import read_tables, write_table
 from launchers.cli import main
 from launchers.observe import show
 from tests.command import ROOT
@@ -181,3 +182,21 @@ def test_json_for_people_says_the_same_and_holds_no_control_character(text):
 )  # fmt: skip
 def test_a_size_has_the_unit_that_it_is_read_in(size, text):
     assert printing.size_text(size) == text
+
+
+def test_what_is_no_table_is_left_out(tmp_path):
+    write_table(tmp_path, "whole", "t", ["x"], [[1]])
+    table = tmp_path / "tables" / "odd.json"
+    whole = {"title": "t", "columns": ["x"], "rows": [[1]]}
+    odd = [
+        [],
+        5,
+        {"title": "t"},
+        whole | {"title": 1},
+        whole | {"columns": 5},
+        whole | {"rows": 5},
+        whole | {"rows": [5]},
+    ]
+    for text in ("{", *map(json.dumps, odd)):
+        table.write_text(text)
+        assert list(read_tables(tmp_path)) == ["whole"], text

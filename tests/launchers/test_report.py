@@ -395,6 +395,20 @@ def test_what_cannot_be_plotted_is_refused_in_a_line(tmp_path, capsys, words, sa
         plotted(finished(tmp_path), capsys, **words)
 
 
+@pytest.mark.parametrize("line, drawn", [
+    ({"step": 1}, None), ({"step": 1, "mismatch": {"kl": 0.1}}, "mismatch/kl"), ({"step": 1, "\ud800": 1}, "\ud800"),
+    ({"step": 1, "loss": [1], "reward": -1e308}, "reward"),
+])  # fmt: skip
+def test_what_there_is_is_drawn_also_of_steps_without_numbers(tmp_path, capsys, line, drawn):
+    planted = PlantedRun(tmp_path, {"sft": "sft"})
+    planted.metrics("sft", [line, {**line, "reward": 1e308} if drawn == "reward" else line])
+    if drawn is None:
+        with pytest.raises(UserMistake, match="no phase of the run has written metrics yet"):
+            plotted(planted, capsys)
+    else:
+        assert [chart["metric"] for chart in json.loads(plotted(planted, capsys, json=True))["charts"]] == [drawn]
+
+
 def test_a_run_without_metrics_and_a_machine_without_matplotlib_say_so(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserMistake, match="no phase of the run has written metrics yet"):
         plotted(failed(tmp_path / "a"), capsys)
