@@ -1,5 +1,8 @@
 """What no worker can speak of (killed, a lost node) is read from other evidence and repeated within its budget."""
 
+import signal
+import time
+
 import pytest
 
 from jobs.artifacts.run_folder import RunFolder
@@ -72,3 +75,24 @@ def test_the_node_that_failed_and_no_other_is_excluded_from_the_next_start(tmp_p
     assert slurm.job(job)["ExcNodeList"] == guilty and rows_of(slurm, job)[0].nodelist == before == "n[1,3]"
     assert phase_status(run, "counter", env=env)["state"] == "RUNNING"
     afterok("cancel", run, env=env)
+
+
+@pytest.mark.soak
+def test_a_step_that_slurm_could_not_launch_begins_again(tmp_path, dev_cluster):
+    """Its slurmd looks at the credential when that has expired: srun ran nothing, and exits with an errno of Slurm."""
+    run, env, slurm, gate = tmp_path / "run", dev_cluster.env(), Slurm(dev_cluster.env()), tmp_path / "gate"
+    (tmp_path / "c.yaml").write_text(COUNTER)
+    setup = f"cluster.env.setup=['until [ -e {gate} ]; do sleep 0.1; done']"
+    job = afterok_json("submit", tmp_path / "c.yaml", setup, "--run", run, env=env)["jobs"]["counter"]
+    wait_for("its batch script", lambda: list(run.glob("counter/logs/*.out")))
+    node = rows_of(slurm, job)[0].nodelist
+    dev_cluster.kill_daemon(node, signal.SIGSTOP)
+    try:
+        gate.touch()
+        wait_for("its step's credential", lambda: f"{job}.0" in slurm.run(["squeue", "--steps", "--noheader"]))
+        time.sleep(7)  # past slurm.conf's cred_expire
+    finally:
+        dev_cluster.kill_daemon(node, signal.SIGCONT)
+    wait_for("its seal", lambda: list(run.glob("total/*/seal.json")))
+    assert causes(run, "counter") == [(0, "node failure", node), (1, "", "")]
+    assert slurm.job(job)["Restarts"] == "1" and slurm.job(job)["ExcNodeList"] == node
