@@ -258,9 +258,9 @@ def node_that_does_not_see(accounted_cluster, slurm, tmp_path, monkeypatch):
 def test_a_run_that_its_node_does_not_see_is_a_job_without_a_word(
     plan, slurm, monkeypatch, tmp_path, node_that_does_not_see
 ):
-    (tmp_path / "shared").mkdir()
+    (tmp_path / "seen_by_all").mkdir()
     there = f"batch: {{extra_sbatch: {{nodelist: {node_that_does_not_see}}}}}"
-    storage = f"storage: {{shared: [{tmp_path}/shared]}}\n"
+    storage = f"storage: {{shared: [{tmp_path}/seen_by_all]}}\n"
     (tmp_path / "site.yaml").write_text(SITE.replace("batch: {}", there) + storage)
     found, job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path)
     assert list(found) == ["F003"] and "is in no folder that profile" in found["F003"]

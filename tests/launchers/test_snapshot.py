@@ -66,7 +66,7 @@ def test_a_snapshot_holds_code_alone_with_its_modes_and_digests(package, tmp_pat
     way, root = package
     old = os.umask(0o022)
     try:
-        take_snapshot(tmp_path / "code", tmp_path / "shared", [root])
+        take_snapshot(tmp_path / "code", tmp_path / "copies", [root])
     finally:
         os.umask(old)
     mine = {
@@ -88,7 +88,7 @@ def test_a_snapshot_holds_code_alone_with_its_modes_and_digests(package, tmp_pat
 
 def test_submissions_of_the_same_code_share_one_copy_and_an_edited_one_is_nobodys_but_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "PACKAGES", ())
-    mine, shared = tmp_path / "mine.py", tmp_path / "shared"
+    mine, shared = tmp_path / "mine.py", tmp_path / "copies"
     mine.write_text("x = 1\n")
 
     def taken(number):
