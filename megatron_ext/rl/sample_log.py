@@ -78,7 +78,7 @@ class SampleLog:
 def _spelled(prompts: Sequence[str], packed: bool) -> bytes:
     """Return the bytes of a log."""
     data = "".join(prompts).encode()
-    return zstandard.compress(data) if packed else data
+    return zstandard.ZstdCompressor(write_checksum=True).compress(data) if packed else data
 
 
 def _line(step: int, sample: Sample, worth: tuple[float | None, bool], differences: Differences, spell: Spell) -> str:
