@@ -61,7 +61,7 @@ def test_a_pipeline_and_then_a_phase_by_sbatch_with_and_without_ALL(toy, tmp_pat
     assert code == 0, out.read_text()
     wait_for("the new sum", lambda: len(list(run.glob("sum/*/seal.json"))) == 2)
     assert total(run, env) == 7 + 8
-    (found,) = tmp_path.glob("env.run.sum.*")
+    (found,) = tmp_path.glob("env.sum.run.*")
     inner = dict(line.split("=", 1) for line in found.read_text().splitlines() if "=" in line)
     assert not [name for name in told if inner.get(name) == "7"]
     assert (
