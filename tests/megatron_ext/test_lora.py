@@ -218,7 +218,7 @@ def test_all_linear_of_gpt_oss_says_what_it_misses():
 
 SHAPE = tiny.family(tiny.GPT_OSS_DIMS).config.shape(tiny.GPT_OSS_DIMS)
 WRONG = {
-    "rank below 0": (dict(rank=-1), "lora.rank: -1 is out of range: at least 0"),
+    "rank below 0": (dict(rank=-1), "lora.rank: -1 is out of range: at least 0 (columns)"),
     "off, but meant": (dict(alpha=8.0), "lora.rank: is 0, which turns LoRA off, but other settings of it are given"),
     "alpha 0": (dict(rank=4, alpha=0.0), "lora.alpha: 0.0 is out of range: above 0"),
     "dropout 1": (dict(rank=4, dropout=1.0), "lora.dropout: 1.0 is out of range: at least 0, below 1"),
