@@ -10,6 +10,7 @@ and, where its answers are to be learned too (materialize), rows:
     JSONL line ──parse_line──> rows ──verify──> None or a drop bucket ──canonical──> row ──encode_answer──> text
 """
 
+import ast
 import functools
 import hashlib
 import importlib
@@ -271,7 +272,8 @@ def rows_of(task: RowTask, raw: Any) -> list[Row]:
 def check_task(name: str) -> str | None:
     """Return why there is no such task, None when there is one. Runs no code of a user's module but its packages'."""
     if ":" not in name and "." not in name:
-        return None if name in task_names() else f"unknown task {name!r}{nearest(name, task_names())}"
+        own = "; one of your own is my.module, or my.module:function"
+        return None if name in task_names() else f"unknown task {name!r}{nearest(name, task_names())}{own}"
     module, _, function = name.partition(":")
     try:
         spec = importlib.util.find_spec(module)
@@ -279,7 +281,33 @@ def check_task(name: str) -> str | None:
         spec = None
     if spec is None:
         return f"there is no module {module!r}{taken(module)}; it has to be importable where the run is submitted"
-    return f"{function!r} is no name of a function" if ":" in name and not function.isidentifier() else None
+    if ":" in name and not function.isidentifier():
+        return f"{function!r} is no name of a function"
+    names = _names_in(spec.origin)
+    if function and names and function not in names:
+        return f"module {module!r} has no function {function!r}{nearest(function, sorted(names))}"
+    if not function and names and not ({"Options", "items", "rewards"} <= names or {"Options", "parse_line"} <= names):
+        needed = "Options, REWARDS, items and rewards (data_tools/README.md, “A task of your own”)"
+        return f"module {module!r} is no task, which has {needed}; of a function alone say {module}:FUNCTION"
+    return None
+
+
+def _names_in(file: str | None) -> set[str]:
+    """Return the names that a module's file gives at its top, without running it; none where that cannot be told."""
+    try:
+        body = ast.parse(Path(file or "").read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    names = set[str]()
+    for part in body:
+        if isinstance(part, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
+            return set()  # what is defined there depends
+        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(part.name)
+        elif isinstance(part, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in part.names}
+        names |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names if not names & {"*", "__getattr__"} else set()
 
 
 def code_digest(name: str) -> str:

@@ -12,6 +12,7 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.prepare import rejection, rejection_element, rejection_finish
 from data_tools.prepare.rejection import Config
 from data_tools.prepare.rejection_element import Share
+from data_tools.records.balance import Balance
 from data_tools.records.inputs import JSONL, files_of
 from data_tools.records.shares import read_over
 from jobs.kind import Placement
@@ -44,6 +45,13 @@ def run(config: Config, task: Task) -> None:
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     facts = rejection_finish.finish(config, parts, task.out, task.progress)
+    if not facts["kept"]:  # what follows could only say that its input is empty
+        total = Balance.read(task.out).total()
+        buckets = sorted((total.lines_dropped + total.dropped).items())
+        why = ", ".join(f"{count:,} {bucket}" for bucket, count in buckets) or "the inputs are empty"
+        raise UserMistake(
+            f"none of {facts['samples']:,} samples is kept ({why}); change what leaves them out, or sample more"
+        )
     for name, table in facts.pop("tables").items():
         write_table(task.keep, name, **table)
     text = (

@@ -14,6 +14,7 @@ FORMATS = ("svg", "png", "pdf")
 COLUMNS = 3
 SIZE = (4.2, 2.6)  # of one chart, in inches
 DOTS = 150  # an inch, in a PNG
+FEW = 3  # points of a curve, below which each is marked
 MOST = 1e300  # that is drawn: matplotlib adds and subtracts limits, which overflow beyond
 
 
@@ -59,11 +60,13 @@ def draw(charts: Sequence[tuple[str, Chart]], path: Path) -> int:
     places = figure.subplots(lines, columns, squeeze=False).flat
     for (phase, chart), place in zip(charts, places):  # the charts first: they end first
         drawn = [
-            place.plot(each.steps, [_drawn(value) for value in each.values], linewidth=1)[0] for each in chart.series
+            place.plot(each.steps, [_drawn(value) for value in each.values], _style(len(each.steps)), linewidth=1)[0]
+            for each in chart.series
         ]
         # What a run holds is no markup: neither TeX between dollars nor control characters.
         title = clean(f"{phase}: {chart.metric}").encode(errors="replace").decode()
         place.set_title(title, fontsize=9, parse_math=False)
+        place.set_xlabel("step", fontsize=7)
         place.tick_params(labelsize=7)
         place.grid(alpha=0.3)
         if len(drawn) > 1:
@@ -82,3 +85,8 @@ def draw(charts: Sequence[tuple[str, Chart]], path: Path) -> int:
 def _drawn(value: float | None) -> float:
     """Return a value, or the gap that one is that is not finite, or too large for matplotlib."""
     return math.nan if value is None or abs(value) > MOST else value
+
+
+def _style(points: int) -> str:
+    """Return how matplotlib draws a curve: one of few points as these too, since a single one has no line."""
+    return "o-" if points < FEW else "-"

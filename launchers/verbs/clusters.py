@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 from typing import TYPE_CHECKING
 
 from data_tools.mistake import UserMistake
@@ -26,7 +27,11 @@ def do_cluster_up(args: argparse.Namespace) -> int:
         return print_json(cluster.status())
     with_ = " with accounting" if args.dbd else ""
     print(f"up: {args.nodes} nodes × {args.gpus_per_node} fake GPUs{with_} in {cluster.prefix}")
-    print("use it: `afterok run PIPELINE cluster=dev`, or `afterok cluster exec squeue`")
+    if args.prefix:
+        inside = f"afterok cluster exec --prefix {shlex.quote(str(cluster.prefix))}"
+        print(f"use it: `{inside} afterok run PIPELINE`, or `{inside} squeue`")
+    else:
+        print("use it: `afterok run PIPELINE cluster=dev`, or `afterok cluster exec squeue`")
     return 0
 
 

@@ -2,6 +2,8 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from data_tools.mistake import UserMistake
 from data_tools.prepare.rejection import Band, Config, buckets_of, check, split_thinking
 from data_tools.prepare.rejection_element import Share, reject_filter
 from data_tools.prepare.rejection_finish import finish
+from data_tools.progress import silent
 from jobs.kind import Placement
 from jobs.phases import reject_filter as reject_phase
 from tests.inputs import Inputs
@@ -54,6 +57,17 @@ def buckets(facts: dict) -> dict[str, int]:
     row = dict(zip(balance["columns"], balance["rows"][0]))
     others = ("source", "lines", "rows", "tokens in", "tokens", "supervised", "masked")
     return {key: value for key, value in row.items() if value and key not in others}
+
+
+def test_a_phase_that_keeps_nothing_is_refused_with_what_left_all_out(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(sample(n, finish="length")) + "\n" for n in range(3)))
+    config, part, out = Config(inputs=[str(tmp_path / "in.jsonl")]), tmp_path / "part", tmp_path / "out"
+    part.mkdir()
+    out.mkdir()
+    reject_filter(config, part)
+    task: Any = SimpleNamespace(out=out, keep=tmp_path, progress=silent)
+    with pytest.raises(UserMistake, match=r"none of 3 samples is kept \(3 \w+\); change what leaves them out"):
+        reject_phase.finish([part], config, task)
 
 
 def test_each_sample_ends_in_one_bucket_and_they_add_up(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from data_tools.tasks.mix import (
     number_of,
     turn_ends,
 )
-from data_tools.tasks.task import Item, Source, task_names
+from data_tools.tasks.task import Item, Source, check_task, task_names
 from tests.data_tools.chats import write_tokenizer
 from tests.data_tools.conftest import build
 
@@ -316,9 +316,10 @@ CONFIG = MixConfig({
     "e": Entry("nowhere.at:all", source=Source(inputs=["x"])),
 })  # fmt: skip
 TASKS = ", ".join(task_names())
+OWN = "; one of your own is my.module, or my.module:function"
 TOLD = f"""
 mix.entries.calculater.weight: -1 is out of range: at least 0
-mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: {TASKS})
+mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: {TASKS}){OWN}
 mix.entries.b.limit: -1 is out of range: at least 0 (prompts)
 mix.entries.b.rewards: task calculator has no reward term 'corect' (did you mean correct? known: correct)
 mix.entries.c.options: unknown task option 'prompt' (did you mean prompt_key? known: answer_key, prompt_key)
@@ -328,6 +329,22 @@ mix.entries.d.options: task option reverse_digits=1 is a int, not bool
 mix.entries.d.hub: 'gsm8k' is no dataset: write org/name, org/name@revision or org/name:glob
 mix.entries.e.task: there is no module 'nowhere.at'; it has to be importable where the run is submitted
 """.strip().splitlines()
+
+
+@pytest.mark.parametrize("text, name, told", [
+    ("def items(): pass", "own", "is no task, which has Options, REWARDS, items and rewards"),
+    ("def reward(item, said): pass", "own:rewards", "has no function 'rewards' (did you mean reward?"),
+    ("from math import exp as reward", "own:reward", None), ("if True:\n    reward = len", "own:reward", None),
+    ("class Options: pass\ndef items(): pass\nrewards = items", "own", None), ("1 +", "own:reward", None),
+])  # fmt: skip
+def test_a_module_of_ones_own_is_told_to_be_no_task_before_it_runs(tmp_path, monkeypatch, text, name, told):
+    folder = tmp_path / "own_tasks"
+    folder.mkdir()
+    (folder / "own.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_tasks", raising=False)
+    found = check_task(f"own_tasks.{name}")
+    assert found is None if told is None else told in found
 
 
 ENVIRONMENTS = """
