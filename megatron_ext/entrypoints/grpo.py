@@ -24,6 +24,7 @@ from megatron_ext.preflight import facts, refusals, tables
 from megatron_ext.preflight.costs import costs as costs_of
 from megatron_ext.preflight.facts import Training
 from megatron_ext.rl import memory
+from megatron_ext.rl.dealing import idle_notes
 from megatron_ext.rl.settings import (
     GrpoSettings,
     check_comparable,
@@ -87,6 +88,11 @@ def _recorded_notes(config: Config) -> list[str]:
     return [f"{' and '.join(names)}: {what}"] if names else []
 
 
+def _idle_notes(config: Config, ranks: int) -> list[str]:
+    """Say how many replicas have nothing to draw."""
+    return idle_notes(config.prompts, config.group, config.parallel.data(ranks) * config.parallel.context)
+
+
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
     """Return what the parallel plan costs, its rank grid, others (tables.report), and what the rollouts' memory
     holds."""
@@ -100,7 +106,7 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
     if held is not None:
         report["facts"]["rollout"] = asdict(held) | {"samples": held.samples}
         report["notes"] = [*room_notes(held, config.engine, config.group), *report["notes"]]
-    report["notes"] = [*report["notes"], *_recorded_notes(config)]
+    report["notes"] = [*report["notes"], *_recorded_notes(config), *_idle_notes(config, site.ranks)]
     return report
 
 
@@ -150,7 +156,12 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         **told_opening(load_tokenizer(str(folder.hf)), config.bos),
         "tokens": position.tokens,
         "resumed_from": outcome.resumed_from,
-        "notes": [*outcome.notes, *outcome.bounds, *_recorded_notes(config)],
+        "notes": [
+            *outcome.notes,
+            *outcome.bounds,
+            *_recorded_notes(config),
+            *_idle_notes(config, ranks.world_size_of_environment()),
+        ],
         "bounds": outcome.bounds,
         "parallel": asdict(config.parallel),
         "parts": choice.facts(),

@@ -12,7 +12,7 @@ is drawn again: the same tokens, since noise is keyed. So nothing is fsynced bef
 import base64
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ import numpy
 
 from data_tools.base import durable
 from data_tools.tasks.rewards import is_failure
+from megatron_ext.rl.samples import Key
 
 MERGED = "merged.jsonl"
-Key = tuple[int, int]  # number of the prompt in the run, number of the sample
 
 
 @dataclass
@@ -49,9 +49,9 @@ class Journal:
         self._file: Any = None
         self._written: dict[Key, int] = {}
 
-    def resume(self, entries: dict[Key, Entry]) -> None:
-        """Hear what is recorded already."""
-        self._written = {key: len(entry.tokens) for key, entry in entries.items()}
+    def resume(self, lengths: Mapping[Key, int]) -> None:
+        """Hear how many tokens of which samples are recorded already."""
+        self._written = dict(lengths)
 
     def record(self, key: Key, tokens: list[int], logprobs: list[float], finish: str = "") -> None:
         """Append what is new of a sample whose new tokens so far are `tokens`, with their log-probs."""

@@ -32,6 +32,7 @@ from megatron_ext.preflight.memory import (
     weight_bytes,
 )
 from megatron_ext.preflight.search import HEADROOM, offer_text
+from megatron_ext.rl.dealing import most_prompts, most_samples
 from megatron_ext.rl.settings import GrpoSettings, loads_reference
 from megatron_ext.rollout.room import BYTES, block_bytes, room
 
@@ -139,12 +140,18 @@ def _most_blocks(config: GrpoSettings, plan: ParallelPlan, t: Training) -> int |
     if longest is None or (config.evaluation.every and config.mix.environments):
         return None
     replicas = plan.data(t.workload.ranks) * plan.context
-    asked = [(config.prompts, config.group)]
+    asked = [(config.prompts, config.group)]  # of a draw
     if config.evaluation.every:
         held_out = sum(entry.evaluation_only for entry in config.mix.entries.values()) * config.evaluation.prompts
         asked.append((held_out, max(1, config.evaluation.samples)))
     each = -(-longest // config.engine.block_size) + 1
-    return max(-(-prompts // replicas) * (samples + 1) * each for prompts, samples in asked)
+    return max(_holders(prompts, samples, replicas) for prompts, samples in asked) * each
+
+
+def _holders(prompts: int, samples: int, replicas: int) -> int:
+    """Return how many prompts and samples of them a replica holds at most, as they are dealt."""
+    own = most_samples(prompts * samples, replicas)
+    return own + min(prompts, most_prompts(own, samples))
 
 
 # ---------------------------------------------------------------- what is refused

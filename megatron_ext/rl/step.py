@@ -10,6 +10,7 @@ the steps after it from the journal (rl/journal.py): every sample is trained onc
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,13 @@ class GrpoStep:
             drawn, kept, settings.advantage, rewarding=settings.rewarding, limit=settings.sampling.max_tokens
         )
         check_advantages(batch, step)
-        parts = packed_minibatches(batch, settings, k, self.trainer.plan)
+        parts = packed_minibatches(
+            batch,
+            settings,
+            k,
+            self.trainer.plan,
+            bring=partial(self.collector.bring, drawn, written=settings.log_samples),
+        )
         rate = self.schedule.rate(k)
         with times.of("train"):
             made = update(

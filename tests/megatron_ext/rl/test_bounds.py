@@ -70,6 +70,22 @@ def test_the_log_of_samples_stays_below_its_bound_and_says_what_it_left_out(
     assert len(left_out) == STEPS + 1  # and its sum
 
 
+def test_a_bound_below_a_prompt_a_step_is_held_by_prompts_of_some_steps_all_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_log.durable, "write_file", written)
+    log_of(tmp_path / "whole" / "samples", 1e12)
+    bound = size(tmp_path / "whole" / "samples") / PROMPTS * 0.4
+    samples = tmp_path / "bounded" / "samples"
+    note = log_of(samples, bound).note()
+    logged = sorted(sample_logs_of(tmp_path / "bounded"))
+    assert size(samples) <= bound and 0.4 * STEPS - 2 <= len(logged) <= 0.4 * STEPS
+    assert max(b - a for a, b in zip([0, *logged], [*logged, STEPS + 1])) <= 4
+    count = completions.write(samples, tmp_path / "some.csv")
+    assert count == len(logged) * GROUP
+    assert note == f"samples/ has {len(logged)} of {PROMPTS * STEPS:,} prompts of {STEPS:,} steps (samples_gib)"
+
+
 def test_a_step_that_is_made_again_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = SampleLog(tmp_path, 1e12, STEPS)
     for most in (1 << 30, 0):
