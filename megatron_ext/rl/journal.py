@@ -195,7 +195,11 @@ def _lines(path: Path, identity: str | None) -> Iterator[dict[str, Any]]:
                 line = durable.parse_checked(raw, path) if raw.endswith(b"\n") else None
             except durable.TornFile:
                 line = None
-            if line is None or (number == 0 and identity not in (None, line.get("identity"))):
+            if (
+                line is None
+                or durable.SUM not in line
+                or (number == 0 and identity not in (None, line.get("identity")))
+            ):
                 return
             if number:
                 yield line
