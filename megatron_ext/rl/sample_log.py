@@ -76,7 +76,8 @@ class SampleLog:
         if not self.left_out:
             return ""
         logged, prompts = (sum(counts[place] for counts in self.left_out.values()) for place in (0, 1))
-        return f"samples/ has {logged:,} of {prompts:,} prompts of {len(self.left_out):,} steps (samples_gib)"
+        left_out = f"{prompts - logged:,} of {prompts:,} prompts of {len(self.left_out):,} steps"
+        return f"samples/ leaves out {left_out} (samples_gib)"
 
 
 def _spelled(prompts: Sequence[str], packed: bool) -> bytes:

@@ -66,7 +66,8 @@ def test_the_log_of_samples_stays_below_its_bound_and_says_what_it_left_out(
     count = completions.write(samples, tmp_path / "some.csv")
     assert count % GROUP == 0 and STEPS * GROUP <= count < STEPS * PROMPTS * GROUP / 2  # prompts with all their samples
     left_out = json.loads((samples / sample_log.LEFT_OUT).read_text())
-    assert note == f"samples/ has {count // GROUP:,} of {PROMPTS * STEPS:,} prompts of {STEPS:,} steps (samples_gib)"
+    left = PROMPTS * STEPS - count // GROUP
+    assert note == f"samples/ leaves out {left:,} of {PROMPTS * STEPS:,} prompts of {STEPS:,} steps (samples_gib)"
     assert len(left_out) == STEPS + 1  # and its sum
 
 
@@ -83,7 +84,8 @@ def test_a_bound_below_a_prompt_a_step_is_held_by_prompts_of_some_steps_all_alon
     assert max(b - a for a, b in zip([0, *logged], [*logged, STEPS + 1])) <= 4
     count = completions.write(samples, tmp_path / "some.csv")
     assert count == len(logged) * GROUP
-    assert note == f"samples/ has {len(logged)} of {PROMPTS * STEPS:,} prompts of {STEPS:,} steps (samples_gib)"
+    left = PROMPTS * STEPS - len(logged)
+    assert note == f"samples/ leaves out {left} of {PROMPTS * STEPS} prompts of {STEPS} steps (samples_gib)"
 
 
 def test_a_step_that_is_made_again_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
