@@ -35,4 +35,6 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     )
     if others := told(facts):
         text += f" ({others})"
+    if facts["idle_replicas"]:
+        text += f"; {facts['idle_replicas']:,} replicas had nothing to draw"
     return {"headline": "; ".join([text, *facts["bounds"]]), **facts}

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -163,9 +164,11 @@ class Collector:
         groups = []
         for k in items:
             work = {}
-            for number in set(range(self.group)) - {n for item, n in ended if item == k}:
-                drawn = self.recorded[k, number].length if (k, number) in self.recorded else 0
-                work[number] = prompt_work(self.engine.config, drawn) + lengths.expected(names[k], drawn)
+            for number in range(self.group):
+                sample = self.recorded.get((k, number))
+                if sample is None or not sample.finish:
+                    drawn = sample.length if sample else 0
+                    work[number] = prompt_work(self.engine.config, drawn) + lengths.expected(names[k], drawn)
             groups.append(Group(k, prompt_work(self.engine.config, len(prompts[k])), work))
         dealt = deal(groups, self.replica.count)
         for place, (k, number) in enumerate(ended):  # they may have to be judged yet
@@ -226,9 +229,8 @@ class Collector:
             self.close()
             raise Stopped(drawn, len(items) * self.group * self.sampling.max_tokens, "token")
         everyone = self._judged(samples, pending, prompts)
-        for k in items:
-            name = self.prompts.name(self.prompts.item(k))
-            self.lengths.hear(name, [sample.length for sample in everyone if sample.item == k])
+        for k, group in groupby(everyone, key=lambda sample: sample.item):
+            self.lengths.hear(self.prompts.name(self.prompts.item(k)), [sample.length for sample in group])
         return everyone
 
     def bring(self, samples: Many[Sample], trained: Many[set[Key]], written: bool) -> None:

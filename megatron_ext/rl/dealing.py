@@ -40,14 +40,19 @@ def most_prompts(samples: int, group: int) -> int:
     return min(samples, 1 - -(samples - 1) // group)
 
 
+def idle(samples: int, replicas: int) -> int:
+    """Return how many replicas have nothing to draw, where the samples of a step are fewer."""
+    return max(0, replicas - samples)
+
+
 def idle_notes(prompts: int, samples: int, replicas: int) -> list[str]:
-    """Say how many replicas have nothing to draw, where the samples of a step are fewer."""
-    count = prompts * samples
-    if replicas <= count:
+    """Say how many they are, and what to do."""
+    count = idle(prompts * samples, replicas)
+    if not count:
         return []
-    step = f"a step has {prompts:,} prompts x {samples:,} samples = {count:,}"
+    step = f"a step has {prompts:,} prompts x {samples:,} samples = {prompts * samples:,}"
     remedy = "raise prompts or group, spread each copy of the model over more ranks, or take fewer ranks"
-    return [f"warning: {replicas - count:,} of {replicas:,} replicas have nothing to draw: {step}; {remedy}"]
+    return [f"warning: {count:,} of {replicas:,} replicas have nothing to draw: {step}; {remedy}"]
 
 
 def deal(groups: Sequence[Group], replicas: int) -> list[Stretch]:

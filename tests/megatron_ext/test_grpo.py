@@ -303,6 +303,18 @@ def test_samples_of_one_prompt_on_several_replicas_go_on_after_a_stop(four_ranks
 
 
 @pytest.mark.soak
+def test_what_four_replicas_recorded_two_go_on_with(request, few_prompts, folders, tmp_path):
+    """In one pool at a time: a checkpoint's random states are those of four ranks."""
+    plain = dict(
+        hf=folders["qwen2"], of=tiny.DIMS, plan=ParallelPlan(), keep=tmp_path, **FEW | dict(checkpoint_every=0)
+    )
+    stopped = request.getfixturevalue("four_ranks").run(toy.trained, stop_after=6, **plain)
+    assert 0 < stopped[0]["stopped"] < 1
+    request.getfixturevalue("two_ranks").run(toy.trained, **plain)
+    assert texts(tmp_path) == texts(few_prompts[1]) and (tmp_path / "rollouts" / "step_0" / "merged.jsonl").exists()
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", range(6, 9))
 def test_four_replicas_of_two_prompts_killed_at_any_moment_end_as_the_uninterrupted_run(
     four_ranks, folders, tmp_path, seed

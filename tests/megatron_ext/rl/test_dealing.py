@@ -4,7 +4,10 @@ import random
 
 import pytest
 
+from megatron_ext.entrypoints import grpo
+from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.rl.dealing import REMEMBERED, Group, Lengths, Stretch, deal, idle_notes, most_prompts, most_samples
+from megatron_ext.rl.settings import GrpoSettings
 
 CASES = [(2, 4, 4), (2, 4, 3), (1, 5, 4), (64, 16, 1024), (64, 16, 48), (64, 16, 8), (3, 4, 16), (5, 2, 1), (0, 2, 3)]
 
@@ -81,3 +84,6 @@ def test_it_is_said_how_many_replicas_have_nothing_to_draw():
     assert note.startswith(
         "warning: 1,016 of 1,024 replicas have nothing to draw: a step has 2 prompts x 4 samples = 8"
     )
+    config = GrpoSettings(model="unknown", prompts=2, group=4, parallel=ParallelPlan(tensor=2, context=2))
+    notes = grpo.parallel_report(config, Site(40), searching=False)["notes"]
+    assert any("12 of 20 replicas have nothing to draw" in note for note in notes)
