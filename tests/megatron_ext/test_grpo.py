@@ -304,7 +304,6 @@ def test_samples_of_one_prompt_on_several_replicas_go_on_after_a_stop(four_ranks
 
 @pytest.mark.soak
 def test_what_four_replicas_recorded_two_go_on_with(request, few_prompts, folders, tmp_path):
-    """In one pool at a time: a checkpoint's random states are those of four ranks."""
     plain = dict(
         hf=folders["qwen2"], of=tiny.DIMS, plan=ParallelPlan(), keep=tmp_path, **FEW | dict(checkpoint_every=0)
     )
