@@ -1,6 +1,7 @@
 """What a long GRPO leaves beside its checkpoints has a bound, and the summary says what was left out."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +10,12 @@ import pytest
 
 from jobs.artifacts.layout import sample_logs_of
 from megatron_ext.rl import completions, journal, sample_log
+from megatron_ext.rl.position import Position
 from megatron_ext.rl.sample_log import SampleLog
 from megatron_ext.rl.samples import Sample, SampleBatch
+from megatron_ext.rl.settings import GrpoSettings
 from megatron_ext.rl.step import GrpoStep
+from megatron_ext.training.metrics import Metrics
 from megatron_ext.weights import checkpoint
 
 STEPS, PROMPTS, GROUP = 60, 8, 2
@@ -126,3 +130,16 @@ def test_the_journal_holds_what_a_restart_needs_and_no_more_than_its_bound(
     oldest_needed = min(newest, default=200)
     assert left == list(range(oldest_needed, 300))
     assert ("journal_gib" in step.records.note()) == (not every)
+
+
+@pytest.mark.parametrize("evaluated, kept", [(2, [2, 4]), (4, [2, 4, 4]), (-1, [4])])
+def test_an_evaluation_that_is_made_again_after_a_kill_is_in_the_metrics_once(
+    alone: None, tmp_path: Path, evaluated: int, kept: list[int]
+) -> None:
+    lines = [{"step": 2, "evaluation": {}}, {"step": 4, "reward": 1.0}, {"step": 4, "evaluation": {}}, {"step": 5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    step = GrpoStep(None, None, GrpoSettings(log_samples=False), tmp_path, reference=None, spell=None,
+                    evaluate=lambda done: {})  # fmt: skip
+    loop = SimpleNamespace(done=4, steps=9, metrics=Metrics(tmp_path / "metrics.jsonl", 4))
+    step.begin(loop, asdict(Position(evaluated=evaluated)))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == kept
