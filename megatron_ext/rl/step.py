@@ -181,6 +181,7 @@ class GrpoStep:
 
     def after(self, loop: Loop) -> None:
         if self.records is not None:
+            journal.join(self.keep / ROLLOUTS, loop.done - 1, self.collector.identity)
             self.records.add(loop.done - 1)
         if self.reached.is_broken:
             rollouts = self.keep / ROLLOUTS

@@ -86,6 +86,30 @@ def test_of_a_damaged_file_nothing_is_taken_that_was_not_drawn(tmp_path):
             assert not entry.finish or entry.tokens == [1, 2, 9]
 
 
+@pytest.mark.parametrize("cut", [0, 30])
+def test_what_many_ranks_wrote_of_a_step_that_is_over_is_one_file_and_says_the_same(tmp_path, cut):
+    """Also after an earlier attempt, and a torn line costs no other rank's."""
+    for rank in range(journal.FEW + 2):
+        log = Journal(tmp_path, 3, "run", f"rank_{rank}")
+        log.record((rank, 0), [1, 2], floats(-0.1, -0.2))
+        log.record((rank, 0), [1, 2, 9], floats(-0.1, -0.2, -7.25), "stop")
+        log.judge((rank, 0), {"reward": float(rank), "parts": {}, "note": ""})
+        log.close()
+        if rank == 0:
+            gather(tmp_path, 3, "run")
+    other = Journal(tmp_path, 3, "another", "rank_x")
+    other.judge((0, 0), {"reward": -1.0})
+    other.close()
+    folder = folder_of(tmp_path, 3)
+    torn = folder / "rank_5.jsonl"
+    torn.write_bytes(torn.read_bytes()[: -cut or None])
+    before = journal.read(tmp_path, 3, "run")
+    journal.join(tmp_path, 3, "run")
+    assert [path.name for path in folder.iterdir()] == [journal.MERGED] and journal.read(tmp_path, 3, "run") == before
+    assert len(before) == journal.FEW + 2 and (before[5, 0].score is None) == bool(cut)
+    assert gather(tmp_path, 3, "run") == before == journal.read(tmp_path, 3)
+
+
 def test_records_of_another_run_are_dropped_and_old_steps_forgotten(tmp_path):
     written(tmp_path).close()
     assert gather(tmp_path, 3, "another") == {} and gather(tmp_path, 3, "run") == {}
