@@ -158,25 +158,30 @@ class Collector:
         recorded = [self.recorded[key] for k in items for n in range(self.group) if (key := (k, n)) in self.recorded]
         ended = [sample.key for sample in recorded if sample.finish]
         lengths = self.lengths.copy() if ended else self.lengths
-        names = {k: self.prompts.name(self.prompts.item(k)) for k in items}
         for k, number in ended:
-            lengths.hear(names[k], [self.recorded[k, number].length])
-        groups = []
-        for k in items:
-            work = {}
-            for number in range(self.group):
-                sample = self.recorded.get((k, number))
-                if sample is None or not sample.finish:
-                    drawn = sample.length if sample else 0
-                    work[number] = prompt_work(self.engine.config, drawn) + lengths.expected(names[k], drawn)
-            groups.append(Group(k, prompt_work(self.engine.config, len(prompts[k])), work))
-        dealt = deal(groups, self.replica.count)
+            lengths.hear(self._name(k), [self.recorded[k, number].length])
+        left = {k: list(range(self.group)) for k in items}
+        for k, number in ended:
+            left[k].remove(number)
+        dealt = deal([self._work(k, left[k], prompts[k], lengths) for k in items], self.replica.count)
         for place, (k, number) in enumerate(ended):  # they may have to be judged yet
             dealt[place % self.replica.count].setdefault(k, []).append(number)
         if recorded:
             wanted = [{(k, number) for k, numbers in of.items() for number in numbers} for of in dealt]
             self.replica.bring(recorded, [keys & self.recorded.keys() for keys in wanted])
         return dealt[self.replica.number]
+
+    def _name(self, k: int) -> str:
+        """Return what lengths are remembered by."""
+        return self.prompts.name(self.prompts.item(k))
+
+    def _work(self, k: int, numbers: Many[int], prompt: tuple[int, ...], lengths: Lengths) -> Group:
+        """Return the work of the samples of a prompt that are to be drawn: to compute what they have, and to go on."""
+        name, config, work = self._name(k), self.engine.config, dict[int, float]()
+        for number in numbers:
+            drawn = self.recorded[k, number].length if (k, number) in self.recorded else 0
+            work[number] = prompt_work(config, drawn) + lengths.expected(name, drawn)
+        return Group(k, prompt_work(config, len(prompt)), work)
 
     def collect(self, items: Many[int]) -> list[Sample]:
         """Return the samples of these prompts, by prompt and number, the same on every rank. Tokens and log-probs of
@@ -199,17 +204,9 @@ class Collector:
         wanted = {k: self.prompts.item(k) for k in share}
         self.numbers = {self.prompts.uid(item): k for k, item in wanted.items()}
         by_uid = {uid: wanted[k] for uid, k in self.numbers.items()}
-        requests = []
-        for k, numbers in share.items():
-            known = {n: self.recorded[k, n] for n in numbers if (k, n) in self.recorded}
-            for sample in known.values():
-                if sample.finish:
-                    ended(replace(sample, prompt=prompts[k], replica=self.replica.number))
-            only = tuple(number for number in numbers if number not in known or not known[number].finish)
-            if only:
-                recorded = tuple(_as_recorded(known.get(number)) for number in range(self.group)) if known else ()
-                uid, ends = self.prompts.uid(wanted[k]), ends_of(self.turns, wanted[k])
-                requests.append(Request(uid, prompts[k], self.group, recorded, only=only, turn_ends=ends))
+        for sample in self._ended_before(share):
+            ended(sample)
+        requests = [self._request(wanted[k], prompts[k], own) for k, own in self._left_to_draw(share).items()]
         reused, count = len(samples), sum(map(len, share.values()))
         stopped = False
         replies = self.turns.of(by_uid, self.replica) if self.turns else None
@@ -230,8 +227,29 @@ class Collector:
             raise Stopped(drawn, len(items) * self.group * self.sampling.max_tokens, "token")
         everyone = self._judged(samples, pending, prompts)
         for k, group in groupby(everyone, key=lambda sample: sample.item):
-            self.lengths.hear(self.prompts.name(self.prompts.item(k)), [sample.length for sample in group])
+            self.lengths.hear(self._name(k), [sample.length for sample in group])
         return everyone
+
+    def _ended_before(self, share: Stretch) -> list[Sample]:
+        """Return those of a share that earlier attempts drew to their end, as this replica's."""
+        samples = (self.recorded.get((k, number)) for k, numbers in share.items() for number in numbers)
+        return [replace(sample, replica=self.replica.number) for sample in samples if sample and sample.finish]
+
+    def _left_to_draw(self, share: Stretch) -> dict[int, dict[int, Recorded]]:
+        """Return those that are to be drawn: prompt -> number -> what the sample has already."""
+        left: dict[int, dict[int, Recorded]] = {}
+        for k, numbers in share.items():
+            for number in numbers:
+                sample = self.recorded.get((k, number))
+                if sample is None or not sample.finish:
+                    left.setdefault(k, {})[number] = _as_recorded(sample)
+        return left
+
+    def _request(self, item: Any, prompt: tuple[int, ...], own: dict[int, Recorded]) -> Request:
+        """Return what the engine is asked of a prompt: samples by number, each with what it has already."""
+        recorded = tuple(own.get(number, Recorded()) for number in range(self.group)) if self.recorded else ()
+        uid, ends = self.prompts.uid(item), ends_of(self.turns, item)
+        return Request(uid, prompt, self.group, recorded, only=tuple(own), turn_ends=ends)
 
     def bring(self, samples: Many[Sample], trained: Many[set[Key]], written: bool) -> None:
         """Get the tokens and log-probs of collected samples to where they are needed: see Replica.wanted. Every rank
