@@ -239,4 +239,7 @@ def divides(plan: ParallelPlan, w: Workload) -> bool:
         return False
     if w.shape is None:
         return False
-    return sum(plan.pipeline_layers) == len(w.shape.layers) or len(w.shape.layers) % plan.stages == 0
+    counts, layers = plan.pipeline_layers, len(w.shape.layers)
+    if counts:
+        return len(counts) == plan.stages and sum(counts) == layers and min(counts) > 0
+    return layers % plan.stages == 0

@@ -201,6 +201,15 @@ def test_a_model_that_cannot_be_cut_is_refused_where_nothing_is_trained_too(plan
     assert rules.check_forward(plan, asked) == rules.check(plan, asked) != []
 
 
+@pytest.mark.parametrize("counts", [[24], [12, 6, 6], [10, 10], [24, 0]])
+def test_stages_that_are_listed_wrongly_are_refused_without_a_traceback(counts):
+    plan = ParallelPlan(pipeline=2, pipeline_layers=counts, recompute="full")
+    config = GrpoSettings(model="model", mix=MIX, parallel=plan, prompt_tokens=9)
+    assert grpo.check(config, 2, on_gpus(80, 2)) and grpo.parallel_report(config, on_gpus(80, 2), False)
+    for entrypoint, other in kinds(model="model", parallel=replace(plan, recompute="none")).values():
+        assert entrypoint.check(other, 2, on_gpus(80, 2))
+
+
 # ---------------------------------------------------------------- each setting is used, or refused by name
 
 PLAN = {  # a value of each that is legal by itself, and where it needs others these
