@@ -24,7 +24,6 @@ from megatron_ext.preflight import facts, refusals, tables
 from megatron_ext.preflight.costs import costs as costs_of
 from megatron_ext.preflight.facts import Training
 from megatron_ext.rl import memory
-from megatron_ext.rl.dealing import idle, idle_notes
 from megatron_ext.rl.settings import (
     GrpoSettings,
     check_comparable,
@@ -32,6 +31,7 @@ from megatron_ext.rl.settings import (
     check_loss,
     check_rewarding,
 )
+from megatron_ext.rollout.dealing import idle, idle_notes
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import check_recording, check_rollouts
 from megatron_ext.training import options

@@ -1,6 +1,6 @@
 """Rollouts of a step: prompts to samples with rewards, the same list on every rank, without their tokens.
 
-Each data-parallel replica generates its share of the samples (dealing.py) with the parameters in training. What
+Each data-parallel replica generates its share of the samples (rollout/dealing.py) with the parameters in training. What
 is drawn is recorded at once (journal.py); a sample's reward is asked for when the sample ends, while others still run.
 All ranks know lengths and rewards of all samples; their tokens stay where they were made until they are wanted.
 """
@@ -22,11 +22,11 @@ from megatron.core import parallel_state
 from data_tools.progress import Progress, Stop, Stopped, silent
 from megatron_ext.device import device
 from megatron_ext.rl import journal
-from megatron_ext.rl.dealing import Group, Lengths, Stretch, deal, prompt_work
 from megatron_ext.rl.journal import Entry, Journal
 from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.samples import Key, Sample
 from megatron_ext.rl.turns import Turns, ends_of
+from megatron_ext.rollout.dealing import Group, Lengths, Stretch, deal, prompt_work
 from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.sequence import Recorded, Request, Sequence
 from megatron_ext.rollout.settings import Sampling

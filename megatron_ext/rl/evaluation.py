@@ -12,10 +12,10 @@ from data_tools.progress import Stopped
 from data_tools.tasks.estimators import at_k, standard_error
 from data_tools.tasks.outcome import Outcomes, graded, is_unjudged
 from megatron_ext.rl.collect import Scorer, Together, everywhere
-from megatron_ext.rl.dealing import Group, deal, prompt_work
 from megatron_ext.rl.prompts import Listed
 from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.turns import Turns, ends_of
+from megatron_ext.rollout.dealing import Group, deal, prompt_work
 from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import Sampling

@@ -29,10 +29,10 @@ from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rl import collect, step
 from megatron_ext.rl.collect import Collector
-from megatron_ext.rl.dealing import Group, Stretch, deal
 from megatron_ext.rl.rows import log_probs
 from megatron_ext.rl.settings import GrpoSettings, Rewarding
 from megatron_ext.rl.turns import Turns
+from megatron_ext.rollout.dealing import Group, Stretch, deal
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from megatron_ext.training.update import AdamW, Trainer

@@ -6,8 +6,17 @@ import pytest
 
 from megatron_ext.entrypoints import grpo
 from megatron_ext.parallel.plan import ParallelPlan, Site
-from megatron_ext.rl.dealing import REMEMBERED, Group, Lengths, Stretch, deal, idle_notes, most_prompts, most_samples
 from megatron_ext.rl.settings import GrpoSettings
+from megatron_ext.rollout.dealing import (
+    REMEMBERED,
+    Group,
+    Lengths,
+    Stretch,
+    deal,
+    idle_notes,
+    most_prompts,
+    most_samples,
+)
 
 CASES = [(2, 4, 4), (2, 4, 3), (1, 5, 4), (64, 16, 1024), (64, 16, 48), (64, 16, 8), (3, 4, 16), (5, 2, 1), (0, 2, 3)]
 
