@@ -73,6 +73,17 @@ def test_work_is_dealt_as_evenly_as_whole_samples_make_it(seed):
     assert max(works(dealt, groups)) <= 1.02 * (mean + 115)
 
 
+def test_the_work_of_a_prompt_counts_wherever_it_is_computed():
+    long, short = Group(0, 100.0, {0: 1.0, 1: 1.0}), Group(1, 1.0, dict.fromkeys(range(5), 22.0))
+    assert deal([long, short], 2) == [{0: [0, 1]}, {1: [0, 1, 2, 3, 4]}]
+
+
+def test_no_replica_is_given_many_samples_because_they_are_short():
+    """What they need of its memory is not known to be less: plan counts on it."""
+    groups = [Group(0, 0.0, dict.fromkeys(range(4), 1000.0)), Group(1, 0.0, dict.fromkeys(range(60), 1.0))]
+    assert max(counts(deal(groups, 4))) == most_samples(64, 4) == 20
+
+
 def test_what_is_known_of_lengths_is_used_prompt_by_prompt():
     lengths = Lengths(100.0)
     assert lengths.expected("a") == 100 and lengths.expected("a", drawn=30) == 70
