@@ -36,5 +36,5 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     if others := told(facts):
         text += f" ({others})"
     if facts["idle_replicas"]:
-        text += f"; {facts['idle_replicas']:,} replicas had nothing to draw"
+        text += f"; replicas with nothing to draw: {facts['idle_replicas']:,}"
     return {"headline": "; ".join([text, *facts["bounds"]]), **facts}

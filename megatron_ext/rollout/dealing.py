@@ -50,9 +50,9 @@ def idle_notes(prompts: int, samples: int, replicas: int) -> list[str]:
     count = idle(prompts * samples, replicas)
     if not count:
         return []
-    step = f"a step has {prompts:,} prompts x {samples:,} samples = {prompts * samples:,}"
-    remedy = "raise prompts or group, spread each copy of the model over more ranks, or take fewer ranks"
-    return [f"warning: {count:,} of {replicas:,} replicas have nothing to draw: {step}; {remedy}"]
+    step = f"a step has prompts {prompts:,} x group {samples:,} = {prompts * samples:,} samples"
+    remedy = "raise one of them, spread each copy of the model over more ranks, or take fewer ranks"
+    return [f"warning: replicas with nothing to draw: {count:,} of {replicas:,}; {step}: {remedy}"]
 
 
 def deal(groups: Sequence[Group], replicas: int) -> list[Stretch]:

@@ -101,9 +101,7 @@ def test_what_is_known_of_lengths_is_used_prompt_by_prompt():
 def test_it_is_said_how_many_replicas_have_nothing_to_draw():
     assert idle_notes(64, 16, 1024) == []
     (note,) = idle_notes(2, 4, 1024)
-    assert note.startswith(
-        "warning: 1,016 of 1,024 replicas have nothing to draw: a step has 2 prompts x 4 samples = 8"
-    )
+    assert note.startswith("warning: replicas with nothing to draw: 1,016 of 1,024; a step has prompts 2 x group 4 = 8")
     config = GrpoSettings(model="unknown", prompts=2, group=4, parallel=ParallelPlan(tensor=2, context=2))
     notes = grpo.parallel_report(config, Site(40), searching=False)["notes"]
-    assert any("12 of 20 replicas have nothing to draw" in note for note in notes)
+    assert any("nothing to draw: 12 of 20;" in note for note in notes)
