@@ -295,6 +295,20 @@ def test_an_answer_that_holds_the_padding_token_is_counted_whatever_the_number_o
     assert facts["buckets"] == {"padding_token": 1}
 
 
+def test_folders_and_patterns_give_the_store_of_their_files_and_each_file_counts_once(tmp_path, tokenizer):
+    (tmp_path / "data").mkdir()
+    for name, conversation in zip("abcdef", CONVERSATIONS.values()):
+        (tmp_path / "data" / f"{name}.jsonl").write_bytes(lines_of(conversation, tools=TOOLS))
+    files = sorted((tmp_path / "data").iterdir())
+    stores = [
+        contents(build(config_of(tokenizer, *inputs, on_bad_row="bucket"), tmp_path / str(number))[0])
+        for number, inputs in enumerate([files, [tmp_path / "data"], [tmp_path / "data" / "*.jsonl"]])
+    ]
+    assert stores[0] == stores[1] == stores[2]
+    with pytest.raises(UserMistake, match="source.inputs: .*a.jsonl is given twice"):
+        build(config_of(tokenizer, files[0], tmp_path / "*" / "a.jsonl"), tmp_path / "twice")
+
+
 def test_a_wrong_mask_fails_whatever_bad_rows_do(tmp_path, tokenizer):
     (tmp_path / "t.jinja").write_text(GREEDY)
     (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, SOLVED, FOUND, SOLVED]))
