@@ -164,16 +164,8 @@ class ChatRows:
             return Refused("unknown_character", len(ids))
         if fault := self._padding_fault(ids, mask):
             return Refused("padding_token", len(ids), reason=fault)
-        self._seen += 1
-        if isinstance(item, Conversation) and (rendered.by_prefixes or self._seen % _VERIFY_EVERY == 1):
-            faults = self._faults(text, trained, ids=ids, mask=mask, item=item)
-            if faults and rendered.by_prefixes:
-                return Refused("turn_unclear", len(ids), reason=f"its loss mask is wrong: {'; '.join(faults)}")
-            if faults:
-                raise UserMistake(
-                    "the loss mask is wrong: " + "; ".join(faults) + "; give a chat template with "
-                    "{% generation %} blocks, or name chat.header"
-                )
+        if isinstance(item, Conversation) and (fault := self._mask_fault(rendered, trained, ids, mask, item=item)):
+            return Refused("turn_unclear", len(ids), reason=fault)
         start, turns_trained = spans[0].start, len({span.message for span in trained})
         return Encoded(ids, mask, prompt=text[:start], answer=text[start:], turns=turns_trained)
 
@@ -256,6 +248,21 @@ class ChatRows:
         text = self.tokenizer.decode([pad])
         stops = self.turns.stop_texts if self.turns else ()
         return "" if text in stops else f"what is learned holds the padding token {text!r}"
+
+    def _mask_fault(
+        self, rendered: Rendered, trained: list[Span], ids: np.ndarray, mask: np.ndarray, *, item: Conversation
+    ) -> str:
+        """Return what is wrong with the mask of a row whose turns prefixes told, each of which is looked at; "" if
+        nothing. Of other rows one in so many is, and raises UserMistake: their template's turns are told wrong."""
+        self._seen += 1
+        if not rendered.by_prefixes and self._seen % _VERIFY_EVERY != 1:
+            return ""
+        faults = self._faults(rendered.text, trained, ids=ids, mask=mask, item=item)
+        said = f"the loss mask is wrong: {'; '.join(faults)}"
+        if faults and not rendered.by_prefixes:
+            remedy = "give a chat template with {% generation %} blocks, or name chat.header"
+            raise UserMistake(f"{said}; {remedy}")
+        return said if faults else ""
 
     def _faults(
         self, text: str, trained: list[Span], ids: np.ndarray, mask: np.ndarray, item: Conversation

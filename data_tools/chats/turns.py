@@ -209,7 +209,8 @@ class Turns:
         raise Unclear(f"message {number + 1} is written in another way once a message follows; set chat.turns: each")
 
     def _by_content(self, text: str, conversation: Conversation, number: int) -> Span | None:
-        """Return a turn by where its content stands, which marks in it show; None where that does not tell it.
+        """Return a turn by where its content stands, which marks in it show; None where that does not tell it, or its
+        generation prompt does not give its header.
 
         Between header and content may be what generation prompts have there, between content and stop token spaces.
         """
@@ -223,6 +224,7 @@ class Turns:
         messages = [*conversation.messages[:number], marked, *conversation.messages[number + 1 :]]
         try:
             opening, *rest = self.template.text(replace(conversation, messages=messages)).split(_MARK)
+            prompt = self.template.prompt(replace(conversation, messages=conversation.messages[:number]))
         except TemplateError:
             return None
         if len(rest) != 2 or "".join([opening, *rest]) != text:
@@ -230,8 +232,9 @@ class Turns:
         following = rest[1].lstrip()
         stop = next((stop.text for stop in self.stops if following.startswith(stop.text)), None)
         for header in self._headers_of(conversation, number) if stop else ():
-            start = opening.rfind(header) if header else -1
-            if start >= 0 and self._is_aside(opening[start + len(header) :]):
+            start, asked = (text.rfind(header) if header else -1 for text in (opening, prompt))
+            asides = opening[start + len(header) :], prompt[asked + len(header) :]
+            if start >= 0 and asked >= 0 and all(map(self._is_aside, asides)):
                 return Span(number, start, len(text) - len(following) + len(stop or ""))
         return None
 
