@@ -196,8 +196,9 @@ class Turns:
         raise Unclear(f"message {number + 1} is not written behind its generation prompt")
 
     def _stop_by_prefix(self, text: str, conversation: Conversation, number: int) -> int:
-        if number == len(conversation.messages) - 1:
-            return len(text)
+        if number == len(conversation.messages) - 1:  # some write the next header behind every conversation
+            following = next((header for header in self.headers.values() if header and text.endswith(header)), "")
+            return len(text) - len(following)
         alone = self.template.text(replace(conversation, messages=conversation.messages[: number + 1]))
         place = common(alone, text)
         rest, after = alone[place:].strip(), place + len(text[place:]) - len(text[place:].lstrip())

@@ -16,6 +16,7 @@ from tokenizers import normalizers
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded
 from data_tools.chats.conversation import Conversation
 from data_tools.chats.encoder import Encoder
+from data_tools.chats.spans import Unclear
 from data_tools.chats.template import ChatTemplate
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.chats.turns import Turns
@@ -30,7 +31,8 @@ UNTRAINABLE = {
     "fireworks-ai-llama-3-firefunction-v2": "'functions' is undefined",  # an argument that has to be given
     "llama-cpp-rwkv-world": "nothing ends an assistant's turn",
 }
-MORE = sorted(Path(os.environ.get("AFTEROK_TEMPLATES", "/nowhere")).glob("*.jinja"))  # llama.cpp's models/templates
+# llama.cpp's models/templates, as they are in the sdist of llama-cpp-python.
+MORE = sorted(Path(os.environ.get("AFTEROK_TEMPLATES", "/nowhere")).glob("*.jinja"))
 
 TOOLS = [
     {
@@ -374,6 +376,15 @@ def test_turns_are_told_where_no_loop_over_messages_can_be_marked(source, stop):
             assert turn.replace("<think>", "").replace("</think>", "").strip() == f"{answer}{stop}"
 
     check()
+
+
+def test_a_header_is_no_stop_of_a_template_that_writes_no_calls():
+    """Of ChatGLM's kind; with its generation prompt behind every conversation nothing ends the last turn."""
+    source = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
+    turns = Turns(ChatTemplate(source, {}, {}, date(2026, 1, 1)))
+    assert "<|assistant|>" not in turns.stop_texts
+    with pytest.raises(Unclear):
+        turns.render(Conversation([message("user", "What?"), message("assistant", "That.")]))
 
 
 def test_each_row_that_prefixes_tell_is_looked_at_and_refused_by_name(tmp_path, monkeypatch):
