@@ -94,6 +94,7 @@ def _report_submitted(args: argparse.Namespace, plan: "Plan", done: "Submitted")
 
 def do_resubmit(args: argparse.Namespace) -> int:
     from launchers.observe.runs import find_run
+    from launchers.planning.held import told
     from launchers.planning.recorded import recorded_pipeline
     from launchers.submission.submit import resubmit
     from slurm.detect import find_cluster
@@ -110,7 +111,10 @@ def do_resubmit(args: argparse.Namespace) -> int:
         )
     plan = plan_here(args, pipeline, run, cluster, again=args.phase if args.again else "")
     announce(plan, quiet=args.json)
-    return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
+    code = _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
+    if not args.json and not args.dry_run and (line := told(run)):
+        print(line)
+    return code
 
 
 def _indices(text: str | None) -> list[int] | None:
@@ -221,6 +225,8 @@ def do_status(args: argparse.Namespace) -> int:
         print(line)
     if status.where:
         print(status.where)
+    if status.overrides:
+        print(status.overrides)
     for note in status.notes:
         tell(note)
     return code
