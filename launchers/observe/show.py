@@ -212,9 +212,11 @@ def print_samples(shown: "ShownSamples") -> None:
     for group in shown.groups:
         out.print(f"\n{group.task} {group.name}", style="bold")
         out.print(group.prompt, soft_wrap=True)
-        rows = [[s.number, s.completion, *map(_short, (s.reward, s.advantage)), s.masked, s.tokens, s.finish, s.note]
-                for s in group.samples]  # fmt: skip
-        out.print(table(["", "completion", "reward", "advantage", "masked", "tokens", "ended", "note"], rows))
+        rows = [[s.number, s.completion, *map(_short, (s.reward, s.advantage)), s.masked, s.tokens or "", s.finish,
+                 s.note] for s in group.samples]  # fmt: skip
+        columns = ["", "completion", "reward", "advantage", "masked", "tokens", "ended", "note"]
+        told = [n for n in range(len(columns)) if n < 2 or any(row[n] != "" for row in rows)]
+        out.print(table([columns[n] for n in told], [[row[n] for n in told] for row in rows]))
         if group.left_out:
             out.print(f"{group.left_out:,} more samples")
     for note in shown.notes:

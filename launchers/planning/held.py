@@ -1,7 +1,7 @@
 """What a run holds beside its pipeline file: the overrides and variables that its newest submission was made with.
 
-A resubmission keeps those of before and adds its own, so that they stay in force until somebody submits the file without
-them. `resubmit`, `status` and `plan` say so, and how to go back.
+A resubmission keeps those of before and adds its own, so that they stay in force until somebody submits the file
+without them. `resubmit`, `status` and `plan` say so, and how to go back.
 """
 
 import shlex

@@ -282,6 +282,7 @@ def do_logs(args: argparse.Namespace) -> int:
 
 
 def do_inspect(args: argparse.Namespace) -> int:
+    from launchers.observe.evaluated import KINDS
     from launchers.observe.inspect import inspect
     from launchers.observe.runs import find_run
     from launchers.observe.sampled import GRPO, SAMPLED
@@ -289,7 +290,7 @@ def do_inspect(args: argparse.Namespace) -> int:
 
     run = find_run(args.run)
     phase = run.frozen(run.newest_submission()).get(args.phase)
-    if phase is not None and phase.uses in (GRPO, *SAMPLED):
+    if phase is not None and phase.uses in (GRPO, *SAMPLED, *KINDS):
         return _inspect_samples(args, run, phase)
     if args.step is not None:
         raise UserMistake(f"--step {args.step}: only of a grpo phase")
@@ -309,13 +310,14 @@ def do_inspect(args: argparse.Namespace) -> int:
 
 def _inspect_samples(args: argparse.Namespace, run: "RunFolder", phase: "FrozenPhase") -> int:
     """Show what a phase sampled, prompt by prompt."""
+    from launchers.observe.evaluated import KINDS, inspect_evaluation
     from launchers.observe.sampled import inspect_samples
     from launchers.observe.show import print_samples
 
     if args.pack is not None:
         raise UserMistake(f"--pack {args.pack}: {args.phase} is a {phase.uses} phase, which has no packs")
     characters = CHARACTERS * max(args.tokens, 1)
-    shown = inspect_samples(
+    shown = (inspect_evaluation if phase.uses in KINDS else inspect_samples)(
         run, phase, step=args.step, count=max(args.documents, 0), seed=args.seed, characters=characters
     )
     if args.json:
