@@ -338,7 +338,8 @@ def _add_result_verbs(verb: AddVerb) -> None:
         action="append",
         default=[],
         metavar="KIND",
-        help="attempts, settings, milestones, journals, retired, code or leftovers; may be said again (default: all)",
+        help="attempts, settings, milestones, journals, retired, code or leftovers (default: all of these), "
+        "or superseded: sealed results under settings of before, which only goes by name",
     )
 
     path = verb("path", results.do_path, "print where the sealed result of a phase lies, such as a model")

@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from launchers.submission.submit import Submitted
     from slurm.detect import Cluster
 
+MOST_COLUMNS = 120  # of text, which is read badly in longer lines
 CHARACTERS = 5  # of a text, that are shown for a token of --tokens
 EXIT_INTERRUPTED = 130
 
@@ -29,7 +32,7 @@ EXIT_INTERRUPTED = 130
 
 def do_explain(args: argparse.Namespace) -> int:
     from launchers.observe.explain import explain, kinds
-    from launchers.observe.show import console, settings_table, table
+    from launchers.observe.show import console, table
 
     if not args.phase:
         listed = kinds()
@@ -40,9 +43,9 @@ def do_explain(args: argparse.Namespace) -> int:
     explained = explain(args.phase, args.setting)
     if args.json:
         return print_json(explained.as_json())
-    console().print(settings_table(explained))
+    print("\n".join(explained.lines(min(shutil.get_terminal_size((MOST_COLUMNS, 24)).columns, MOST_COLUMNS))))
     if explained.how:
-        print(explained.how)
+        print(f"\nOn the command line a setting is {explained.how}")
     return 0
 
 
@@ -271,14 +274,25 @@ def do_logs(args: argparse.Namespace) -> int:
     if index and not index.isdigit():
         raise UserMistake(f"{args.phase!r}: write PHASE or PHASE:INDEX with a number")
     if args.replay:
-        command = [sys.executable, "-m", "jobs.replay", str(find_run(args.run).path), phase, args.replay]
-        env = {**os.environ, **environment(os.environ)}
-        return subprocess.run(command, env=env).returncode  # a process of its own: it imports torch
+        return _replay(find_run(args.run), phase, args.replay)
     try:
         show_log(find_run(args.run), phase, int(index) if index else None, args.follow)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return 0
+
+
+def _replay(run: "RunFolder", phase: str, rollout: str) -> int:
+    """Draw a rollout again, in a process of its own, since it imports torch; where that cannot be and the journal was
+    cleaned, say so."""
+    from launchers.submission.clean import when_cleaned
+
+    command = [sys.executable, "-m", "jobs.replay", str(run.path), phase, rollout]
+    code = subprocess.run(command, env={**os.environ, **environment(os.environ)}).returncode
+    if code == EXIT_MISTAKE and (cleaned := when_cleaned(run, phase, "journals")) is not None:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(cleaned))
+        tell(f"`afterok clean` deleted what {phase} had recorded of its rollouts, the journals, at {when}")
+    return code
 
 
 def do_inspect(args: argparse.Namespace) -> int:
