@@ -24,9 +24,16 @@ class Held:
     submission: int
     given_at: float | None  # seconds since the epoch, by the submitting host's clock; None: of a run of before
 
-    def __str__(self) -> str:
-        when = time.strftime(", %Y-%m-%d %H:%M", time.localtime(self.given_at)) if self.given_at else ""
-        return f"{self.override} (submission {self.submission}{when})"
+
+def _spelled(kept: list[Held]) -> str:
+    """Return overrides in words, those of one submission together."""
+    told = []
+    for number in sorted({each.submission for each in kept}):
+        own = [each for each in kept if each.submission == number]
+        given_at = own[0].given_at
+        when = time.strftime(", %Y-%m-%d %H:%M", time.localtime(given_at)) if given_at else ""
+        told.append(f"{' '.join(each.override for each in own)} (submission {number}{when})")
+    return "; ".join(told)
 
 
 def held(run: RunFolder) -> list[Held]:
@@ -60,7 +67,7 @@ def told(run: RunFolder) -> str:
     kept = held(run)
     if not kept:
         return ""
-    return f"in force beside the pipeline file: {'; '.join(map(str, kept))}. {way_back(run)}"
+    return f"in force beside the pipeline file: {_spelled(kept)}. {way_back(run)}"
 
 
 def way_back(run: RunFolder) -> str:
@@ -78,7 +85,7 @@ def remarks(pipeline: Pipeline, run: RunFolder) -> list[str]:
         return []
     words = shlex.join(each.override for each in missing)
     return [
-        f"the run holds {'; '.join(map(str, missing))}, which this command leaves out: what they changed goes back to "
+        f"the run holds {_spelled(missing)}, which this command leaves out: what they changed goes back to "
         f"the file's values. To keep them, add {words}"
     ]
 

@@ -137,8 +137,8 @@ class Reasoner:
         reasons = []
         if old.get("uses") != new["uses"]:
             reasons.append(f"uses {old.get('uses')} → {new['uses']}")
-        files = self._inputs_of(seal, frozen.name), frozen.inputs
-        reasons += changed_settings(frozen.name, old.get("settings", {}), new["settings"], files)
+        read = self._inputs_of(seal, frozen.name), frozen.inputs
+        reasons += changed_settings(frozen.name, old.get("settings", {}), new["settings"], read)
         if old.get("array") != new["array"]:
             reasons.append(f"{frozen.name}.array {old.get('array')} → {new['array']}")
         for name in sorted(old.get("upstream", {}).keys() | new["upstream"].keys()):
