@@ -201,13 +201,17 @@ def _are_digests(value: Any) -> bool:
     return all(isinstance(each, str) for each in value)
 
 
+def _read_of(digests: Any, files: Inputs) -> dict[str, str] | None:
+    """Return the files that have these digests; None where one of them is no file's."""
+    wanted = set(digests or ())
+    found = {path: digest for path, digest in files.items() if digest in wanted}
+    return found if set(found.values()) == wanted else None
+
+
 def _changed_files(was: Any, now: Any, files: tuple[Inputs, Inputs]) -> str:
     """Return which files of an input changed, came or went; "" where that is not known."""
-    old, new = (
-        {path: digest for path, digest in known.items() if digest in (digests or ())}
-        for known, digests in zip(files, (was, now))
-    )
-    if len(old) < len(set(was or ())) or len(new) < len(set(now or ())) or not (old or new):
+    old, new = (_read_of(digests, known) for digests, known in zip((was, now), files))
+    if old is None or new is None or not (old or new):
         return ""
     said = []
     for words, paths in (
