@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.base import durable
 from data_tools.base.declared import setting
 from data_tools.base.inside import inside
+from data_tools.chats.char_tokenizer import characters_of
 from data_tools.chats.tokenizer import has_template
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
@@ -105,7 +106,8 @@ def forecast(config: Config, forecasts: Mapping[str, Mapping[str, Any]]) -> dict
     file = Path(config.source) / "config.json"
     try:
         path = inside(file.parent, file.name) if file.is_file() else _cached(config.source, config.revision)
-        return {"hf_config": durable.read_json(path), "chat_template": template} if path else {}
+        known = {"chat_template": template, "characters": characters_of(file.parent)}
+        return {"hf_config": durable.read_json(path), **known} if path else {}
     except (OSError, ValueError, UserMistake):  # what is wrong with it, `check` says
         return {}
 
