@@ -241,7 +241,6 @@ _METHODS = {torch.Tensor.type, torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.
 
 # What megatron-core logs at each start about what it means to do with itself; by logger below megatron.core.
 LOG_NOISE = {
-    "tensor_parallel.random": "CPU RNG state changed",
     "models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "transformer.transformer_layer": "Rewrapping ModuleSpec",
     "distributed.distributed_data_parallel": "full_param_layout not provided",
@@ -396,6 +395,7 @@ def init_device() -> None:
             "megatron.core was imported before init_device(): on CPU its functions are now compiled at first use. "
             "Call megatron_ext.device.init_device() first"
         )
+    logging.getLogger(_RANDOM).addFilter(functools.partial(_quiet, "CPU RNG state changed"))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
     with _without_trackers(), _without_triton(release.needs_triton):
         _patch(PATCHES)

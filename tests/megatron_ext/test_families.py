@@ -2,6 +2,7 @@
 document of a pack sees only itself."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy
