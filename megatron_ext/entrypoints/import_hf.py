@@ -272,8 +272,8 @@ def _source(config: Config) -> Source:
         raise UserMistake(problems)
     if config.megatron:
         reader = megatron_dist.DistTensors if megatron_dist.is_one(Path(config.megatron)) else LegacyTensors
-        tensors = reader(Path(config.megatron), understood.mapping.rules(dims), dims)
-        return Source(understood, dims, tensors, config.megatron, files=folder)
+        theirs = reader(Path(config.megatron), understood.mapping.rules(dims), dims)
+        return Source(understood, dims, theirs, config.megatron, files=folder)
     return Source(understood, dims, HfTensors(folder), str(folder), files=folder)
 
 

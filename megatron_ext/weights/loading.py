@@ -1,4 +1,4 @@
-"""What mcore's `dist_checkpointing.load` does with a distributed checkpoint, with every byte read by dist_weights.Reader.
+"""What mcore's `dist_checkpointing.load` does with a checkpoint, with every byte read by dist_weights.Reader.
 
 mcore and torch would unpickle .metadata, common.pt and objects beside the tensors with everything allowed
 (torch/distributed/checkpoint/filesystem.py, `read_metadata`; default_planner.py, `load_bytes`). The plan of what goes

@@ -1,4 +1,4 @@
-"""Megatron-LM's distributed checkpoints (`torch_dist`), read: what Megatron-LM, ModelOpt and megatron-core itself write.
+"""Megatron-LM's distributed checkpoints (`torch_dist`): what Megatron-LM, ModelOpt and megatron-core itself write.
 
     FOLDER/latest_checkpointed_iteration.txt     a number, or "release"
     FOLDER/iter_0000100/.metadata, metadata.json, *.distcp
@@ -20,9 +20,10 @@ import torch
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.models.layouts import Entry, HfTensor, Rule, Shape, Vocabulary, hf_rules, hf_shapes
+from megatron_ext.parallel.shape import ModelShape
 from megatron_ext.weights import dist_weights
 from megatron_ext.weights.dist_weights import Region
-from megatron_ext.weights.legacy import LISTED, check_arguments, iteration
+from megatron_ext.weights.legacy import ARGUMENTS, LISTED, LLAMA3_FACTOR, check_arguments, iteration
 
 COMMON_OBJECT = "common_state/shard_0_1"
 NO_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "iteration", "args")
@@ -67,20 +68,21 @@ class DistTensors:
         """Refuse a checkpoint that lacks tensors of the model, or has others."""
         wrong, known = [], set()
         for rule in rules:
-            for region, rows in dist_weights.regions(rule):
+            for region, _ in dist_weights.regions(rule):
                 placed = self._placed(region)
                 if placed is None:
                     wrong.append(f"tensor {region.key} {list(region.size)} is missing")
                     continue
                 known.add(placed.key)
                 shape = self._stored[placed.key].shape
-                padded = isinstance(rule.layout, Vocabulary) and shape[0] > placed.shape[0] and shape[1:] == placed.shape[1:]
+                padded = (
+                    isinstance(rule.layout, Vocabulary) and shape[0] > placed.shape[0] and shape[1:] == placed.shape[1:]
+                )
                 if shape != placed.shape and not padded:
                     wrong.append(f"tensor {placed.key} is {list(shape)}, config.json gives {list(placed.shape)}")
         for key in self._stored.keys() - known:
             if not key.startswith(NO_WEIGHTS):
-                shape = list(self._stored[key].shape)
-                wrong.append(f"tensor {key} {shape} is not part of the model in config.json")
+                wrong.append(f"tensor {key} {list(self._stored[key].shape)} is not part of the model in config.json")
         if wrong:
             wrong = sorted(dict.fromkeys(wrong))
             raise UserMistake([Problem(str(self.folder), message) for message in wrong[:LISTED]])
@@ -124,6 +126,40 @@ class DistTensors:
         name, index = (tensor.name, tensor.index) if isinstance(tensor, Entry) else (tensor, 0)
         rule, position = self._rules[name][index]
         return rule.layout.split(self.whole(rule))[position].reshape(rule.layout.hf_shapes()[position])
+
+
+def arguments_of(dims: Any, shape: ModelShape) -> Namespace:
+    """Return Megatron-LM's arguments of such a model: what `--use-checkpoint-args` takes of a checkpoint, and what
+    `legacy.unlike` compares.
+    """
+    window = getattr(dims, "window", 0) if any(getattr(dims, "sliding", ())) else 0
+    rope_factor = getattr(dims, "rope_factor", 0.0)
+    arguments: dict[str, Any] = {name: getattr(dims, field, None) or None for field, name in ARGUMENTS.items()}
+    arguments |= {
+        "num_layers": len(shape.layers),
+        "hidden_size": shape.hidden,
+        "ffn_hidden_size": shape.ffn or shape.expert_ffn,
+        "max_position_embeddings": shape.max_positions or None,
+        "padded_vocab_size": shape.vocabulary,
+        "untie_embeddings_and_output_weights": not shape.tied,
+        "normalization": "RMSNorm",
+        "swiglu": shape.gated,
+        "add_bias_linear": shape.attention_output_bias,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "group_query_attention": shape.kv_groups not in (0, shape.heads),
+        "num_query_groups": shape.kv_groups or None,
+        "rotary_percent": 1.0,
+        "position_embedding_type": "rope" if hasattr(dims, "rope_base") else "none",
+        "window_size": (window - 1, 0) if window else None,
+        "moe_router_topk_scaling_factor": getattr(dims, "routed_scale", None),
+        "moe_ffn_hidden_size": shape.expert_ffn or None,
+        "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
+        "hybrid_override_pattern": getattr(dims, "pattern", None),
+    }
+    if hasattr(dims, "rope_factor"):
+        arguments |= {"use_rope_scaling": bool(rope_factor), "rope_scaling_factor": rope_factor or LLAMA3_FACTOR}
+    return Namespace(**{name: value for name, value in arguments.items() if value is not None or name == "window_size"})
 
 
 def _layers(rules: Sequence[Rule]) -> dict[str, list[int]]:

@@ -262,7 +262,9 @@ def test_the_te_names_are_those_that_megatron_cores_spec_fuses(alone, shape):
     from megatron_ext.models import decoder_spec
 
     stock = "get_gpt_layer_with_transformer_engine_"
-    functions = [getattr(gpt_layer_specs, stock + end, None) for end in ("submodules", "spec")]  # the first from 0.17 on
+    functions = [
+        getattr(gpt_layer_specs, stock + end, None) for end in ("submodules", "spec")
+    ]  # the first from 0.17 on
     source = "".join(inspect.getsource(function) for function in functions if function)
     assert "linear_qkv=backend.column_parallel_layer_norm_linear()" in source
     assert re.search(r"pre_mlp_layernorm=backend.layer_norm\(.*\) if num_experts else IdentityOp", source)

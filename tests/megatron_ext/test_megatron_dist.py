@@ -10,15 +10,19 @@ import pytest
 import torch
 
 from data_tools.mistake import UserMistake
-from megatron_ext.entrypoints import import_hf
+from megatron_ext.entrypoints import export_megatron, import_hf
 from megatron_ext.layers import loss_head
 from megatron_ext.model_folders import model_folder
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training.rows import micro_batch
-from megatron_ext.weights import checkpoint
+from megatron_ext.weights import checkpoint, legacy, megatron_dist
 from tests.megatron_ext import stock_gpt, tiny
 
 DIMS = replace(tiny.DIMS, layers=stock_gpt.LAYERS, tied=False)
+FAMILIES = {
+    "qwen2 untied": DIMS, "qwen2 tied": tiny.DIMS, "llama": replace(DIMS, kind="llama", rope_factor=8.0),
+    "gpt_oss": tiny.GPT_OSS_DIMS, "nemotron_h": tiny.NEMOTRON_H_DIMS,
+}  # fmt: skip
 FORMS = {"layers under one name": [], "each layer under its own": ["non_homogeneous_layers"]}
 
 
@@ -55,7 +59,9 @@ def test_a_model_that_megatron_core_saved_alone_gives_its_logits(saved, alone, t
     for tokens, logits in zip(found["tokens"], found["logits"]):
         batch = micro_batch([tiny.pack([len(tokens)], seed=0)])  # of which the logits need positions alone
         with torch.no_grad():
-            ours = loss_head.position_logits(model, tokens[None], batch.positions, batch.documents, torch.arange(len(tokens)))
+            ours = loss_head.position_logits(
+                model, tokens[None], batch.positions, batch.documents, torch.arange(len(tokens))
+            )
         assert torch.allclose(ours, logits, rtol=1e-4, atol=1e-5 * logits.abs().max().item())
 
 
@@ -94,3 +100,40 @@ def test_a_damaged_piece_is_refused(saved, tmp_path):
         assert "damaged" in refused(saved, tmp_path)
     finally:
         file.write_bytes(kept)
+
+
+# ---------------------------------------------------------------- the way back
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_arguments_of_a_model_say_what_it_is(name):
+    dims = FAMILIES[name]
+    assert legacy.unlike(megatron_dist.arguments_of(dims, tiny.family(dims).config.shape(dims)), dims) == []
+
+
+@pytest.mark.parametrize("name", ["qwen2 untied", "gpt_oss", "nemotron_h"])
+def test_an_exported_folder_comes_back_as_the_same_model(name, tmp_path):
+    hf = tiny.hf_folder(tmp_path / "hf", FAMILIES[name])
+    for folder in ("model", "exported", "again"):
+        (tmp_path / folder).mkdir()
+    wanted = import_hf.run(import_hf.Config(str(hf)), tmp_path / "model", tmp_path)
+    export_megatron.run(export_megatron.Config(str(tmp_path / "model")), tmp_path / "exported", tmp_path)
+    config = import_hf.Config(str(hf), megatron=str(tmp_path / "exported"))
+    assert import_hf.run(config, tmp_path / "again", tmp_path)["weights_digest"] == wanted["weights_digest"]
+
+
+def test_megatron_cores_own_model_and_loader_take_an_exported_folder(saved, alone, tmp_path):
+    """The way there and back: what megatron-core saved, imported and exported, gives megatron-core its logits again."""
+    imported(saved, tmp_path / "model")
+    (tmp_path / "exported").mkdir()
+    export_megatron.run(export_megatron.Config(str(tmp_path / "model")), tmp_path / "exported", tmp_path)
+    words = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.megatron_ext.stock_gpt",
+        str(saved),
+        str(tmp_path / "exported"),
+    ]
+    subprocess.run(words, check=True)
