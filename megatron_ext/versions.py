@@ -5,6 +5,7 @@ last for 3.11. Which releases of NVIDIA's other packages go with it, its extra `
 stand-ins with the parameters and assertions of these releases, and reads them from the releases' sources. No torch.
 """
 
+import functools
 import importlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,7 @@ class Release:
     hybrid_model: str = "models.mamba.MambaModel"
     hybrid_pattern: str = "hybrid_override_pattern"  # the argument that says the kinds of a hybrid model's blocks
     mamba_norm_has_epsilon: bool = False  # MambaLayer passes its norm the configuration's
+    reduces_whole_experts: bool = False  # their gradients over tensor ranks, without expert ranks too
     needs_triton: str = ""  # the module that imports Triton whether it is there or not
 
 
@@ -51,11 +53,13 @@ RELEASES = {
         hybrid_model="models.hybrid.hybrid_model.HybridModel",
         hybrid_pattern="hybrid_layer_pattern",
         mamba_norm_has_epsilon=True,
+        reduces_whole_experts=True,
         needs_triton="transformer.moe.ops.paged_stash",
     ),
 }
 
 
+@functools.cache
 def installed() -> str:
     """Return the version of megatron-core that is installed, "none" where none is."""
     try:
@@ -73,6 +77,11 @@ def release() -> Release:
             "pip install -c constraints.txt megatron-core"
         )
     return RELEASES[found]
+
+
+def planned() -> Release:
+    """Return the row of the megatron-core that is installed where a plan is made; where it has none, the oldest's."""
+    return RELEASES.get(installed(), RELEASES["0.16.1"])
 
 
 def split_tensor(*arguments: Any) -> Any:

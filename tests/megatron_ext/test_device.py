@@ -179,7 +179,7 @@ def test_a_literal_cuda_is_the_cpu():
 
 
 def test_another_megatron_core_is_refused(monkeypatch):
-    monkeypatch.setattr(versions, "version", lambda name: "0.17.0")
+    monkeypatch.setattr(versions, "installed", lambda: "0.17.0")
     with pytest.raises(
         RuntimeError, match="megatron-core 0.17.0 is installed, and 0.16.1, 0.17.1, 0.18.2, 0.19.2 are known"
     ):
