@@ -45,7 +45,10 @@ class Config:
     )
     dtype: str = setting("", 'type of the weights; "" keeps that of each tensor', choices=("", *DTYPES))
     megatron: str = setting(
-        "", "legacy Megatron checkpoint that has the weights", example="checkpoint/release", input=True
+        "",
+        "Megatron-LM's checkpoint that has the weights: legacy `torch`, or `torch_dist`",
+        example="checkpoint/release",
+        input=True,
     )
     model_tag: str = setting(
         "", "folder of nanochat's own checkpoint below `source`, such as d32", example="d32", free=True
@@ -248,6 +251,7 @@ def _source(config: Config) -> Source:
     """Open the checkpoint that is imported. Raise UserMistake where it is not understood."""
     from megatron_ext.models.nanochat import checkpoint as nanochat
     from megatron_ext.models.registry import Family, read_config
+    from megatron_ext.weights import megatron_dist
     from megatron_ext.weights.hf_files import HfTensors
     from megatron_ext.weights.legacy import LegacyTensors
 
@@ -269,8 +273,9 @@ def _source(config: Config) -> Source:
     if problems or understood is None:
         raise UserMistake(problems)
     if config.megatron:
-        legacy = LegacyTensors(Path(config.megatron), understood.mapping.rules(dims), dims)
-        return Source(understood, dims, legacy, config.megatron, files=folder)
+        reader = megatron_dist.DistTensors if megatron_dist.is_one(Path(config.megatron)) else LegacyTensors
+        theirs = reader(Path(config.megatron), understood.mapping.rules(dims), dims)
+        return Source(understood, dims, theirs, config.megatron, files=folder)
     return Source(understood, dims, HfTensors(folder), str(folder), files=folder)
 
 
