@@ -31,7 +31,7 @@ from megatron_ext.entrypoints import evaluate, export_gguf
 from megatron_ext.parallel.plan import Site
 from megatron_ext.parallel.settings import DTYPES
 from megatron_ext.rollout.settings import Sampling
-from megatron_ext.serving import llama_cpp
+from megatron_ext.serving import gguf_vocabulary, llama_cpp
 
 Sampled = tuple[list[int], str]  # a completion's tokens, and "stop" or "length"
 
@@ -57,7 +57,10 @@ class Config:
     )
     mix: MixConfig = setting(MixConfig, "the tasks whose prompts are asked, and how they are rewarded")
     dtype: str = setting("", 'type that is computed in; "" as config.json says', choices=("", *DTYPES))
-    max_new_tokens: int = setting(16, "new tokens of a completion, at most", unit="tokens", least=1)
+    max_new_tokens: int = setting(
+        16, "new tokens of a completion, at most: what grpo and generate call sampling.max_tokens",
+        unit="tokens", least=1,
+    )  # fmt: skip
     samples: int = setting(
         0, "samples of each prompt, at `temperature`, besides the greedy one", unit="samples", least=0
     )
@@ -204,6 +207,8 @@ class _Gguf:
         for key, path in {"gguf": model, "gguf_adapter": adapter}.items():
             if getattr(config, key) and not path.is_file():
                 raise UserMistake(Problem(key, f"{path.parent} has no {path.name}; export_gguf makes one"))
+        if problems := gguf_vocabulary.check(model, tokenizer, str(folder)):
+            raise UserMistake(problems)
         stops = stop_ids(folder, tokenizer)
         self._model = llama_cpp.LlamaCpp(model, adapter if config.gguf_adapter else None, positions, stops)
         self._config, self._tokenizer = config, tokenizer

@@ -16,6 +16,7 @@ from data_tools.mistake import Problem
 from megatron_ext.parallel import parts
 from megatron_ext.parallel.plan import CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
 from megatron_ext.parallel.shape import MAMBA, MLP, MOE, MXFP4_BLOCK
+from megatron_ext.versions import planned
 
 Broken = Callable[[ParallelPlan, Workload], str]  # what is wrong with a plan, "" where nothing is
 
@@ -240,11 +241,17 @@ def expert_biases_stay_whole(p: ParallelPlan, w: Workload) -> str:
 @rule("expert", "expert_tensor", "tensor")
 def experts_are_reduced_over_tensor_ranks(p: ParallelPlan, w: Workload) -> str:
     """Refuse what mcore gets wrong without a word: expert gradients are marked for their own groups by EP > 1 only
-    (layers.py:829), so whole experts on several tensor ranks keep a share each (measured: gradient norm x 0.707).
+    (layers.py:829), so whole experts on several tensor ranks keep a share each (measured: gradient norm x 0.707). 0.19
+    has it right.
     """
+    if planned().reduces_whole_experts:
+        return ""
     wrong = w.shape and MOE in w.shape.blocks and p.expert == 1 and p.expert_tensor < p.tensor
     numbers = f"tensor {p.tensor} with expert_tensor {p.expert_tensor} and expert 1"
     return f"{numbers} gives wrong expert gradients without an error" if wrong else ""
+
+
+OF_TRAINING = (experts_need_sequence_parallel, experts_are_reduced_over_tensor_ranks)
 
 
 @rule("expert_tensor", "expert")
@@ -414,12 +421,11 @@ def check(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> li
 
 
 def check_forward(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
-    """Check a phase that trains nothing: of the rules about the model's shape it asks those of its layers' parts."""
+    """Check a phase that trains nothing, of which the rules about training are not asked."""
     if problems := declared.check(plan, where):
         return problems
-    whole = replace(workload, shape=None)
-    others = [found for found in broken_rules(plan, whole) if found[0] not in OF_PARTS]
-    return _problems(others, plan, whole, where) + check_parts(plan, workload, where)
+    asked = [found for found in broken_rules(plan, workload) if found[0].broken not in OF_TRAINING]
+    return _problems(asked, plan, workload, where)
 
 
 def check_parts(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
