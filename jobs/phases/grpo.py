@@ -35,4 +35,6 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     )
     if others := told(facts):
         text += f" ({others})"
+    if facts["idle_replicas"]:
+        text += f"; replicas with nothing to draw: {facts['idle_replicas']:,}"
     return {"headline": "; ".join([text, *facts["bounds"]]), **facts}

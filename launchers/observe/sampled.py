@@ -136,6 +136,12 @@ class ShownSamples:
     notes: list[str]
 
 
+def _logged(steps: list[int]) -> str:
+    """Return the words for the steps, in order, of which samples are logged."""
+    some = "" if len(steps) == steps[-1] - steps[0] + 1 else f"{len(steps):,} of the "
+    return f"{some}steps {steps[0]} to {steps[-1]}"
+
+
 def inspect_samples(
     run: RunFolder, phase: FrozenPhase, *, step: int | None, count: int, seed: int, characters: int
 ) -> ShownSamples:
@@ -152,7 +158,7 @@ def inspect_samples(
         steps = sorted(logs)
         step = steps[-1] if step is None else step
         if step not in logs:
-            raise UserMistake(f"--step {step}: {phase.name} has samples of steps {steps[0]} to {steps[-1]}")
+            raise UserMistake(f"--step {step}: {phase.name} has samples of {_logged(steps)}")
         file = logs[step]
     elif step is not None:
         raise UserMistake(f"--step {step}: {phase.name} is a {phase.uses} phase, which has no steps")

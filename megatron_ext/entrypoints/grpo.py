@@ -31,6 +31,7 @@ from megatron_ext.rl.settings import (
     check_loss,
     check_rewarding,
 )
+from megatron_ext.rollout.dealing import idle, idle_notes
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import check_recording, check_rollouts
 from megatron_ext.training import options
@@ -87,6 +88,11 @@ def _recorded_notes(config: Config) -> list[str]:
     return [f"{' and '.join(names)}: {what}"] if names else []
 
 
+def _replicas(config: Config, ranks: int) -> int:
+    """Return how many copies of the model draw samples."""
+    return config.parallel.data(ranks) * config.parallel.context
+
+
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
     """Return what the parallel plan costs, its rank grid, others (tables.report), and what the rollouts' memory
     holds."""
@@ -101,6 +107,7 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
         report["facts"]["rollout"] = asdict(held) | {"samples": held.samples}
         report["notes"] = [*room_notes(held, config.engine, config.group), *report["notes"]]
     report["notes"] = [*report["notes"], *_recorded_notes(config)]
+    report["notes"] += idle_notes(config.prompts, config.group, _replicas(config, site.ranks))
     return report
 
 
@@ -121,8 +128,9 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
     Raise Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
     Return the facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, the others by
-    why they were not (unscorable, cut_off, equal), tokens, resumed_from, notes, parts (whose layers). Raise UserMistake
-    where nothing was trained in all steps, or every verdict of the first one failed (rl/untrained.py).
+    why they were not (unscorable, cut_off, equal), tokens, resumed_from, notes, idle_replicas (which had nothing to
+    draw), parts (whose layers). Raise UserMistake where nothing was trained in all steps, or every verdict of the first
+    one failed (rl/untrained.py).
     """
     from megatron_ext.model_folders import model_folder
     from megatron_ext.parallel import ranks
@@ -137,7 +145,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         choice = model_folder.told_parts(folder, config)
         identity = _identity(config, folder.weights_digest)
         outcome, digest = session.run(config, folder, out, keep, identity=identity, progress=progress, stop=stop)
-    position = outcome.position
+    position, replicas = outcome.position, _replicas(config, ranks.world_size_of_environment())
     return {
         "step": outcome.step,
         "reward_first": position.first_reward,
@@ -150,8 +158,14 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         **told_opening(load_tokenizer(str(folder.hf)), config.bos),
         "tokens": position.tokens,
         "resumed_from": outcome.resumed_from,
-        "notes": [*outcome.notes, *outcome.bounds, *_recorded_notes(config)],
+        "notes": [
+            *outcome.notes,
+            *outcome.bounds,
+            *_recorded_notes(config),
+            *idle_notes(config.prompts, config.group, replicas),
+        ],
         "bounds": outcome.bounds,
+        "idle_replicas": idle(config.prompts * config.group, replicas),
         "parallel": asdict(config.parallel),
         "parts": choice.facts(),
         **({"lora": loras.reach(config.lora, folder.shape)} if config.lora.rank else {}),

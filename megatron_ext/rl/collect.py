@@ -1,13 +1,16 @@
-"""Rollouts of a step: prompts to samples with rewards, the same list on every rank.
+"""Rollouts of a step: prompts to samples with rewards, the same list on every rank, without their tokens.
 
-Each data-parallel replica generates its share of the prompts with the training model's own parameters. What is drawn is
-recorded at once (journal.py); a sample's reward is asked for when the sample ends, while others still run.
+Each data-parallel replica generates its share of the samples (rollout/dealing.py) with the parameters in training. What
+is drawn is recorded at once (journal.py); a sample's reward is asked for when the sample ends, while others still run.
+All ranks know lengths and rewards of all samples; their tokens stay where they were made until they are wanted.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +24,9 @@ from megatron_ext.device import device
 from megatron_ext.rl import journal
 from megatron_ext.rl.journal import Entry, Journal
 from megatron_ext.rl.replica import Replica
-from megatron_ext.rl.samples import Sample
+from megatron_ext.rl.samples import Key, Sample
 from megatron_ext.rl.turns import Turns, ends_of
+from megatron_ext.rollout.dealing import Group, Lengths, Stretch, deal, prompt_work
 from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.sequence import Recorded, Request, Sequence
 from megatron_ext.rollout.settings import Sampling
@@ -122,7 +126,8 @@ class Collector:
         if self.replica.speaks and scorer is None:
             raise ValueError("the rank that scores a replica's samples needs a scorer")
         self.left = set(from_rank_zero(journal.steps(root)))  # steps of which earlier attempts recorded something
-        self.entries: dict[tuple[int, int], Entry] = {}
+        self.recorded: dict[Key, Sample] = {}  # what earlier attempts recorded of the step
+        self.lengths = Lengths(float(sampling.max_tokens))
         self.journal: Journal | None = None
         self.step: int | None = None
         self.counts: Counter[str] = Counter()
@@ -132,18 +137,55 @@ class Collector:
     def begin(self, step: int) -> None:
         """Make samples for the update of `step` from now on, with what earlier attempts recorded of it."""
         self.step = step
-        self.entries = {}
-        if step in self.left:
-            recorded = journal.gather(self.root, step, self.identity) if dist.get_rank() == 0 else None
-            self.entries = from_rank_zero(recorded)
+        self.recorded = self._left_of(step) if step in self.left else {}
         self.journal = None
         if self.replica.speaks:
             self.journal = Journal(self.root, step, self.identity, f"rank_{dist.get_rank()}")
-            self.journal.resume(self.entries)
+            self.journal.resume({key: sample.length for key, sample in self.recorded.items()})
         self.counts, self.kv_use, self.seconds = Counter(), 0.0, {}
 
+    def _left_of(self, step: int) -> dict[Key, Sample]:
+        """Return what earlier attempts recorded of a step. The first replica has the tokens."""
+        entries = journal.gather(self.root, step, self.identity) if dist.get_rank() == 0 else {}
+        samples = [_scored(_sample(*key, (), entry), entry.score) for key, entry in entries.items()]
+        told = from_rank_zero([sample.told() for sample in samples])
+        if self.replica.number == 0:
+            told = self.replica.from_speaker(samples)
+        return {sample.key: sample for sample in told}
+
+    def _dealt(self, items: Many[int], prompts: dict[int, tuple[int, ...]]) -> Stretch:
+        """Return this replica's share of the samples of these prompts, with the tokens that it has of them already."""
+        recorded = [self.recorded[key] for k in items for n in range(self.group) if (key := (k, n)) in self.recorded]
+        ended = [sample.key for sample in recorded if sample.finish]
+        lengths = self.lengths.copy() if ended else self.lengths
+        for k, number in ended:
+            lengths.hear(self._name(k), [self.recorded[k, number].length])
+        left = {k: list(range(self.group)) for k in items}
+        for k, number in ended:
+            left[k].remove(number)
+        dealt = deal([self._work(k, left[k], prompts[k], lengths) for k in items], self.replica.count)
+        for place, (k, number) in enumerate(ended):  # they may have to be judged yet
+            dealt[place % self.replica.count].setdefault(k, []).append(number)
+        if recorded:
+            wanted = [{(k, number) for k, numbers in of.items() for number in numbers} for of in dealt]
+            self.replica.bring(recorded, [keys & self.recorded.keys() for keys in wanted])
+        return dealt[self.replica.number]
+
+    def _name(self, k: int) -> str:
+        """Return what lengths are remembered by."""
+        return self.prompts.name(self.prompts.item(k))
+
+    def _work(self, k: int, numbers: Many[int], prompt: tuple[int, ...], lengths: Lengths) -> Group:
+        """Return the work of the samples of a prompt that are to be drawn: to compute what they have, and to go on."""
+        name, config, work = self._name(k), self.engine.config, dict[int, float]()
+        for number in numbers:
+            drawn = self.recorded[k, number].length if (k, number) in self.recorded else 0
+            work[number] = prompt_work(config, drawn) + lengths.expected(name, drawn)
+        return Group(k, prompt_work(config, len(prompt)), work)
+
     def collect(self, items: Many[int]) -> list[Sample]:
-        """Return the samples of these prompts, by prompt and number, the same on every rank.
+        """Return the samples of these prompts, by prompt and number, the same on every rank. Tokens and log-probs of
+        those that other replicas made are not here: `bring` gets them.
 
         Raises Stopped, on every rank, once any was asked to stop: what was drawn until then is recorded, and it says
         how many tokens of the step are.
@@ -157,28 +199,21 @@ class Collector:
                 text = self.spell(sample.tokens.tolist(), sample.finish)
                 pending.append((sample, self.scorer.submit(wanted[sample.item], text, sample.finish)))
 
-        wanted = {k: self.prompts.item(k) for k in self.replica.share(items)}
-        prompts = {k: self.prompts.tokens(item) for k, item in wanted.items()}
+        prompts = {k: self.prompts.tokens(self.prompts.item(k)) for k in items}
+        share = self._dealt(items, prompts)
+        wanted = {k: self.prompts.item(k) for k in share}
         self.numbers = {self.prompts.uid(item): k for k, item in wanted.items()}
         by_uid = {uid: wanted[k] for uid, k in self.numbers.items()}
-        requests = []
-        for k, prompt in prompts.items():
-            entries = [self.entries.get((k, number), Entry()) for number in range(self.group)]
-            for number, entry in enumerate(entries):
-                if entry.finish:
-                    ended(_scored(_sample(k, number, prompt, entry), entry.score))
-            only = tuple(number for number, entry in enumerate(entries) if not entry.finish)
-            if only:
-                recorded = tuple(Recorded(tuple(e.tokens), tuple(e.logprobs), tuple(e.logprobs)) for e in entries)
-                uid, ends = self.prompts.uid(wanted[k]), ends_of(self.turns, wanted[k])
-                requests.append(Request(uid, prompt, self.group, recorded, only=only, turn_ends=ends))
-        reused = len(samples)
+        for sample in self._ended_before(share):
+            ended(sample)
+        requests = [self._request(wanted[k], prompts[k], own) for k, own in self._left_to_draw(share).items()]
+        reused, count = len(samples), sum(map(len, share.values()))
         stopped = False
         replies = self.turns.of(by_uid, self.replica) if self.turns else None
         try:
             for sequence in self.engine.generate(requests, self.sampling, self._between_steps, replies):
                 ended(self._finished(sequence))
-                self.progress(len(samples), len(wanted) * self.group, "samples")
+                self.progress(len(samples), count, "samples")
         except Stopped:
             stopped = True
             self._record_unfinished()
@@ -190,14 +225,46 @@ class Collector:
             drawn = self._recorded()
             self.close()
             raise Stopped(drawn, len(items) * self.group * self.sampling.max_tokens, "token")
-        return self._judged(samples, pending)
+        everyone = self._judged(samples, pending, prompts)
+        for k, group in groupby(everyone, key=lambda sample: sample.item):
+            self.lengths.hear(self._name(k), [sample.length for sample in group])
+        return everyone
+
+    def _ended_before(self, share: Stretch) -> list[Sample]:
+        """Return those of a share that earlier attempts drew to their end, as this replica's."""
+        samples = (self.recorded.get((k, number)) for k, numbers in share.items() for number in numbers)
+        return [replace(sample, replica=self.replica.number) for sample in samples if sample and sample.finish]
+
+    def _left_to_draw(self, share: Stretch) -> dict[int, dict[int, Recorded]]:
+        """Return those that are to be drawn: prompt -> number -> what the sample has already."""
+        left: dict[int, dict[int, Recorded]] = {}
+        for k, numbers in share.items():
+            for number in numbers:
+                sample = self.recorded.get((k, number))
+                if sample is None or not sample.finish:
+                    left.setdefault(k, {})[number] = _as_recorded(sample)
+        return left
+
+    def _request(self, item: Any, prompt: tuple[int, ...], own: dict[int, Recorded]) -> Request:
+        """Return what the engine is asked of a prompt: samples by number, each with what it has already."""
+        recorded = tuple(own.get(number, Recorded()) for number in range(self.group)) if self.recorded else ()
+        uid, ends = self.prompts.uid(item), ends_of(self.turns, item)
+        return Request(uid, prompt, self.group, recorded, only=tuple(own), turn_ends=ends)
+
+    def bring(self, samples: Many[Sample], trained: Many[set[Key]], written: bool) -> None:
+        """Get the tokens and log-probs of collected samples to where they are needed: see Replica.wanted. Every rank
+        takes part.
+        """
+        started = time.perf_counter()
+        self.replica.bring(samples, self.replica.wanted(samples, trained, written))
+        self._spent("exchange", started)
 
     def _finished(self, sequence: Sequence) -> Sample:
         """Return the sample that a sequence became, and record its end."""
         request, logprobs = sequence.prefix.request, self._comparable(sequence)
         k = self.numbers[request.uid]
         entry = Entry(sequence.completion, logprobs, sequence.finish)
-        sample = _sample(k, sequence.sample, request.prompt, entry)
+        sample = _sample(k, sequence.sample, request.prompt, entry, self.replica.number)
         unscorable: dict[str, Any] | None = None
         if sequence.note:
             unscorable = {"reward": None, "parts": {}, "note": sequence.note}
@@ -231,7 +298,7 @@ class Collector:
         """Return how many tokens of this step are recorded, by all ranks, earlier attempts included."""
         new = torch.tensor([self.journal.recorded if self.journal else 0], device=device())
         dist.all_reduce(new)
-        return sum(len(entry.tokens) for entry in self.entries.values()) + int(new)
+        return sum(sample.length for sample in self.recorded.values()) + int(new)
 
     def _spent(self, name: str, started: float) -> None:
         """Count the seconds since `started` as those of `name`."""
@@ -246,8 +313,10 @@ class Collector:
         self.counts["reused"] += reused
         counts.clear()
 
-    def _judged(self, samples: list[Sample], pending: list[tuple[Sample, Any]]) -> list[Sample]:
-        """Return all replicas' samples, with their rewards."""
+    def _judged(
+        self, samples: list[Sample], pending: list[tuple[Sample, Any]], prompts: dict[int, tuple[int, ...]]
+    ) -> list[Sample]:
+        """Return all replicas' samples, with their rewards, and with the tokens of these ones, which are this one's."""
         started = time.perf_counter()
         if self.journal is not None:
             for sample, future in pending:
@@ -263,7 +332,11 @@ class Collector:
         rewards = self.replica.from_speaker(rewards)
         for sample in samples:
             sample.reward, sample.parts, sample.note, sample.answer = rewards[sample.key]
-        everyone = sorted(self.replica.gathered(samples), key=lambda s: s.key)
+        here = {sample.key: sample for sample in samples}
+        told = self.replica.gathered([sample.told() for sample in samples])
+        everyone = sorted((here.get(sample.key, sample) for sample in told), key=lambda s: s.key)
+        for sample in everyone:
+            sample.prompt = prompts[sample.item]
         self._spent("exchange", started)
         return everyone
 
@@ -273,7 +346,15 @@ class Collector:
             self.journal.close()
 
 
-def _sample(item: int, number: int, prompt: Many[int], entry: Entry) -> Sample:
+def _as_recorded(sample: Sample | None) -> Recorded:
+    """Return what the engine goes on from; nothing where nothing is known of the sample."""
+    if sample is None:
+        return Recorded()
+    tokens, logprobs = tuple(sample.tokens.tolist()), tuple(sample.logprobs.tolist())
+    return Recorded(tokens, logprobs, logprobs)
+
+
+def _sample(item: int, number: int, prompt: Many[int], entry: Entry, replica: int = 0) -> Sample:
     """Return the sample that is recorded as `entry`, not judged yet."""
     return Sample(
         item,
@@ -282,6 +363,7 @@ def _sample(item: int, number: int, prompt: Many[int], entry: Entry) -> Sample:
         tokens=np.array(entry.tokens, dtype=np.int32),
         logprobs=np.array(entry.logprobs, dtype=np.float32),
         finish=entry.finish,
+        replica=replica,
     )
 
 

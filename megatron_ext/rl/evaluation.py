@@ -15,6 +15,7 @@ from megatron_ext.rl.collect import Scorer, Together, everywhere
 from megatron_ext.rl.prompts import Listed
 from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.turns import Turns, ends_of
+from megatron_ext.rollout.dealing import Group, deal, prompt_work
 from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import Sampling
@@ -39,11 +40,15 @@ def evaluate(
     """
     replica = Replica()
     asked = scorer if replica.speaks else None
-    wanted = {k: prompts.item(k) for k in replica.share(range(len(prompts)))}
+    own = deal([_group(k, prompts, samples, sampling, engine) for k in range(len(prompts))], replica.count)[
+        replica.number
+    ]
+    wanted = {k: prompts.item(k) for k in own}
     numbers = {prompts.uid(item): k for k, item in wanted.items()}
     items = {uid: wanted[k] for uid, k in numbers.items()}
     requests = [
-        Request(uid, prompts.tokens(item), samples, turn_ends=ends_of(turns, item)) for uid, item in items.items()
+        Request(uid, prompts.tokens(items[uid]), samples, only=tuple(own[k]), turn_ends=ends_of(turns, items[uid]))
+        for uid, k in numbers.items()
     ]
     replies = turns.of(items, replica) if turns else None
     pending: list[tuple[int, str, Any]] = []
@@ -72,6 +77,12 @@ def evaluate(
     for entry, told in replica.gathered(replica.from_speaker(verdicts)):
         by_entry.setdefault(entry, []).append(told)
     return {name: summary(by_entry[name], samples, sampling.is_greedy) for name in sorted(by_entry)}
+
+
+def _group(k: int, prompts: Listed, samples: int, sampling: Sampling, engine: Engine) -> Group:
+    """Return the work of a prompt's samples, each of which may be as long as any."""
+    work = prompt_work(engine.config, len(prompts.tokens(prompts.item(k))))
+    return Group(k, work, dict.fromkeys(range(samples), float(sampling.max_tokens)))
 
 
 def summary(verdicts: Sequence[dict[str, Any]], samples: int, greedy: bool) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def run(
                     if is_writer():
                         journal.drop_failures(keep / "rollouts", number, key)
                     raise failed_verdicts(theirs, f"mix.entries.{name}")
+                collector.bring(samples, [], written=True)
                 if is_writer():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     durable.write_file(path, "".join(f"{line(sample)}\n" for sample in samples))
@@ -138,7 +139,7 @@ def _row(
         "completion": texts.spell(tokens, sample.finish),
         **texts.spell_turns(tokens, sample.logprobs),
         "finish": sample.finish,
-        "tokens": len(sample.tokens),
+        "tokens": sample.length,
         "correct": outcomes.is_right(draw.entry, draw.item, sample.reward, sample.parts),
         "answer": sample.answer,
         "reward": sample.reward,

@@ -1,18 +1,20 @@
 """The write-ahead log of rollouts: tokens as they are drawn and scores as they come, so that a killed step goes on.
 
     ROOT/step_12/rank_3.jsonl    what samples that rank makes got since the attempt began
-    ROOT/step_12/merged.jsonl    what earlier attempts left, one line a sample
+    ROOT/step_12/merged.jsonl    what earlier attempts left, one line a sample; of a step that is over, where many
+                                 ranks wrote, all lines of all of them
 
 The rollouts of step 12 are those which the update from step 12 to 13 uses. After a kill the run goes on from an older
 checkpoint, computes the same weights again, and takes from here what it had already sampled: tokens and log-probs stand
-as they were recorded and are not drawn again. A line that the kill tore, or that does not fit its sum, and all after it
-is drawn again: the same tokens, since noise is keyed. So nothing is fsynced before a step's rollouts are whole.
+as they were recorded and are not drawn again. A line that the kill tore, or that does not fit its sum, and what its
+sample got after it is drawn again: the same tokens, since noise is keyed. So nothing that is drawn is fsynced.
 """
 
 import base64
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ import numpy
 
 from data_tools.base import durable
 from data_tools.tasks.rewards import is_failure
+from megatron_ext.rl.samples import Key
 
 MERGED = "merged.jsonl"
-Key = tuple[int, int]  # number of the prompt in the run, number of the sample
+FEW = 8  # files of a step that is over: more, from so many replicas, become one
 
 
 @dataclass
@@ -49,9 +52,9 @@ class Journal:
         self._file: Any = None
         self._written: dict[Key, int] = {}
 
-    def resume(self, entries: dict[Key, Entry]) -> None:
-        """Hear what is recorded already."""
-        self._written = {key: len(entry.tokens) for key, entry in entries.items()}
+    def resume(self, lengths: Mapping[Key, int]) -> None:
+        """Hear how many tokens of which samples are recorded already."""
+        self._written = dict(lengths)
 
     def record(self, key: Key, tokens: list[int], logprobs: list[float], finish: str = "") -> None:
         """Append what is new of a sample whose new tokens so far are `tokens`, with their log-probs."""
@@ -110,6 +113,28 @@ def gather(root: Path, step: int, identity: str) -> dict[Key, Entry]:
             if path.name != MERGED:
                 path.unlink()
     return entries
+
+
+def join(root: Path, step: int, identity: str) -> None:
+    """Make one file of the records of a step that is over, where they are more than a few. What they say stays.
+
+    One rank calls it, while none writes. Lines are copied as they stand: it reads and writes as fast as the disk.
+    """
+    files = _files(root, step)
+    if len(files) <= FEW:
+        return
+    joined = folder_of(root, step) / "joined"
+    with open(joined, "wb") as out:
+        out.write(_spelled({"identity": identity}).encode())
+        for path in files:
+            with open(path, "rb") as file:
+                if _checked(file.readline(), path).get("identity") == identity:
+                    shutil.copyfileobj(file, out)
+                    out.write(b"\n")  # the last line may be torn; one without anything is none
+    os.replace(joined, folder_of(root, step) / MERGED)
+    for path in files:
+        if path.name != MERGED:
+            path.unlink()
 
 
 def drop_failures(root: Path, step: int, identity: str) -> None:
@@ -190,15 +215,18 @@ def _bytes(root: Path, step: int) -> int:
 def _lines(path: Path, identity: str | None) -> Iterator[dict[str, Any]]:
     """Yield the whole lines of a file of this identity (None: of any), without its first."""
     with open(path, "rb") as file:
-        for number, raw in enumerate(file):
-            try:
-                line = durable.parse_checked(raw, path) if raw.endswith(b"\n") else None
-            except durable.TornFile:
-                line = None
-            if line is None or (number == 0 and identity not in (None, line.get("identity"))):
-                return
-            if number:
-                yield line
+        first = _checked(file.readline(), path)
+        if "identity" in first and identity in (None, first["identity"]):
+            yield from filter(None, (_checked(raw, path) for raw in file))
+
+
+def _checked(raw: bytes, path: Path) -> dict[str, Any]:
+    """Return a line of a file; nothing where it is not whole."""
+    try:
+        line = durable.parse_checked(raw, path)
+    except durable.TornFile:
+        return {}
+    return line if raw.endswith(b"\n") and durable.SUM in line else {}
 
 
 def _whole(entries: dict[Key, Entry], identity: str) -> Iterator[str]:

@@ -49,7 +49,7 @@ class Position:
         self.updates += updates
         self.samples += len(drawn)
         self.trained_samples += int(batch.trained.sum())
-        self.tokens += sum(len(sample.tokens) for sample in drawn)
+        self.tokens += sum(sample.length for sample in drawn)
         self.mismatch = line.get("mismatch", {}).get("kl", self.mismatch)
         self.last_reward = line["reward"] if line["reward"] is not None else self.last_reward
         self.first_reward = self.last_reward if self.first_reward is None else self.first_reward

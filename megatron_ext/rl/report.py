@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.samples import Sample, SampleBatch
 from megatron_ext.rl.updates import Update
-from megatron_ext.rollout.sequence import spans
 
 OUTSIDE = ("rollout", "reward", "train")  # what a step is for; the rest is its overhead
 
@@ -37,7 +36,7 @@ def measured(drawn: Sequence[Sample], batch: SampleBatch, kept: set[int], update
     Shares are of samples, or of trained tokens where they speak of the loss.
     """
     rewards = [s.reward for s in drawn if s.reward is not None]
-    lengths = [len(s.tokens) for s in drawn]
+    lengths = [s.length for s in drawn]
     line: dict[str, Any] = {
         "reward": float(np.mean(rewards)) if rewards else None,
         "reward_std": float(np.std(rewards)) if rewards else None,
@@ -80,10 +79,10 @@ def _mismatch(sums: Mapping[str, float], count: float) -> dict[str, float]:
 
 def _turns(drawn: Sequence[Sample]) -> dict[str, float]:
     """Return the means of a sample's turns and of the tokens of replies, where tasks reply at all."""
-    if all(sample.own.all() for sample in drawn):
+    replies = [sample.length - sample.own_tokens for sample in drawn]
+    if not any(replies):
         return {}
-    turns = [sum(span.own for span in spans(sample.logprobs)) for sample in drawn]
-    return {"turns": float(np.mean(turns)), "reply_tokens": float(np.mean([np.sum(~s.own) for s in drawn]))}
+    return {"turns": float(np.mean([sample.turns for sample in drawn])), "reply_tokens": float(np.mean(replies))}
 
 
 def _means(parts: Any) -> dict[str, float]:
@@ -113,7 +112,7 @@ def speeds(drawn: Sequence[Sample], update: Update, collector: Collector, times:
         "step_s": step_s,
         "seconds": seconds,
         "share_outside": 1 - sum(times.seconds.get(name, 0.0) for name in OUTSIDE) / step_s,
-        "rollout_tokens_per_s": sum(len(s.tokens) for s in drawn) / rollout_s if new and rollout_s else None,
+        "rollout_tokens_per_s": sum(s.length for s in drawn) / rollout_s if new and rollout_s else None,
         "train_tokens_per_s": update.row_tokens / times.seconds["train"],
         "occupancy": running / (steps * collector.engine.config.max_batch) if steps else None,
         "kv_use": max((part.get("kv_use", 0.0) for part in counts), default=0.0),

@@ -19,7 +19,7 @@ from megatron_ext.device import device, plain_torch
 from megatron_ext.layers.loss_head import Targets
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rl.losses import Reduce, Tokens, Totals, alone, mismatch_sums, policy_loss
-from megatron_ext.rl.samples import SampleBatch, deal
+from megatron_ext.rl.samples import Key, SampleBatch, deal
 from megatron_ext.rl.settings import Loss
 from megatron_ext.training.rows import MicroBatch, micro_batch
 from megatron_ext.training.update import LossFunction, losses_of
@@ -66,20 +66,45 @@ class _Packed:
 def document_tokens(batch: SampleBatch, places: np.ndarray, unit: int) -> np.ndarray:
     """Return int64, the tokens that each of these samples takes in a row. The last token is only a label."""
     samples = (batch.samples[place] for place in places)
-    lengths = np.array([len(sample.prompt) + len(sample.tokens) - 1 for sample in samples], dtype=np.int64)
+    lengths = np.array([len(sample.prompt) + sample.length - 1 for sample in samples], dtype=np.int64)
     return -(-lengths // unit) * unit
 
 
-def rollout_rows(
-    batch: SampleBatch, plan: ParallelPlan, row_tokens: int, temperature: float, comparable: bool
-) -> list[RolloutRow]:
-    """Return this rank's rows of `batch`, as many as every other rank has.
-
-    `comparable`: whether the recorded log-probs are of the distribution that is trained.
+@dataclass(frozen=True)
+class Shares:
+    """Says which rows of a batch each data-parallel rank trains: places of samples in the batch, and the row's width in
+    tokens. Each rank has as many rows, and knows those of all.
     """
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    batch: SampleBatch
+    unit: int  # of which a document takes a multiple
+    rows: list[list[tuple[np.ndarray, int]]]
+
+    def keys(self, rank: int) -> set[Key]:
+        """Return the samples of a rank's rows."""
+        return {self.batch.samples[place].key for places, _ in self.rows[rank] for place in places}
+
+    def own_rows(self, temperature: float, comparable: bool) -> list[RolloutRow]:
+        """Return this rank's rows, whose samples are here (Sample.is_here).
+
+        `comparable`: whether the recorded log-probs are of the distribution that is trained.
+        """
+        return [
+            _on_device(
+                _pack(self.batch, places, self.unit, width),
+                tuple(self.batch.samples[place].key for place in places),
+                temperature,
+                comparable,
+            )
+            for places, width in self.rows[parallel_state.get_data_parallel_rank()]
+        ]
+
+
+def shares_of(batch: SampleBatch, plan: ParallelPlan, row_tokens: int) -> Shares:
+    """Return the rows of all ranks. The lengths of all samples are enough to know them."""
     places = np.flatnonzero(batch.trained)
     tokens = document_tokens(batch, places, plan.document_unit())
+    size = parallel_state.get_data_parallel_world_size()
     dealt = deal(tokens, size, row_tokens, plan.pipeline if plan.virtual > 1 else 1)
     unit = plan.token_unit()
 
@@ -87,12 +112,16 @@ def rollout_rows(
         return -(-max(int(tokens[row].sum()), 1) // unit) * unit
 
     widest = max(width(row) for rows in dealt for row in rows) if plan.pipeline > 1 else 0  # stages pass equal rows on
-    rows = []
-    for chosen in dealt[rank]:
-        packed = _pack(batch, places[chosen], plan.document_unit(), max(width(chosen), widest))
-        keys = tuple(batch.samples[place].key for place in places[chosen])
-        rows.append(_on_device(packed, keys, temperature, comparable))
-    return rows
+    return Shares(
+        batch, plan.document_unit(), [[(places[row], max(width(row), widest)) for row in rows] for rows in dealt]
+    )
+
+
+def rollout_rows(
+    batch: SampleBatch, plan: ParallelPlan, row_tokens: int, temperature: float, comparable: bool
+) -> list[RolloutRow]:
+    """Return this rank's rows of `batch`, whose samples are all here, as many as every other rank has."""
+    return shares_of(batch, plan, row_tokens).own_rows(temperature, comparable)
 
 
 def _pack(batch: SampleBatch, places: np.ndarray, unit: int, width: int) -> _Packed:
@@ -104,6 +133,7 @@ def _pack(batch: SampleBatch, places: np.ndarray, unit: int, width: int) -> _Pac
     mask, advantage, behaviour = (np.zeros(width, dtype=np.float32) for _ in range(3))
     for number, (place, end, length) in enumerate(zip(places, ends, lengths)):
         sample, start = batch.samples[place], end - length
+        assert sample.is_here, f"sample {sample.key} was not brought"
         whole = np.concatenate([np.asarray(sample.prompt, dtype=np.int64), sample.tokens])
         ids[start : start + len(whole) - 1] = whole[:-1]
         own = slice(start + len(sample.prompt) - 1, start + len(whole) - 1)

@@ -1,8 +1,8 @@
 """The log of samples in KEEP/samples: step_000012.jsonl, a line a sample, all of a prompt together; long ones as .zst.
 
 The log has a bound. As long as all steps fit below it, each sample is logged; else a step logs as many of its prompts
-as its share of what is left of the bound holds, at least one, spread over the step. KEEP/samples/left_out.json says of
-which steps that holds.
+as its share of what is left of the bound holds, spread over the step. Where that is less than one, some steps log one
+prompt and the others none, evenly over the run. KEEP/samples/left_out.json says of which steps that holds.
 """
 
 import json
@@ -52,12 +52,16 @@ class SampleLog:
         while len(data) > room and logged > 1:
             logged = max(1, min(logged - 1, int(logged * max(room, 0) / len(data))))
             data = _spelled([prompts[place * len(prompts) // logged] for place in range(logged)], packed)
+        self.sizes.pop(name, None)
+        if len(data) > room and len(data) > self.most_bytes * step / self.steps - sum(self.sizes.values()):
+            logged = 0  # there will be room once enough steps have left theirs
         path = self.folder / f"{name}.jsonl{'.zst' if packed else ''}"
-        durable.write_file(path, data)
+        if logged:
+            durable.write_file(path, data)
+            self.sizes[name] = len(data)
         for other in self.folder.glob(f"{name}.jsonl*"):
-            if other != path:
+            if other != path or not logged:
                 other.unlink()
-        self.sizes[name] = len(data)
         self._tell(step, logged, len(prompts))
 
     def _tell(self, step: int, logged: int, prompts: int) -> None:
@@ -72,7 +76,8 @@ class SampleLog:
         if not self.left_out:
             return ""
         logged, prompts = (sum(counts[place] for counts in self.left_out.values()) for place in (0, 1))
-        return f"samples/ has {logged:,} of {prompts:,} prompts of {len(self.left_out):,} steps (samples_gib)"
+        left_out = f"{prompts - logged:,} of {prompts:,} prompts of {len(self.left_out):,} steps"
+        return f"samples/ leaves out {left_out} (samples_gib)"
 
 
 def _spelled(prompts: Sequence[str], packed: bool) -> bytes:
@@ -84,9 +89,9 @@ def _spelled(prompts: Sequence[str], packed: bool) -> bytes:
 def _line(step: int, sample: Sample, worth: tuple[float | None, bool], differences: Differences, spell: Spell) -> str:
     """Return the line of a sample; `worth` is its advantage, and whether it was trained."""
     line = {"step": step, "item": sample.item, "sample": sample.number, **spell(sample)}
-    line |= {"tokens": len(sample.tokens), "finish": sample.finish, "reward": sample.reward, "answer": sample.answer}
+    line |= {"tokens": sample.length, "finish": sample.finish, "reward": sample.reward, "answer": sample.answer}
     line |= {"parts": dict(sample.parts), "note": sample.note, "advantage": worth[0], "trained": worth[1]}
     if sample.key in differences:
         total, largest = differences[sample.key]
-        line["logprob_difference"] = {"mean": total / int(sample.own.sum()), "max": largest}
+        line["logprob_difference"] = {"mean": total / sample.own_tokens, "max": largest}
     return json.dumps(line, ensure_ascii=False) + "\n"

@@ -4,13 +4,17 @@ Shapes below: n samples, or of one sample the n tokens of its completion.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from megatron_ext.rl.advantages import advantages, equal_groups, overlong_penalty
 from megatron_ext.rl.settings import Advantage, Rewarding
+from megatron_ext.rollout.sequence import Span, spans
+
+Key = tuple[int, int]  # number of the prompt in the run, number of the sample
+ELSEWHERE = np.empty(0, dtype=np.int32)  # tokens, or log-probs, that other ranks have
 
 
 @dataclass
@@ -19,7 +23,8 @@ class Sample:
 
     tokens int32 [n] and logprobs float32 [n] of the completion, the end token among them; a log-prob is NaN where the
     token is not the model's but a reply's. `finish` as the engine says it. `reward` is None where nobody could tell it.
-    `answer` is what it answers, for majority votes, where its task can tell.
+    `answer` is what it answers, for majority votes, where its task can tell. `replica` made it, and has its tokens;
+    other ranks know which `spans` of them are the model's own, and are brought those that they train (replica.py).
     """
 
     item: int
@@ -32,9 +37,38 @@ class Sample:
     parts: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     answer: str | None = None
+    replica: int = 0
+    spans: tuple[Span, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.spans = self.spans or tuple(spans(self.logprobs))
 
     @property
-    def key(self) -> tuple[int, int]:
+    def length(self) -> int:
+        """The number of tokens of the completion."""
+        return self.spans[-1].stop if self.spans else 0
+
+    @property
+    def own_tokens(self) -> int:
+        """The number of them that are the model's own."""
+        return sum(span.stop - span.start for span in self.spans if span.own)
+
+    @property
+    def turns(self) -> int:
+        """The number of the model's turns."""
+        return sum(span.own for span in self.spans)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this rank has the tokens and log-probs."""
+        return len(self.tokens) == self.length
+
+    def told(self) -> "Sample":
+        """Return what every rank knows of it: all but the texts, which are long."""
+        return replace(self, prompt=(), tokens=ELSEWHERE, logprobs=ELSEWHERE)
+
+    @property
+    def key(self) -> Key:
         """What the journal and the metrics know the sample by."""
         return self.item, self.number
 
@@ -57,7 +91,7 @@ def rewards_of(samples: Sequence[Sample], config: Rewarding, limit: int) -> np.n
     rewards = np.array([np.nan if s.reward is None else s.reward for s in samples], dtype=np.float64)
     rewards[~np.isfinite(rewards)] = np.nan
     if config.overlong_tokens:
-        rewards += overlong_penalty(np.array([len(s.tokens) for s in samples]), limit, config.overlong_tokens)
+        rewards += overlong_penalty(np.array([s.length for s in samples]), limit, config.overlong_tokens)
     if config.mask_truncated:
         rewards[[s.is_truncated for s in samples]] = np.nan
     return rewards

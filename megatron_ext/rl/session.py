@@ -10,7 +10,7 @@ evaluation.py   evaluation in the loop                    generation.py   sample
 prompts.py      prompts, scorer and texts of a mix        turns.py        replies of tasks
 replica.py      the ranks that hold one copy of a model   replay.py       one rollout drawn again
 sample_log.py   the log of samples, bounded
-settings.py     what a GRPO and a generation are told    memory.py      what it needs of a GPU
+settings.py     what a GRPO and a generation are told     memory.py      what it needs of a GPU
 completions.py  all samples as one CSV file
 """
 

@@ -8,8 +8,10 @@ What resumes: weights, optimizer and RNG from a checkpoint, the order of prompts
 the steps after it from the journal (rl/journal.py): every sample is trained once.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +111,18 @@ class GrpoStep:
     def begin(self, loop: Loop, position: dict[str, Any] | None) -> None:
         if position is not None:
             self.reached = Position.read(position)
+        if self.evaluate is not None:
+            loop.metrics.keep_only(lambda line: not self._is_evaluated_again(json.loads(line)))
         if dist.get_rank() == 0:
             self.records = journal.Bound(self.keep / ROLLOUTS, self.settings.journal_gib * GIB)
             if self.settings.log_samples:
                 self.log = SampleLog(self.keep / SAMPLES, self.settings.samples_gib * GIB, loop.steps)
+
+    def _is_evaluated_again(self, line: dict[str, Any]) -> bool:
+        """Return whether a line of the metrics is of an evaluation that the checkpoint does not know: a step is saved
+        before it is evaluated.
+        """
+        return "evaluation" in line and line["step"] > self.reached.evaluated
 
     def is_over(self) -> bool:
         return False
@@ -126,7 +136,13 @@ class GrpoStep:
             drawn, kept, settings.advantage, rewarding=settings.rewarding, limit=settings.sampling.max_tokens
         )
         check_advantages(batch, step)
-        parts = packed_minibatches(batch, settings, k, self.trainer.plan)
+        parts = packed_minibatches(
+            batch,
+            settings,
+            k,
+            self.trainer.plan,
+            bring=partial(self.collector.bring, drawn, written=settings.log_samples),
+        )
         rate = self.schedule.rate(k)
         with times.of("train"):
             made = update(
@@ -165,6 +181,7 @@ class GrpoStep:
 
     def after(self, loop: Loop) -> None:
         if self.records is not None:
+            journal.join(self.keep / ROLLOUTS, loop.done - 1, self.collector.identity)
             self.records.add(loop.done - 1)
         if self.reached.is_broken:
             rollouts = self.keep / ROLLOUTS

@@ -1,7 +1,7 @@
 """The updates of one GRPO step: its samples in minibatches, passes over them, and what to say of an overflow."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ from megatron_ext.rl.rows import (
     RolloutRow,
     log_probs,
     policy_loss_function,
-    rollout_rows,
+    shares_of,
     with_old,
     with_reference,
 )  # fmt: skip
-from megatron_ext.rl.samples import SampleBatch
+from megatron_ext.rl.samples import Key, SampleBatch
 from megatron_ext.rl.settings import GrpoSettings
 from megatron_ext.training.loop import SLOWER
 from megatron_ext.training.update import NonFinite, Sums, Trainer
@@ -28,6 +28,8 @@ from megatron_ext.training.update import NonFinite, Sums, Trainer
 _LARGE_ADVANTAGE = 1e6  # beyond what any scale of rewards gives on purpose
 _LARGE_LOG_RATIO = 20.0  # e^20 = 5e8
 
+# From what each data-parallel rank trains, called on every rank: each then has the tokens of its own samples.
+Bring = Callable[[Sequence[set[Key]]], None]
 # Of a minibatch's rows, on every rank: fp32 [n] of each row's trained tokens; None on a pipeline's stages before the
 # last.
 Reference = Callable[[list[RolloutRow]], list[torch.Tensor | None]]
@@ -53,24 +55,21 @@ def minibatches(batch: SampleBatch, settings: GrpoSettings, k: int) -> list[Samp
 
 def totals_of(batch: SampleBatch, settings: GrpoSettings) -> Totals:
     """Return what the denominators of the loss count: the whole batch, whatever this rank has of it."""
-    tokens = sum(int(sample.own.sum()) for sample, good in zip(batch.samples, batch.trained) if good)
+    tokens = sum(sample.own_tokens for sample, good in zip(batch.samples, batch.trained) if good)
     return Totals(tokens, len(batch.samples), settings.sampling.max_tokens)
 
 
-def packed_minibatches(batch: SampleBatch, settings: GrpoSettings, k: int, plan: ParallelPlan) -> list[Minibatch]:
-    """Return the minibatches of step `k`, with this rank's rows on the device."""
+def packed_minibatches(
+    batch: SampleBatch, settings: GrpoSettings, k: int, plan: ParallelPlan, bring: Bring
+) -> list[Minibatch]:
+    """Return the minibatches of step `k`, with this rank's rows on the device. `bring` gets the samples here."""
+    parts = [shares_of(part, plan, settings.row_tokens) for part in minibatches(batch, settings, k)]
+    ranks = len(parts[0].rows)
+    bring([set().union(*(part.keys(rank) for part in parts)) for rank in range(ranks)])
+    sampling = settings.sampling
     return [
-        Minibatch(
-            totals_of(part, settings),
-            rollout_rows(
-                part,
-                plan,
-                row_tokens=settings.row_tokens,
-                temperature=settings.sampling.temperature,
-                comparable=settings.sampling.is_comparable,
-            ),
-        )
-        for part in minibatches(batch, settings, k)
+        Minibatch(totals_of(part.batch, settings), part.own_rows(sampling.temperature, sampling.is_comparable))
+        for part in parts
     ]
 
 

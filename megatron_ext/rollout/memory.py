@@ -32,6 +32,7 @@ from megatron_ext.preflight.memory import (
     weight_bytes,
 )
 from megatron_ext.preflight.search import MemoryOf
+from megatron_ext.rollout.dealing import most_prompts, most_samples
 from megatron_ext.rollout.room import BYTES, block_bytes, room
 from megatron_ext.rollout.settings import EngineConfig, RolloutSettings, Sampling
 
@@ -60,9 +61,12 @@ def longest_sample(config: RolloutSettings, new: int, shape: ModelShape) -> int 
 
 
 def of_replica(draws: Draws, plan: ParallelPlan, ranks: int) -> list[tuple[int, int]]:
-    """Return (prompts, samples of each) that a replica, which has an engine of its own, draws at a time."""
-    replicas = plan.data(ranks) * plan.context
-    return [(-(-prompts // replicas), samples) for prompts, samples in draws.asked]
+    """Return (prompts, samples of them) that a replica, which has an engine of its own, draws at a time at the most."""
+    replicas, held = plan.data(ranks) * plan.context, []
+    for prompts, samples in draws.asked:
+        own = most_samples(prompts * samples, replicas)
+        held.append((min(prompts, most_prompts(own, samples)), own))
+    return held
 
 
 def while_sampling(config: RolloutSettings, draws: Draws, t: Training, stage: Stage) -> Memory:
@@ -88,7 +92,7 @@ def of_pass(config: RolloutSettings, draws: Draws, t: Training) -> tuple[int, in
     rows, tokens = config.engine.max_batch, config.engine.token_budget
     asked = of_replica(draws, config.parallel, t.workload.ranks)
     if asked:
-        rows = min(rows, max(prompts * samples for prompts, samples in asked))
+        rows = min(rows, max(samples for _, samples in asked))
     longest = longest_sample(config, draws.sampling.max_tokens, t.known_shape)
     if asked and longest:
         tokens = min(tokens, (max(prompts for prompts, _ in asked) + rows) * longest)
@@ -122,7 +126,7 @@ def _most_blocks(config: RolloutSettings, draws: Draws, t: Training) -> int | No
         return None
     each = -(-longest // config.engine.block_size) + 1
     asked = of_replica(draws, config.parallel, t.workload.ranks)
-    return max(prompts * (samples + 1) * each for prompts, samples in asked)
+    return max(prompts + samples for prompts, samples in asked) * each
 
 
 # ---------------------------------------------------------------- settings that save memory

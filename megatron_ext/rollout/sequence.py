@@ -4,10 +4,9 @@ In tasks of several turns a completion has tokens that are not the model's: what
 log-probs beside them, here and in what is recorded and trained, such a token's log-prob is NaN.
 """
 
-from collections.abc import Iterable
+import itertools
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from math import isnan
 from typing import NamedTuple
 
 import numpy
@@ -56,16 +55,13 @@ class Span(NamedTuple):
     stop: int
 
 
-def spans(logprobs: Iterable[float]) -> list[Span]:
+def spans(logprobs: "Many[float] | numpy.ndarray") -> list[Span]:
     """Return a completion's turns and the replies between them, from its tokens' log-probs."""
-    turns: list[Span] = []
-    for place, logprob in enumerate(logprobs):
-        own = not isnan(logprob)
-        if turns and turns[-1].own == own:
-            turns[-1] = turns[-1]._replace(stop=place + 1)
-        else:
-            turns.append(Span(own, place, place + 1))
-    return turns
+    own = ~numpy.isnan(numpy.asarray(logprobs, dtype=numpy.float32))
+    if not len(own):
+        return []
+    edges = [0, *(numpy.flatnonzero(own[1:] != own[:-1]) + 1).tolist(), len(own)]
+    return [Span(bool(own[start]), start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 class Answer(NamedTuple):

@@ -49,9 +49,13 @@ class Metrics:
         self.path = path
         self.writer = dist.get_rank() == 0
         self.sinks = sinks() if self.writer else ()
-        if self.writer and path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_from]
-            durable.write_file(path, "".join(line + "\n" for line in kept))
+        self.keep_only(lambda line: _step_of(line) <= resumed_from)
+
+    def keep_only(self, stays: Callable[[str], bool]) -> None:
+        """Take the other lines out of metrics.jsonl: what they say will be said again."""
+        if self.writer and self.path.exists():
+            kept = filter(stays, self.path.read_text().splitlines())
+            durable.write_file(self.path, "".join(line + "\n" for line in kept))
 
     def append(self, values: dict[str, Any]) -> None:
         """Add a line, which has its `step`."""

@@ -59,6 +59,9 @@ class Prompts:
     def uid(self, item: int) -> int:
         return item
 
+    def name(self, item: int) -> str:
+        return str(item)
+
 
 class Forced(Engine):
     """Each sample has its own length."""

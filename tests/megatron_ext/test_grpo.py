@@ -5,6 +5,7 @@ import json
 import random
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,84 @@ def test_later_updates_of_a_step_are_those_of_one_process_under_every_layout(req
 def test_what_the_engine_recorded_enters_the_loss_only_on_request(folders, tmp_path):
     asked = dict(plan=ParallelPlan(), steps=6, old_logprobs="rollout", mismatch_limit=1.0)
     assert len(with_engines(toy.trained, folders["qwen2"], tmp_path, ENGINES, **asked)[0]) > 1
+
+
+# ---------------------------------------------------------------- samples dealt to replicas
+
+FEW = dict(steps=3, prompts=2, group=4, minibatches=2, advantage=Advantage(scale="none"))  # prompts, for four replicas
+
+
+@pytest.fixture(scope="module")
+def few_prompts(four_ranks, folders, tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
+    """(facts of each rank, KEEP) of a run of 2 prompts x 4 samples on 4 replicas."""
+    keep = tmp_path_factory.mktemp("few")
+    return four_ranks.run(toy.trained, hf=folders["qwen2"], of=tiny.DIMS, plan=ParallelPlan(), keep=keep, **FEW), keep
+
+
+def test_every_replica_draws_where_prompts_are_fewer(few_prompts):
+    facts, keep = few_prompts
+    assert [len(rank["asked"]) for rank in facts] == [FEW["steps"] * FEW["prompts"] * FEW["group"] / 4] * 4
+    assert len({rank["digest"] for rank in facts}) == 1
+
+
+def test_how_samples_are_dealt_changes_no_bit(few_prompts, four_ranks, folders, tmp_path):
+    facts, keep = few_prompts
+    found = four_ranks.run(toy.trained, hf=folders["qwen2"], of=tiny.DIMS, plan=ParallelPlan(), keep=tmp_path,
+                           dealt=toy.to_the_last, **FEW)  # fmt: skip
+    assert [len(rank["asked"]) for rank in found] == [6, 0, 0, 18]
+    assert {rank["digest"] for rank in found} == {facts[0]["digest"]}
+    assert texts(tmp_path) == texts(keep) and untimed(metrics(tmp_path)) == untimed(metrics(keep))
+
+
+@pytest.mark.parametrize("cell", ["one", pytest.param("CP2", marks=pytest.mark.soak), "DP2"])
+def test_fewer_replicas_draw_the_same_and_train_the_same(few_prompts, request, folders, tmp_path, cell):
+    """Within fp32's tolerance: other numbers of ranks add up gradients in other orders."""
+    run = toy.trained if cell == "one" else partial(request.getfixturevalue("two_ranks").run, toy.trained)
+    run(hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS.get(cell, ParallelPlan()), keep=tmp_path, **FEW)
+    assert texts(tmp_path) == texts(few_prompts[1])
+    for ours, theirs in zip(metrics(tmp_path), metrics(few_prompts[1])):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4, abs=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("turns", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_samples_of_one_prompt_on_several_replicas_go_on_after_a_stop(four_ranks, folders, tmp_path, turns):
+    arguments = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=ParallelPlan(), checkpoint_every=2, turns=turns,
+                     **FEW | dict(max_tokens=14, prompts=3))  # fmt: skip
+    whole = four_ranks.run(toy.trained, keep=tmp_path / "whole", **arguments)[0]
+    found = stop_and_go_on(four_ranks, tmp_path / "cut", [9, 6], **arguments)[0]
+    assert found["digest"] == whole["digest"] and texts(tmp_path / "cut") == texts(tmp_path / "whole")
+    assert sum(line["samples_from_journal"] for line in metrics(tmp_path / "cut")) > 0
+
+
+@pytest.mark.soak
+def test_what_four_replicas_recorded_two_go_on_with(request, few_prompts, folders, tmp_path):
+    plain = dict(
+        hf=folders["qwen2"], of=tiny.DIMS, plan=ParallelPlan(), keep=tmp_path, **FEW | dict(checkpoint_every=0)
+    )
+    stopped = request.getfixturevalue("four_ranks").run(toy.trained, stop_after=6, **plain)
+    assert 0 < stopped[0]["stopped"] < 1
+    request.getfixturevalue("two_ranks").run(toy.trained, **plain)
+    assert texts(tmp_path) == texts(few_prompts[1]) and (tmp_path / "rollouts" / "step_0" / "merged.jsonl").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(6, 9))
+def test_four_replicas_of_two_prompts_killed_at_any_moment_end_as_the_uninterrupted_run(
+    four_ranks, folders, tmp_path, seed
+):
+    arguments = FEW | dict(steps=8, checkpoint_every=3)
+    del arguments["advantage"]  # the processes take JSON
+    plain = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=ParallelPlan(), **arguments)
+    whole = four_ranks.run(toy.trained, keep=tmp_path / "whole", **plain)[0]
+    keep = tmp_path / "cut"
+    for death in deaths(seed, ALL):
+        found = in_ranks_of_their_own(folders["qwen2"], keep, death * 2, **arguments)
+        assert -signal.SIGKILL in [rank.returncode for rank in found], found[0].stderr[-2000:]
+    found = in_ranks_of_their_own(folders["qwen2"], keep, [None] * 4, **arguments)
+    assert [rank.returncode for rank in found] == [0] * 4, found[0].stderr[-2000:]
+    assert texts(keep) == texts(tmp_path / "whole")
+    assert {json.loads(rank.stdout.splitlines()[-1])["digest"] for rank in found} == {whole["digest"]}
 
 
 # ---------------------------------------------------------------- stopped, and gone on with

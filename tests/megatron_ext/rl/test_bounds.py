@@ -1,6 +1,7 @@
 """What a long GRPO leaves beside its checkpoints has a bound, and the summary says what was left out."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +10,12 @@ import pytest
 
 from jobs.artifacts.layout import sample_logs_of
 from megatron_ext.rl import completions, journal, sample_log
+from megatron_ext.rl.position import Position
 from megatron_ext.rl.sample_log import SampleLog
 from megatron_ext.rl.samples import Sample, SampleBatch
+from megatron_ext.rl.settings import GrpoSettings
 from megatron_ext.rl.step import GrpoStep
+from megatron_ext.training.metrics import Metrics
 from megatron_ext.weights import checkpoint
 
 STEPS, PROMPTS, GROUP = 60, 8, 2
@@ -66,8 +70,26 @@ def test_the_log_of_samples_stays_below_its_bound_and_says_what_it_left_out(
     count = completions.write(samples, tmp_path / "some.csv")
     assert count % GROUP == 0 and STEPS * GROUP <= count < STEPS * PROMPTS * GROUP / 2  # prompts with all their samples
     left_out = json.loads((samples / sample_log.LEFT_OUT).read_text())
-    assert note == f"samples/ has {count // GROUP:,} of {PROMPTS * STEPS:,} prompts of {STEPS:,} steps (samples_gib)"
+    left = PROMPTS * STEPS - count // GROUP
+    assert note == f"samples/ leaves out {left:,} of {PROMPTS * STEPS:,} prompts of {STEPS:,} steps (samples_gib)"
     assert len(left_out) == STEPS + 1  # and its sum
+
+
+def test_a_bound_below_a_prompt_a_step_is_held_by_prompts_of_some_steps_all_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_log.durable, "write_file", written)
+    log_of(tmp_path / "whole" / "samples", 1e12)
+    bound = size(tmp_path / "whole" / "samples") / PROMPTS * 0.4
+    samples = tmp_path / "bounded" / "samples"
+    note = log_of(samples, bound).note()
+    logged = sorted(sample_logs_of(tmp_path / "bounded"))
+    assert size(samples) <= bound and 0.4 * STEPS - 2 <= len(logged) <= 0.4 * STEPS
+    assert max(b - a for a, b in zip([0, *logged], [*logged, STEPS + 1])) <= 4
+    count = completions.write(samples, tmp_path / "some.csv")
+    assert count == len(logged) * GROUP
+    left = PROMPTS * STEPS - len(logged)
+    assert note == f"samples/ leaves out {left} of {PROMPTS * STEPS} prompts of {STEPS} steps (samples_gib)"
 
 
 def test_a_step_that_is_made_again_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +130,16 @@ def test_the_journal_holds_what_a_restart_needs_and_no_more_than_its_bound(
     oldest_needed = min(newest, default=200)
     assert left == list(range(oldest_needed, 300))
     assert ("journal_gib" in step.records.note()) == (not every)
+
+
+@pytest.mark.parametrize("evaluated, kept", [(2, [2, 4]), (4, [2, 4, 4]), (-1, [4])])
+def test_an_evaluation_that_is_made_again_after_a_kill_is_in_the_metrics_once(
+    alone: None, tmp_path: Path, evaluated: int, kept: list[int]
+) -> None:
+    lines = [{"step": 2, "evaluation": {}}, {"step": 4, "reward": 1.0}, {"step": 4, "evaluation": {}}, {"step": 5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    step = GrpoStep(None, None, GrpoSettings(log_samples=False), tmp_path, reference=None, spell=None,
+                    evaluate=lambda done: {})  # fmt: skip
+    loop = SimpleNamespace(done=4, steps=9, metrics=Metrics(tmp_path / "metrics.jsonl", 4))
+    step.begin(loop, asdict(Position(evaluated=evaluated)))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == kept

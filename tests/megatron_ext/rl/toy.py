@@ -32,6 +32,7 @@ from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.rows import log_probs
 from megatron_ext.rl.settings import GrpoSettings, Rewarding
 from megatron_ext.rl.turns import Turns
+from megatron_ext.rollout.dealing import Group, Stretch, deal
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from megatron_ext.training.update import AdamW, Trainer
@@ -93,6 +94,15 @@ def reply(transcript: str) -> Reply:
     return Reply(" ".join(str(6 + (sum(said) + 5 * i) % 13) for i in range(len(said) % 4)))
 
 
+def to_the_last(groups: list[Group], replicas: int) -> list[Stretch]:
+    """Deal everything to the last replica but the first sample of each prompt, which is the first replica's."""
+    dealt: list[Stretch] = [{} for _ in range(replicas)]
+    for group in groups:
+        for number in sorted(group.samples):
+            dealt[0 if number == 0 else -1].setdefault(group.item, []).append(number)
+    return dealt
+
+
 def spell(tokens: list[int], finish: str = "") -> str:
     return " ".join(map(str, tokens))
 
@@ -111,12 +121,13 @@ def trained(
     hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
     judge: Callable[[int, str], Any] | None = None, reference: bool = False, turns: bool = False,
     engine_of: dict[str, int] | None = None, identity: dict[str, Any] | None = None,
-    made_of: Parts = OURS, **changes: Any,
+    made_of: Parts = OURS, dealt: Callable[..., Any] = deal, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop; `engine_of` are settings
-    of the engine."""
+    of the engine; `dealt` deals samples to replicas."""
     keep.mkdir(parents=True, exist_ok=True)
     collect.VOTE_EVERY = 2  # completions are short
+    collect.deal = dealt  # type: ignore[assignment]
     with ranks.started(plan, seed=3):
         trainer = Trainer(tiny.parts(hf, of, plan, made_of), plan, AdamW())
         engine = Engine(trainer.model[0], replace(ENGINE, **engine_of or {}), 11, {STOP_ID}, spell)
