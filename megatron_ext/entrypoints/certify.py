@@ -85,7 +85,9 @@ def shrunk(dims: Any, layers: int) -> Any:
     small: dict[str, Any] = {name: size for name, size in SMALL.items() if name in own and getattr(dims, name)}
     if dims.kv_groups:
         small["kv_groups"] = 4 if dims.kv_groups == dims.heads else min(dims.kv_groups, 2)
-    kinds = {name: dict.fromkeys(getattr(dims, name)) for name in ("sliding", "pattern") if name in own}
+    kinds = {
+        name: dict.fromkeys(getattr(dims, name)) for name in ("sliding", "no_rope", "dense", "pattern") if name in own
+    }
     for name, each in kinds.items():  # a kind for each layer
         chosen = itertools.islice(itertools.cycle(each), layers)
         small[name] = "".join(chosen) if name == "pattern" else tuple(chosen)

@@ -23,8 +23,9 @@ FAMILIES = {
     "nemotron_h dense": tiny.hybrid("M*-M", norm_epsilon=1e-2),
     "gpt_oss": tiny.GPT_OSS_DIMS,
     "nanochat": tiny.NANOCHAT_DIMS,
+    **tiny.KINDS,
 }
-WITH_EXPERTS = ("nemotron_h", "gpt_oss")
+WITH_EXPERTS = ("nemotron_h", "gpt_oss", *(kind for kind, of in tiny.KINDS.items() if of.experts))
 TE = Parts("te", "te", "te", "te")
 MOST = {  # the parts that can be Transformer Engine's; of sinks with the kernel of a later release
     family: replace(TE, norm="torch") if family == "nanochat" else TE for family in FAMILIES
@@ -39,6 +40,7 @@ PAIRS = {
     "nemotron_h dense": ParallelPlan(**TP2_SP),
     "gpt_oss": ParallelPlan(**TP2_SP, expert=2),
     "nanochat": ParallelPlan(**TP2_SP),
+    **{kind: ParallelPlan(**TP2_SP, expert=2 if of.experts else 1) for kind, of in tiny.KINDS.items()},
 }
 
 
@@ -81,13 +83,15 @@ def assert_same(pool, weights: dict[str, Path], family: str, made_of: Parts, **s
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_recomputation_computes_what_torch_computes(solo, weights, family, recompute):
     assert_same(solo, weights, family, MOST[family], plan=ParallelPlan(recompute=recompute))
 
 
-@pytest.mark.parametrize("family, made_of", [*MOST.items(), ("gpt_oss", BY_AUTO_WITH_SINKS)])
-def test_two_ranks_compute_what_torch_computes(pair, weights, family, made_of):
+@pytest.mark.parametrize("family", tiny.marked([*FAMILIES, "gpt_oss by auto"]))
+def test_two_ranks_compute_what_torch_computes(pair, weights, family):
+    family, by_auto_, _ = family.partition(" by auto")
+    made_of = BY_AUTO_WITH_SINKS if by_auto_ else MOST[family]
     assert_same(pair, weights, family, made_of, plan=PAIRS[family])
 
 
@@ -121,7 +125,7 @@ def assert_assembled(made_of: Parts, classes: set[str]) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA, recompute full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_every_mixture_computes_what_our_parts_compute_and_loads_what_another_saved(
     solo, weights, family, lora, tmp_path
 ):

@@ -16,6 +16,7 @@ FAMILIES: dict[str, Any] = {
     "gpt_oss": replace(tiny.GPT_OSS_DIMS, sliding=(True, False) * 2),
     "nemotron_h": tiny.hybrid("ME*-"),
     "nemotron_h dense": tiny.hybrid("M*-M"),
+    **{kind: tiny.of_layers(of, 4) for kind, of in tiny.KINDS.items()},
 }
 
 
