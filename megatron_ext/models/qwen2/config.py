@@ -107,7 +107,7 @@ READ = {
     "attention_bias", "head_dim", "layer_types", "max_position_embeddings", "num_key_value_heads", "rms_norm_eps",
     "sliding_window", "tie_word_embeddings", *ROPE_KEYS, *SIZES.values(), *ONLY,
 }  # fmt: skip
-WITHOUT_EFFECT = {"max_window_layers", "pretraining_tp"}  # of windows that are off, and how transformers computes the same
+WITHOUT_EFFECT = {"max_window_layers", "pretraining_tp"}  # of windows that are off; how transformers computes the same
 # Of Llama 3's rotary positions, mcore knows these with any factor (rotary_pos_embedding.py:92).
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -306,28 +306,12 @@ def shape(dims: Dims) -> ModelShape:
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
     """Return config.json of a model with these dimensions, as transformers 4 and 5 both read it."""
-    kind = dims.of_kind
-    own: dict[str, Any] = {}
-    rope, plain = (settings_of(stretch, dims.rope_base) for stretch in (dims.stretch, None))
-    if dims.rope_factor:
-        rope |= {"rope_type": "llama3", "factor": dims.rope_factor, **LLAMA3}
-    if rope["rope_type"] != "default":
-        own["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if kind.partial is not None:
-        rope["partial_rotary_factor"] = own["partial_rotary_factor"] = dims.partial
+    kind, own = dims.of_kind, {**_position_keys(dims), **_layer_keys(dims)}
     # Released Qwen2 files leave head_dim out; transformers reads it where it is not hidden_size / heads.
     if kind.head_dim or dims.head_dim * dims.heads != dims.hidden:
         own["head_dim"] = dims.head_dim
     if not kind.qkv_bias:
         own["attention_bias"] = False
-    if kind.windows:
-        own["sliding_window"] = dims.window or None
-    else:
-        own["use_sliding_window"] = False
-    if kind.windows == "types":
-        own["layer_types"] = [SLIDING if each else FULL for each in dims.sliding or (False,) * dims.layers]
-    if kind.no_rope:
-        own["no_rope_layers"] = [int(not each) for each in dims.no_rope or (False,) * dims.layers]
     return {
         **file_of(dims, kind.architecture, model_type=dims.kind, eos=eos, pad=pad),
         "intermediate_size": dims.ffn,
@@ -335,8 +319,6 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
         "num_key_value_heads": dims.kv_groups,
         "tie_word_embeddings": dims.tied,
         "rms_norm_eps": dims.norm_epsilon,
-        "rope_theta": dims.rope_base,
-        "rope_parameters": {FULL: rope, SLIDING: plain} if kind.windows == "types" else rope,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         **own,
@@ -345,6 +327,30 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
         **{key: getattr(dims, key) for key in (*kind.flags, *kind.numbers)},
         **{key: value for key, value in kind.only.items() if value is not None},
     }
+
+
+def _position_keys(dims: Dims) -> dict[str, Any]:
+    kind, rope = dims.of_kind, settings_of(dims.stretch, dims.rope_base)
+    keys: dict[str, Any] = {"rope_theta": dims.rope_base}
+    if dims.rope_factor:
+        rope |= {"rope_type": "llama3", "factor": dims.rope_factor, **LLAMA3}
+    if rope["rope_type"] != "default":
+        keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if kind.partial is not None:
+        rope["partial_rotary_factor"] = keys["partial_rotary_factor"] = dims.partial
+    by_type = {FULL: rope, SLIDING: settings_of(None, dims.rope_base)}
+    return {**keys, "rope_parameters": by_type if kind.windows == "types" else rope}
+
+
+def _layer_keys(dims: Dims) -> dict[str, Any]:
+    """Return the keys that say of each layer what it has."""
+    kind, none = dims.of_kind, (False,) * dims.layers
+    keys: dict[str, Any] = {"sliding_window": dims.window or None} if kind.windows else {"use_sliding_window": False}
+    if kind.windows == "types":
+        keys["layer_types"] = [SLIDING if each else FULL for each in dims.sliding or none]
+    if kind.no_rope:
+        keys["no_rope_layers"] = [int(not each) for each in dims.no_rope or none]
+    return keys
 
 
 def _choice_keys(dims: Dims, experts: Experts) -> dict[str, Any]:

@@ -138,4 +138,7 @@ def names_of_experts(dims: Dims) -> Collection[str]:
     return (*kind.first, kind.last) if kind else ()
 
 
-is_redundant = is_copy
+def is_redundant(name: str, dims: Dims) -> bool:
+    """Return whether a file may carry that tensor besides: a copy, or one of GLM-4.5's layer that drafts tokens."""
+    kind, layer = dims.of_kind.experts, name.removeprefix("model.layers.").partition(".")[0]
+    return is_copy(name, dims) or bool(kind and kind.sigmoid and layer.isdecimal() and int(layer) >= dims.layers)
