@@ -129,7 +129,7 @@ REQUIRED = {  # keys without which no file is understood, and sizes that suit tr
     "nemotron_h": dict(layers_block_type=["linear_attention", "moe", "full_attention", "mlp"], n_routed_experts=8),
     "nanochat": {},
     **{kind: {} for kind in tiny.KINDS},
-    "glm4_moe": dict(num_nextn_predict_layers=0),
+    "glm4_moe": dict(num_nextn_predict_layers=0, num_attention_heads=32),
 }
 
 
