@@ -89,7 +89,9 @@ def shrunk(dims: Any, layers: int) -> Any:
         name: dict.fromkeys(getattr(dims, name)) for name in ("sliding", "no_rope", "dense", "pattern") if name in own
     }
     for name, each in kinds.items():  # a kind for each layer
-        chosen = itertools.islice(itertools.cycle(each), layers)
+        chosen = list(itertools.islice(itertools.cycle(each), layers))
+        if name == "dense":
+            chosen.sort(reverse=True)  # the layers without experts first, as all config.json can say
         small[name] = "".join(chosen) if name == "pattern" else tuple(chosen)
     if "layers" in own:
         small["layers"] = layers

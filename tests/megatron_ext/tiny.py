@@ -128,7 +128,10 @@ def marked(names: Iterable[str]) -> list[Any]:
 def of_layers(of: Dims, layers: int) -> Dims:
     """The same with more layers, of whose kinds there are as many as there may be."""
     own = {name: getattr(of, name) for name in ("sliding", "no_rope", "dense")}
-    return replace(of, layers=layers, **{name: (each * layers)[:layers] for name, each in own.items()})
+    longer = {name: (each * layers)[:layers] for name, each in own.items()}
+    if of.of_kind.experts and of.of_kind.experts.dense == "first":
+        longer["dense"] = tuple(sorted(longer["dense"], reverse=True))
+    return replace(of, layers=layers, **longer)
 
 
 def hybrid(pattern: str, **sizes: Any) -> nemotron_h.Dims:
