@@ -35,6 +35,7 @@ from data_tools.chats.encoder import ENCODERS, Encoder, check_encoder
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.join import join, write_balance
+from data_tools.packs.left_out import FILE as LIST
 from data_tools.packs.left_out import LeftOut
 from data_tools.packs.lines import Kept, Line, Malformed, SyntheticRow, Viewed
 from data_tools.packs.store import Provenance, StoreWriter, row_text
@@ -445,5 +446,5 @@ class _Element:
         """Raise UserMistake with the place, where the data is at fault and may not be, or the settings are."""
         if reason and (fatal or self.config.on_bad_row == "fail"):
             place = share.place(sheet.lines) if share else f"{sheet.name}, row {sheet.lines}"
-            remedy = "" if fatal else "; mend the record, or set on_bad_row: bucket"
+            remedy = "" if fatal else f"; mend the record, or set on_bad_row: bucket, which lists all such in {LIST}"
             raise UserMistake(Problem(place, f"{reason}{remedy}"))

@@ -19,7 +19,7 @@ from jobs.artifacts.seal import Seal
 from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, user_modules, wrong_makers
 from jobs.schema.pipeline import Phase, Pipeline
 from jobs.schema.references import references, substitute
-from launchers.planning import limits, rehearsal
+from launchers.planning import held, limits, rehearsal
 from launchers.planning.hours import over_budget, planned_seconds
 from launchers.planning.ledger import Ledger
 from launchers.planning.plan import RUNS, Plan, PlannedPhase
@@ -144,7 +144,7 @@ class _Planner:
             raise UserMistake(other)
         if other := rehearsal.why_not_mixed(self.pipeline, self.run):
             raise UserMistake(other)
-        self.remarks += rehearsal.remarks(self.pipeline)
+        self.remarks += rehearsal.remarks(self.pipeline) + held.remarks(self.pipeline, self.run)
         if left_out := self.pipeline.left_out:
             self.remarks.append(f"left out, since `when` is false: {', '.join(left_out)}")
         if self.cluster.kind == "local" and self.cluster.profile.mail != Mail():

@@ -222,3 +222,21 @@ def test_each_phase_that_shares_files_refuses_such_a_one_in_its_plan(tmp_path, m
         config.inputs = [str(path)]
     told = [problem.message for problem in kind.check(config, Placement(ranks=1, elements=12))]
     assert any("array: 11 or less" in message for message in told), told
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
+@pytest.mark.parametrize("name, text, said", [
+    ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2: not JSON: Expecting value at column 6"),
+    ("a.jsonl", b'{}\n{}\n{}\n{"a": 1', "a.jsonl:4: not JSON: Expecting ',' delimiter at column 8"),
+    ("a.jsonl", b'{}\n[1, 2\n', "a.jsonl:2: not JSON: Expecting ',' delimiter at column 6"),
+    ("a.json", b'[\n {"a": 1},\n {"a": }\n]\n', "a.json: not JSON: Expecting value at line 3, column 8"),
+])  # fmt: skip
+def test_a_json_error_names_one_line_the_files(tmp_path, name, text, said, end):
+    path = tmp_path / name
+    path.write_bytes(text.rstrip() + end)
+    with pytest.raises(UserMistake) as caught:
+        for record in readers.records(path):
+            if record.problem:
+                raise record.mistake()
+    assert str(caught.value).startswith(f"{tmp_path}/{said}"), caught.value
+    assert str(caught.value).count("line") == name.endswith(".json")

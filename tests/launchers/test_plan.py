@@ -203,7 +203,9 @@ def test_the_weights_of_every_phase_count_against_the_disk(tmp_path, monkeypatch
     make_plan(rehearsed, RunFolder(tmp_path / "rehearsal"), find_cluster("local"))
 
 
-WRITE_WEIGHTS = {"export_hf", "export_nanochat", "grpo", "import_hf", "init_model", "merge_lora", "sft"}
+WRITE_WEIGHTS = {
+    "export_hf", "export_megatron", "export_nanochat", "grpo", "import_hf", "init_model", "merge_lora", "sft",
+}  # fmt: skip
 
 
 def test_every_kind_is_known_to_write_weights_or_not_to():
