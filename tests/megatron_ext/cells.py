@@ -17,8 +17,8 @@ FAMILIES: dict[str, Any] = {
     "nemotron_h": tiny.hybrid("ME*-"),
     "nemotron_h dense": tiny.hybrid("M*-M"),
     **{kind: tiny.of_layers(of, 4) for kind, of in tiny.KINDS.items()},
-    # Where positions turn nothing, a key's bias has no gradient but rounding, of which Adam makes whole steps.
-    "glm4": tiny.of_layers(replace(tiny.KINDS["glm4"], attention_bias=False), 4),
+    # Where positions turn nothing, a key's bias has hardly a gradient but rounding, of which Adam makes whole steps.
+    **{kind: tiny.of_layers(replace(tiny.KINDS[kind], attention_bias=False), 4) for kind in ("glm4", "glm4_moe")},
 }
 
 

@@ -197,7 +197,9 @@ def test_what_was_recorded_is_gone_on_with(model):
     ]  # fmt: skip
     found = sampled(model, SMALL, half, sampling)
     assert {key: s.completion for key, s in found.items()} == {key: s.completion for key, s in expected.items()}
-    assert all(s.logprobs[:1] == expected[key].logprobs[:1] for key, s in found.items())
+    for key, sequence in found.items():
+        recorded = len(expected[key].completion) // 2  # the others are computed again, in another batch
+        assert sequence.logprobs[:recorded] == expected[key].logprobs[:recorded]
 
 
 def test_a_prompt_is_computed_once_for_its_samples(model):
