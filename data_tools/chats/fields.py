@@ -21,8 +21,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from data_tools.chats.conversation import BadRecord, Conversation
+from data_tools.chats.spans import Rendered
 from data_tools.chats.template import ChatTemplate, TemplateError
-from data_tools.chats.turns import Rendered
 
 LOSABLE = ("reasoning", "tools", "name")  # what a template may leave out, where chat.may_lose says so
 REMEDIES = {  # of what is counted: what keeps such rows; of rows of a task, too

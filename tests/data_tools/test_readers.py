@@ -190,6 +190,22 @@ def test_an_input_names_the_files_that_a_folder_has_of_a_kind_packed_ones_too(tm
     assert [problem.where for problem in caught.value.problems] == ["source.inputs"] * 2
 
 
+def test_a_pattern_names_what_it_matches_and_json_files_count_in_a_folder_that_has_no_others(tmp_path):
+    (tmp_path / "below").mkdir()
+    for name in ("b.json", "a.json", "below/c.jsonl", "note.txt"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+
+    def found(name: str) -> list[str]:
+        return [str(file.relative_to(tmp_path)) for file in inputs.records_of(str(tmp_path / name))]
+
+    assert found("") == found("*.json") == ["a.json", "b.json"]
+    assert found("**/*.json*") == ["a.json", "b.json", "below/c.jsonl"]
+    assert found("note.*") == ["note.txt"]
+    assert found("*.csv") == ["*.csv"] and inputs.missing([("inputs", tmp_path / "*.csv")])
+    (tmp_path / "d.jsonl").write_text('{"a": 1}\n')
+    assert found("") == ["d.jsonl"]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.csv", "a.parquet"])
 def test_a_large_file_that_cannot_be_cut_is_refused_before_every_element_reads_all_of_it(tmp_path, monkeypatch, name):
     path = tmp_path / name
