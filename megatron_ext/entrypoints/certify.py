@@ -85,9 +85,13 @@ def shrunk(dims: Any, layers: int) -> Any:
     small: dict[str, Any] = {name: size for name, size in SMALL.items() if name in own and getattr(dims, name)}
     if dims.kv_groups:
         small["kv_groups"] = 4 if dims.kv_groups == dims.heads else min(dims.kv_groups, 2)
-    kinds = {name: dict.fromkeys(getattr(dims, name)) for name in ("sliding", "pattern") if name in own}
+    kinds = {
+        name: dict.fromkeys(getattr(dims, name)) for name in ("sliding", "no_rope", "dense", "pattern") if name in own
+    }
     for name, each in kinds.items():  # a kind for each layer
-        chosen = itertools.islice(itertools.cycle(each), layers)
+        chosen = list(itertools.islice(itertools.cycle(each), layers))
+        if name == "dense":
+            chosen.sort(reverse=True)  # the layers without experts first, as all config.json can say
         small[name] = "".join(chosen) if name == "pattern" else tuple(chosen)
     if "layers" in own:
         small["layers"] = layers

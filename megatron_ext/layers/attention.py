@@ -42,16 +42,20 @@ from megatron_ext.layers.sdpa import attend, fused_kernel
 
 class _Turn(torch.autograd.Function):
     """Turns by rotary positions: x [T, heads, d] with halves (a, b) -> (a cos - b sin, b cos + a sin). Backward turns
-    back.
+    back. Of heads wider than the halves, the rest stays.
     """
 
     @staticmethod
     def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
-        a, b = x.chunk(2, dim=-1)
+        half = cos.size(-1)
+        widths = [half, half, x.size(-1) - 2 * half]
+        a, b, rest = x.split(widths, dim=-1)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        left, right = out.chunk(2, dim=-1)
+        left, right, kept = out.split(widths, dim=-1)
         torch.mul(a, cos, out=left).addcmul_(b, sin, value=-sign)
         torch.mul(b, cos, out=right).addcmul_(a, sin, value=sign)
+        if widths[2]:
+            kept.copy_(rest)
         return out
 
     @staticmethod
@@ -261,21 +265,25 @@ class PackedSelfAttention(SelfAttention):
 
     mcore turns the queries and keys of every layer document by document (rope_utils.py:178). Here the cosines and
     sines of a row are computed once and serve all layers. Same parameters, same function; whatever is not a plain
-    packed row (inference contexts, recomputation of the core, partial or interleaved rotation) takes mcore's way. So
-    does training with Transformer Engine's fused rotation, which is as short.
+    packed row (inference contexts, recomputation of the core, interleaved rotation) takes mcore's way. So does training
+    with Transformer Engine's fused rotation, which is as short. Layers without positions (no_rope_freq) turn nothing.
 
     The tokens of a rollout (`row.cache`) stand anywhere in their documents, which mcore's way does not know: they are
     turned here, or refused.
     """
 
+    own_rotary: Any  # mcore's RotaryEmbedding of a layer whose positions are not the model's; most have none
+
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **others: Any) -> Any:
         """Return (output [T / c, 1, h], bias) of hidden_states [T / c, 1, h]."""
         row, angles = others.get("packed_seq_params"), others.get("rotary_pos_emb")
+        own = getattr(self, "own_rotary", None)
+        if own is not None and angles is not None:
+            angles = others["rotary_pos_emb"] = own(angles.size(0), packed_seq=row is not None)
         if not isinstance(row, PackedRow) or angles is None:
             return super().forward(hidden_states, attention_mask, **others)
         plain = (
             isinstance(angles, torch.Tensor)
-            and angles.size(-1) == self.hidden_size_per_attention_head
             and others.get("inference_context") is None
             and not self.config.rotary_interleaved
             and not self.config.attention_output_gate
@@ -283,9 +291,12 @@ class PackedSelfAttention(SelfAttention):
         if row.cache is None and (not plain or self.checkpoint_core_attention or self.config.apply_rope_fusion):
             return super().forward(hidden_states, attention_mask, **others)
         if not plain:
-            raise NotImplementedError("a rollout knows only rotations of whole heads by halves, without output gates")
-        query, key, value = self.get_query_key_value_tensors(hidden_states)  # [T / c, 1, heads | groups, d]
-        cos, sin = row.turns(angles, query.dtype, _yarn_get_concentration_factor_from_config(self.config))
-        query, key = _Turn.apply(query.squeeze(1), cos, sin), _Turn.apply(key.squeeze(1), cos, sin)
-        out = self.core_attention(query, key, value.squeeze(1), attention_mask, packed_seq_params=row)
+            raise NotImplementedError("a rollout knows only rotations by halves, without output gates")
+        parts = self.get_query_key_value_tensors(hidden_states)  # [T / c, 1, heads | groups, d]
+        query, key, value = (x.squeeze(1) for x in parts)
+        if not self.config.no_rope_freq or not self.config.no_rope_freq[self.layer_number - 1]:
+            factor = _yarn_get_concentration_factor_from_config(self.config)
+            cos, sin = row.turns(angles, query.dtype, factor, own=own is not None)
+            query, key = _Turn.apply(query, cos, sin), _Turn.apply(key, cos, sin)
+        out = self.core_attention(query, key, value, attention_mask, packed_seq_params=row)
         return self.linear_proj(out.unsqueeze(1))

@@ -198,19 +198,21 @@ class PackedRow(PackedSeqParams):
     total_tokens: int  # T
     positions: torch.Tensor = field(repr=False)
     cache: Any = field(default=None, repr=False)  # rollout/cache.py: what earlier tokens of the documents left
-    _turns: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+    _turns: dict[bool, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
-    def turns(self, angles: torch.Tensor, dtype: torch.dtype, length: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def turns(
+        self, angles: torch.Tensor, dtype: torch.dtype, length: float = 1.0, own: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and sine [T / c, 1, d / 2] of each token's position, times `length` (YaRN's attention factor).
 
-        `angles` is mcore's table [longest, 1, 1, d].
+        `angles` is mcore's table [longest, 1, 1, d]: the model's, or the `own` one of some layers.
         """
-        if self._turns is None:
+        if own not in self._turns:
             half = angles.size(-1) // 2  # the table repeats its first half
-            own = angles[:, 0, :, :half].index_select(0, self.positions)  # [T / c, 1, d / 2]
+            here = angles[:, 0, :, :half].index_select(0, self.positions)  # [T / c, 1, d / 2]
             # With the table, which a recorded pass (rollout/graphs.py) reads again.
-            self._turns = (own.cos() * length).to(dtype), (own.sin() * length).to(dtype), angles
-        return self._turns[:2]
+            self._turns[own] = (here.cos() * length).to(dtype), (here.sin() * length).to(dtype), angles
+        return self._turns[own][:2]
 
 
 @dataclass(kw_only=True)

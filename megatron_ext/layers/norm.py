@@ -6,8 +6,14 @@ mcore's own torch norms refuse sequence parallelism and zero-centred scales (tra
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from megatron_ext.layers.marks import marks
 
@@ -39,6 +45,40 @@ class Norm(torch.nn.Module):
         if self.bias is None:
             return F.rms_norm(x, self.shape, weight, self.eps)
         return F.layer_norm(x, self.shape, weight, self.bias, self.eps)
+
+
+class WideNorm(torch.nn.Module):
+    """Normalises queries or keys by RMSNorm over all heads together, those of other tensor ranks included (OLMo 2)."""
+
+    def __init__(self, config: TransformerConfig, heads: int, group: dist.ProcessGroup):
+        """Make the weights of this tensor rank's share of `heads`, which is even."""
+        super().__init__()
+        self.group, self.eps, self.width = group, config.layernorm_epsilon, heads * config.kv_channels
+        self.weight = torch.nn.Parameter(torch.ones(self.width // group.size(), dtype=config.params_dtype))
+        marks(self.weight).tensor_model_parallel = group.size() > 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [..., heads / t, d] normalised."""
+        flat = x.flatten(-2).float()
+        squares = flat.square().sum(-1, keepdim=True)
+        if self.group.size() > 1:  # what each rank makes of the sum has a part in its gradient
+            squares = copy_to_tensor_model_parallel_region(
+                reduce_from_tensor_model_parallel_region(squares, group=self.group), group=self.group
+            )
+        return (self.weight * (flat * torch.rsqrt(squares / self.width + self.eps))).to(x.dtype).view(x.shape)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the weights, cut over tensor ranks."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
 
 
 class BareNorm(torch.nn.Module):

@@ -51,6 +51,7 @@ class Pair:
     parts: tuple[bool, ...]
     a: Rule
     b: Rule
+    as_parameter: bool = False  # PEFT takes the module's name for that of experts: it reaches it by the parameter's
 
     @property
     def shared(self) -> str:
@@ -125,11 +126,12 @@ def pairs(family: Family, dims: Any, config: LoraConfig) -> list[Pair]:
     """Return every adapted matrix of the model, in the order of its rules. Hugging Face names are those of
     transformers' modules, whatever a checkpoint calls its tensors."""
     targets = chosen(config, family.config.shape(dims))
-    adapted = []
+    taken, adapted = getattr(family.mapping, "names_of_experts", lambda _: ())(dims), []
     for rule in family.mapping.rules(dims, getattr(family.mapping, "MODULE_NAMES", ())):
         parts = tuple(target_of(tensor, rule) in targets for tensor in rule.hf)
         if any(parts):
-            adapted.append(_pair(rule, parts, config.rank))
+            named = not rule.experts and target_of(rule.hf[0], rule) in taken
+            adapted.append(replace(_pair(rule, parts, config.rank), as_parameter=named))
     return adapted
 
 

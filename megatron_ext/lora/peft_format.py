@@ -74,7 +74,7 @@ def config_of(pairs: Sequence[Pair], config: LoraConfig, base: str) -> dict[str,
                 parameters.add(".".join(tensor.name.split(".")[-3:]))  # mlp.experts.down_proj
                 continue
             *_, above, name, weight = tensor.split(".")
-            if name in ROUTERS:
+            if name in ROUTERS or pair.as_parameter:
                 parameters.add(f"{above}.{name}.{weight}")  # mlp.router.weight
             else:
                 modules.add(name)

@@ -77,7 +77,7 @@ def matrices(shape: ModelShape, block: str) -> list[Matrix]:
     s, h = shape, shape.hidden
     if block in (ATTENTION, WINDOW):
         queries, keys = s.heads * s.head_dim, s.kv_groups * s.head_dim
-        rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        rows = {"qkv_proj": s.qkv_rows} if s.fused_qkv else {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         return [*(Matrix(name, n, h) for name, n in rows.items()), Matrix("o_proj", h, queries, "columns")]
     if block == MLP:
         return _mlp(s, s.ffn)
@@ -93,7 +93,8 @@ def matrices(shape: ModelShape, block: str) -> list[Matrix]:
 
 def _mlp(s: ModelShape, width: int) -> list[Matrix]:
     *first, last = s.mlp_names
-    return [*(Matrix(name, width, s.hidden) for name in first), Matrix(last, s.hidden, width, "columns")]
+    rows = width * (s.mlp_matrices - 1) // len(first)  # gate and up may be one matrix
+    return [*(Matrix(name, rows, s.hidden) for name in first), Matrix(last, s.hidden, width, "columns")]
 
 
 def targets_of(shape: ModelShape) -> list[str]:

@@ -120,9 +120,15 @@ class Reading:
         return groups
 
     def rope(
-        self, default: Mapping[str, Any], base: float, head_dim: int, kinds: Mapping[str, Collection[str]]
+        self,
+        default: Mapping[str, Any],
+        base: float,
+        head_dim: int,
+        kinds: Mapping[str, Collection[str]],
+        partial: float | None = None,
     ) -> dict[str, Any]:
-        """Return the rotary settings, with rope_type and rope_theta.
+        """Return the rotary settings, with rope_type and rope_theta, and with partial_rotary_factor where a model may
+        turn a part of each head: `partial` is then what it is where a file does not say.
 
         `kinds` has the keys that each known type may have besides, `default` is what transformers takes where a file
         has none.
@@ -145,14 +151,23 @@ class Reading:
                 rope[name] = value
         rope["rope_type"] = rope.get("rope_type", "default")
         rope["rope_theta"] = float(self.number("rope_theta", base, rope))
-        if (partial := rope.pop("partial_rotary_factor", 1)) != 1:
-            self.refuse("partial_rotary_factor", partial, "use 1.0")
+        share = self._share(rope, head_dim, partial)
         if rope["rope_type"] not in kinds:
             self.refuse("rope_type", rope["rope_type"], f"{' and '.join(kinds)} are")
             return rope
         for key in sorted(rope.keys() - {"rope_type", "rope_theta"} - set(kinds[rope["rope_type"]])):
             self.refuse(f"rope_parameters.{key}", rope[key], "remove it if the model does not need it")
-        return rope
+        return rope if partial is None else {**rope, "partial_rotary_factor": share}
+
+    def _share(self, rope: dict[str, Any], head_dim: int, partial: float | None) -> float:
+        """Take the share of a head that positions turn out of `rope`; without `partial` it may be 1 only."""
+        share = self.number("partial_rotary_factor", partial or 1.0, rope)
+        rope.pop("partial_rotary_factor", None)
+        turned = int(head_dim * share)
+        if share != 1 and (partial is None or share > 1 or turned < 2 or turned % 2):
+            also = f", or an even part of {head_dim}" if partial else ""
+            self.refuse("partial_rotary_factor", share, f"use 1.0{also}")
+        return float(share)
 
     def _rope_settings(self, key: str) -> dict[str, Any]:
         """Return the rotary settings that the file nests below `key`, rope_type among them; {} where there are none."""

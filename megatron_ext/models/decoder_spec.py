@@ -2,8 +2,9 @@
 models of GPT's form, with layers of attention followed by an MLP or experts, nearly all.
 """
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +19,17 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
 from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
+from megatron_ext.models.rotary import Yarn
 from megatron_ext.parallel.parts import TE, Parts
 from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 
@@ -101,6 +107,50 @@ def configured(options: Mapping[str, Any], **fields: Any) -> TransformerConfig:
     return TransformerConfig(**{**fields, **options})
 
 
+def routed(experts: int, top_k: int, ffn: int, parts: Parts) -> dict[str, Any]:
+    """Return the fields of TransformerConfig of experts that are not dropped or balanced."""
+    return dict(
+        num_moe_experts=experts,
+        moe_router_topk=top_k,
+        moe_ffn_hidden_size=ffn,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=parts.experts == TE,
+    )
+
+
+def by_sigmoid(scale: float, groups: int, top_groups: int) -> dict[str, Any]:
+    """Return the fields of TransformerConfig of a router with sigmoid scores and a correction bias (routing.py)."""
+    return dict(
+        moe_router_score_function="sigmoid",
+        moe_router_topk_scaling_factor=scale,
+        moe_router_num_groups=groups if groups > 1 else None,
+        moe_router_group_topk=top_groups if groups > 1 else None,
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=0.0,  # mcore's default of 1e-3 rewrites the imported biases at every step
+    )
+
+
+def set_yarn(config: TransformerConfig, yarn: Yarn) -> None:
+    """Set what mcore reads off the configuration, which has no such fields (gpt_model.py:172-190)."""
+    config.yarn_rotary_scaling_factor = yarn.factor
+    config.yarn_original_max_position_embeddings = yarn.original_positions
+    config.yarn_beta_fast = yarn.beta_fast
+    config.yarn_beta_slow = yarn.beta_slow
+    config.yarn_mscale = config.yarn_mscale_all_dim = None
+    config.yarn_correction_range_round_to_int = yarn.truncate
+
+
+def without_yarn(config: TransformerConfig) -> TransformerConfig:
+    """Return a copy for layers whose positions are not stretched."""
+    plain = copy.copy(config)
+    for name in [name for name in vars(plain) if name.startswith("yarn_")]:
+        delattr(plain, name)
+    return plain
+
+
 def decoder_fields(dims: DecoderDims, plan: ParallelPlan, dtype: torch.dtype, parts: Parts) -> dict[str, Any]:
     """Return the fields of TransformerConfig of a model of GPT's form with RMSNorm. `dtype` is the parameters'."""
     return dict(
@@ -125,12 +175,14 @@ def decoder(
     parts: Parts,
     virtual_stage: int | None,
     norm: type[torch.nn.Module] = Norm,
+    norm_before: bool = True,
     **own: Any,
 ) -> Any:
     """Build this rank's part of a model of GPT's form, its weights not set; of an interleaved pipeline, one of its
     stages.
 
-    mcore's groups for `plan` must exist. `own` are further arguments of `kind`.
+    mcore's groups for `plan` must exist. `norm_before` says whether blocks have a norm before them, `own` are further
+    arguments of `kind`.
     """
     arguments = dict(
         vocab_size=padded_rows(dims.vocabulary, plan.tensor),
@@ -139,7 +191,7 @@ def decoder(
         position_embedding_type="rope",
         rotary_base=dims.rope_base,
     )
-    layers = decoder_spec(config, parts, virtual_stage, norm)
+    layers = decoder_spec(config, modules(parts, norm), parts, virtual_stage, norm_before)
     model = kind(config, layers, **{**arguments, **own}, **ends(virtual_stage))
     model.vocabulary_rows = dims.vocabulary
     return model
@@ -249,20 +301,33 @@ def mlp_spec(made_of: Modules) -> ModuleSpec:
 
 def decoder_spec(
     config: TransformerConfig,
+    made_of: Modules,
     parts: Parts,
     virtual_stage: int | None = None,
-    norm: type[torch.nn.Module] = Norm,
+    norm_before: bool = True,
 ) -> TransformerBlockSubmodules:
-    """Return the layers of attention and MLP, or experts where `config` has them. `norm` is ours (`modules`)."""
-    made_of, experts = modules(parts, norm), config.num_moe_experts
-    layer = TransformerLayerSubmodules(
-        input_layernorm=made_of.norm_before,
-        self_attention=attention_spec(made_of, config.qk_layernorm),
-        self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=made_of.norm if experts else made_of.norm_before,  # no part fuses a norm into experts
-        mlp=moe_spec(experts, parts) if experts else mlp_spec(made_of),
-        mlp_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map=BEFORE_ATTENTION if experts else BEFORE_ATTENTION | BEFORE_MLP,
-    )
-    layers = [ModuleSpec(module=TransformerLayer, submodules=layer)] * get_num_layers_to_build(config, virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=made_of.norm)
+    """Return the layers of attention and MLP, or experts where `config` has them: in all layers, or in those that its
+    list moe_layer_freq says. Without `norm_before` nothing is normalised before a block.
+    """
+    experts, last = config.num_moe_experts, made_of.norm
+    listed = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
+    if not norm_before:
+        made_of = replace(made_of, norm=IdentityOp, fused=None)
+
+    def layer(routed: bool) -> ModuleSpec:
+        renamed = BEFORE_ATTENTION if routed else BEFORE_ATTENTION | BEFORE_MLP
+        submodules = TransformerLayerSubmodules(
+            input_layernorm=made_of.norm_before,
+            self_attention=attention_spec(made_of, config.qk_layernorm),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=made_of.norm if routed else made_of.norm_before,  # no part fuses a norm into experts
+            mlp=moe_spec(experts, parts) if routed else mlp_spec(made_of),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=renamed if norm_before else {},
+        )
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+    first = get_transformer_layer_offset(config, virtual_stage)
+    here = listed[first : first + get_num_layers_to_build(config, virtual_stage)]
+    kinds = {routed: layer(routed) for routed in {bool(experts and each) for each in here}}
+    return TransformerBlockSubmodules(layer_specs=[kinds[bool(experts and each)] for each in here], layer_norm=last)

@@ -129,6 +129,7 @@ class QueryKeyValue:
     head_dim: int
     columns: int | None  # None for a bias
     turns_backwards: bool = False  # rotary positions by minus mcore's angle: the halves of query and key heads change
+    neighbours: int = 0  # so many first numbers of a query or key head turn with the one beside: in mcore half apart
 
     @property
     def shape(self) -> Shape:
@@ -142,19 +143,26 @@ class QueryKeyValue:
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         by_group = [t.reshape(self.groups, -1, self.head_dim, *self._tail()) for t in tensors]  # [g, r | 1 | 1, d, ...]
-        return torch.cat(self._turned(by_group), dim=1).reshape(-1, *self._tail())
+        return torch.cat(self._turned(by_group, to_mcore=True), dim=1).reshape(-1, *self._tail())
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
         each = self.heads // self.groups
         by_group = whole.reshape(self.groups, each + 2, self.head_dim, *self._tail())
-        return [part.reshape(-1, *self._tail()) for part in self._turned(by_group.split([each, 1, 1], dim=1))]
+        parts = self._turned(by_group.split([each, 1, 1], dim=1), to_mcore=False)
+        return [part.reshape(-1, *self._tail()) for part in parts]
 
-    def _turned(self, by_group: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Exchange the halves of each q and k head where the rotation is backwards; twice is nothing."""
+    def _turned(self, by_group: Sequence[torch.Tensor], to_mcore: bool) -> list[torch.Tensor]:
+        """Put the numbers of each q and k head where mcore turns them, or back."""
+        order = torch.arange(self.head_dim)
+        if self.turns_backwards:
+            order = order.roll(self.head_dim // 2)
+        if self.neighbours:
+            order = torch.cat([order[: self.neighbours].view(-1, 2).t().flatten(), order[self.neighbours :]])
+        elif not self.turns_backwards:
+            return list(by_group)
         query, key, value = by_group
-        if not self.turns_backwards:
-            return [query, key, value]
-        return [query.roll(self.head_dim // 2, dims=2), key.roll(self.head_dim // 2, dims=2), value]
+        order = order if to_mcore else order.argsort()
+        return [query.index_select(2, order), key.index_select(2, order), value]
 
     def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
         return whole.chunk(tensor)[rank]

@@ -15,7 +15,7 @@
         is_redundant(name, Dims) -> whether a file may carry that tensor besides
     __init__.py         empty
 
-A variant of Qwen2 or Llama is no family of its own but a line in KINDS of qwen2/config.py.
+A model of GPT's form with RMSNorm is no family of its own but a line in KINDS of qwen2/kinds.py.
 
 What they share: config_reading.py (read a config.json), config_meaning.py (compare two), decoder_spec.py (mcore's
 layers), layouts.py (how weights are laid out).
@@ -32,13 +32,12 @@ from typing import Any
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake, nearest
 from megatron_ext.models.config_meaning import lost
+from megatron_ext.models.qwen2.kinds import KINDS
 from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 
 MODEL_TYPES = {  # of config.json: the family's folder
-    "qwen2": "qwen2",
-    "qwen3": "qwen2",
-    "llama": "qwen2",
+    **dict.fromkeys(KINDS, "qwen2"),
     "gpt_oss": "gpt_oss",
     "nemotron_h": "nemotron_h",
     "nanochat": "nanochat",

@@ -62,7 +62,8 @@ def tensor_splits_attention(p: ParallelPlan, w: Workload) -> str:
     s = w.shape
     if not s or not s.heads:
         return ""
-    even = s.heads % p.tensor == 0 and (s.kv_groups % p.tensor == 0 or p.tensor % s.kv_groups == 0)
+    shared = p.tensor % s.kv_groups == 0 and not s.wide_qk_norm  # a norm over all heads knows no replicas
+    even = s.heads % p.tensor == 0 and (s.kv_groups % p.tensor == 0 or shared)
     return "" if even else f"{p.tensor} does not split {s.heads} heads and {s.kv_groups} KV groups evenly"
 
 

@@ -46,6 +46,7 @@ class ModelShape:
     tied: bool = False  # one matrix for embedding and output
     max_positions: int = 0  # tokens of the longest document; 0: no limit
     learned_norms: bool = True  # the norms have weights
+    norms_a_block: int = 1  # of the hidden size: before a block, after it, or both
 
     heads: int = 0  # n, query heads
     kv_groups: int = 0  # g
@@ -54,7 +55,9 @@ class ModelShape:
     sinks: bool = False  # a learned logit per head
     qkv_bias: bool = False
     attention_output_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool = False  # of each head
+    wide_qk_norm: bool = False  # one over all heads of queries, one over those of keys
+    fused_qkv: bool = False  # q, k and v are one matrix in Hugging Face's model, too
 
     ffn: int = 0  # f, of MLP blocks
     gated: bool = True  # gate and up projections, here and in experts
@@ -64,6 +67,7 @@ class ModelShape:
     top_k: int = 0  # k
     expert_ffn: int = 0  # f_e
     shared_ffn: int = 0  # f_s, over all shared experts
+    shared_gate: bool = False  # the shared experts' output has a gate
     expert_bias: bool = False  # biases of router and experts, as gpt-oss; not the router's correction buffer
 
     mamba_heads: int = 0  # H_m
@@ -103,7 +107,7 @@ class ModelShape:
 
     @cached_property
     def block_parameters(self) -> dict[str, Parameters]:
-        """Parameters of one block of each kind, its norm included."""
+        """Parameters of one block of each kind, its norms included."""
         counts = {
             ATTENTION: self._attention,
             WINDOW: self._attention,
@@ -111,16 +115,17 @@ class ModelShape:
             MOE: self._moe,
             MAMBA: self._mamba,
         }
-        return {kind: self._norm + counts[kind]() for kind in self.blocks}
+        return {kind: self._norm * self.norms_a_block + counts[kind]() for kind in self.blocks}
 
     @property
     def _norm(self) -> Parameters:
         return Parameters(replicated=self.hidden * self.learned_norms)
 
     def _attention(self) -> Parameters:
-        rows = self.heads * self.head_dim
+        rows, wide = self.heads * self.head_dim, (self.heads + self.kv_groups) * self.head_dim * self.wide_qk_norm
+        matrices = self.qkv_rows * (self.hidden + self.qkv_bias) + rows * self.hidden
         return Parameters(
-            sharded=self.qkv_rows * (self.hidden + self.qkv_bias) + rows * self.hidden + self.heads * self.sinks,
+            sharded=matrices + wide + self.heads * self.sinks,
             replicated=self.hidden * self.attention_output_bias + 2 * self.head_dim * self.qk_norm,
         )
 
@@ -131,7 +136,7 @@ class ModelShape:
         bias = (self.mlp_matrices - 1) * self.expert_ffn + self.hidden
         return Parameters(
             sharded=self.mlp_matrices * self.hidden * self.shared_ffn,
-            replicated=self.experts * (self.hidden + self.expert_bias),
+            replicated=self.experts * (self.hidden + self.expert_bias) + self.hidden * self.shared_gate,
             expert=self.experts * (self.mlp_matrices * self.hidden * self.expert_ffn + bias * self.expert_bias),
         )
 

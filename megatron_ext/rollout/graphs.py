@@ -48,7 +48,7 @@ class _Recorded:
 
         def again() -> torch.Tensor:
             # The turns of rotary positions are part of the pass; the table they are taken from must outlive it.
-            self.latest = replace(row, _turns=None)
+            self.latest = replace(row, _turns={})
             return forward(tokens, self.latest)
 
         self.replay = record(again)

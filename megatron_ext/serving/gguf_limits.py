@@ -7,8 +7,9 @@ src/models/nemotron-h.cpp, src/llama-graph.cpp, ggml_rope_yarn_corr_dims in ggml
 import math
 from typing import Any
 
-from megatron_ext.models.registry import Family
+from megatron_ext.models.registry import Family, model_type
 
+TESTED = ("qwen2", "qwen3", "llama", "gpt_oss", "nemotron_h")  # by tests/megatron_ext/test_llama_cpp.py
 SWIGLU_LIMIT = 7.0  # the only one of LLM_FFN_SWIGLU_OAI_MOE
 MAMBA_WIDTH, VOCABULARY_MULTIPLE = 64, 8  # conversion/granite.py, conversion/nemotron.py
 WINDOW_PERIOD = 2  # every second layer has the window, the first one too
@@ -18,6 +19,11 @@ def refused(family: Family, dims: Any) -> list[str]:
     """Return why llama.cpp would compute another function; nothing where it computes this one."""
     if family.name == "nanochat":
         return ["llama.cpp has no models of the family nanochat"]
+    if (kind := model_type(family, dims)) not in TESTED:
+        return [f"what llama.cpp makes of a {kind} was not held against the model: {', '.join(TESTED)} were"]
+    if getattr(dims, "stretch", None):
+        how = type(dims.stretch).__name__.lower()
+        return [f"what llama.cpp makes of a {kind} with {how} positions was not held against the model"]
     found = []
     if family.name == "gpt_oss":
         if dims.sliding != tuple(layer % WINDOW_PERIOD == 0 for layer in range(dims.layers)):

@@ -23,6 +23,7 @@ FAMILIES = {
     "gpt_oss": tiny.GPT_OSS_DIMS,
     "nemotron_h attention": tiny.hybrid("*-*-", head_dim=16),
     "nanochat": tiny.NANOCHAT_DIMS,
+    **tiny.KINDS,
 }
 WITH_TE = {name: by_auto(of) for name, of in FAMILIES.items()}
 PLANS = {
@@ -46,13 +47,13 @@ def folders(solo, tmp_path_factory) -> dict[str, Path]:
 # ---------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_flash_attention_computes_what_the_buckets_compute(solo, family):
     assert_close(solo.run(differences, of=FAMILIES[family], plan=ParallelPlan()))
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_two_ranks_compute_by_flash_attention_what_the_buckets_compute(pair, family, plan):
     assert_close(pair.run(differences, of=FAMILIES[family], plan=PLANS[plan]))
 
@@ -63,7 +64,7 @@ def assert_close(by_rank: list[dict[str, float]]) -> None:
         assert {name: far for name, far in found.items() if far > 1e-12} == {}, f"rank {rank}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_training_by_flash_attention_has_the_losses_of_the_buckets(pair, folders, family):
     for plan in (PLANS["all_gather"], PLANS["a2a"]):
         same = dict(of=FAMILIES[family], weights=folders[family], plan=plan)
@@ -73,7 +74,7 @@ def test_training_by_flash_attention_has_the_losses_of_the_buckets(pair, folders
             assert ours[2] > 0 and theirs[2] == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_training_in_fp32_on_a_gpu_has_fused_kernels_and_the_losses_of_a_cpu(solo, folders, family):
     """FlashAttention takes no fp32: masks and shared heads are made into what the other kernel takes."""
     same = dict(of=FAMILIES[family], weights=folders[family], plan=ParallelPlan())
@@ -118,7 +119,7 @@ def test_two_ranks_with_transformer_engine_draw_the_same_samples(pair, folders, 
 
 
 @pytest.mark.parametrize("block", [8, 256])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_rollouts_by_flash_attention_draw_the_same_samples(solo, folders, expected, family, block):
     same = dict(of=FAMILIES[family], made_of=OURS, weights=folders[family], plan=ParallelPlan())
     assert_same_samples(solo.run(sampled, **same, flash=True, block=block)[0], expected[family])

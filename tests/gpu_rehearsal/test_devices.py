@@ -23,6 +23,7 @@ FAMILIES = {
     "gpt_oss": tiny.GPT_OSS_DIMS,
     "nemotron_h": tiny.NEMOTRON_H_DIMS,
     "nanochat": tiny.NANOCHAT_DIMS,
+    **tiny.KINDS,
 }
 FORGOTTEN = (  # device_ranks.FORGOTTEN
     "norm", "adapter of a router", "tokens", "places of supervised tokens", "labels", "positions in documents",
@@ -46,7 +47,7 @@ def plain():
     ranks.close()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_a_whole_step_leaves_nothing_on_the_cpu(pretended, plain, family, tmp_path):
     """From the import to adapters, rollouts among it: as on the CPU, but for what kernels round otherwise."""
     (there,) = on_device(pretended, "walk", of=FAMILIES[family], folder=tmp_path)
@@ -80,10 +81,11 @@ def test_what_is_left_on_the_cpu_is_found(pretended, what, tmp_path):
 # ---------------------------------------------------------------- how often the host waits
 
 EXPERT_LAYERS = {"gpt_oss": 2, "nemotron_h": 2}
+EXPERT_LAYERS |= {kind: sum(not of.is_dense(i) for i in range(of.layers)) for kind, of in tiny.KINDS.items()}
 MICRO_BATCHES = 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_in_a_training_step_the_host_waits_three_times(pretended, family, tmp_path):
     """For whether any token counts and the norm, both mcore's, and the vote. Of experts it reads their tokens."""
     ((counts, places, _),) = on_device(pretended, "waits_of_a_training_step", of=FAMILIES[family], folder=tmp_path)
@@ -92,7 +94,7 @@ def test_in_a_training_step_the_host_waits_three_times(pretended, family, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ("greedy", "filtered"))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_a_decode_step_brings_numbers_to_the_host_once(pretended, family, kind, tmp_path):
     ((counts, places),) = on_device(
         pretended, "waits_of_a_decode_step", of=FAMILIES[family], folder=tmp_path, kind=kind

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.rehearsal
 A100 = replace(H100, gpu="NVIDIA A100", capability=(8, 0))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_an_a100_without_flash_attention_has_our_attention_over_the_same_other_parts(family):
     """cuDNN's attention over packed documents needs a Hopper."""
     needs = Needs(A100, tiny.family(FAMILIES[family]).config.shape(FAMILIES[family]), None, "bfloat16")

@@ -23,8 +23,9 @@ FAMILIES = {
     "nemotron_h dense": tiny.hybrid("M*-M", norm_epsilon=1e-2),
     "gpt_oss": tiny.GPT_OSS_DIMS,
     "nanochat": tiny.NANOCHAT_DIMS,
+    **tiny.KINDS,
 }
-WITH_EXPERTS = ("nemotron_h", "gpt_oss")
+WITH_EXPERTS = ("nemotron_h", "gpt_oss", *(kind for kind, of in tiny.KINDS.items() if of.experts))
 TE = Parts("te", "te", "te", "te")
 MOST = {  # the parts that can be Transformer Engine's; of sinks with the kernel of a later release
     family: replace(TE, norm="torch") if family == "nanochat" else TE for family in FAMILIES
@@ -39,6 +40,7 @@ PAIRS = {
     "nemotron_h dense": ParallelPlan(**TP2_SP),
     "gpt_oss": ParallelPlan(**TP2_SP, expert=2),
     "nanochat": ParallelPlan(**TP2_SP),
+    **{kind: ParallelPlan(**TP2_SP, expert=2 if of.experts else 1) for kind, of in tiny.KINDS.items()},
 }
 
 
@@ -81,13 +83,15 @@ def assert_same(pool, weights: dict[str, Path], family: str, made_of: Parts, **s
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_recomputation_computes_what_torch_computes(solo, weights, family, recompute):
     assert_same(solo, weights, family, MOST[family], plan=ParallelPlan(recompute=recompute))
 
 
-@pytest.mark.parametrize("family, made_of", [*MOST.items(), ("gpt_oss", BY_AUTO_WITH_SINKS)])
-def test_two_ranks_compute_what_torch_computes(pair, weights, family, made_of):
+@pytest.mark.parametrize("family", tiny.marked([*FAMILIES, "gpt_oss by auto"]))
+def test_two_ranks_compute_what_torch_computes(pair, weights, family):
+    family, by_auto_, _ = family.partition(" by auto")
+    made_of = BY_AUTO_WITH_SINKS if by_auto_ else MOST[family]
     assert_same(pair, weights, family, made_of, plan=PAIRS[family])
 
 
@@ -109,19 +113,20 @@ PLACES = {  # where a part stands, with its class of Transformer Engine's and ou
 }
 
 
-def assert_assembled(made_of: Parts, classes: set[str]) -> None:
+def assert_assembled(made_of: Parts, classes: set[str], norm_before: bool) -> None:
     """A model with modules of these classes has the parts that were chosen."""
     for part, places in PLACES.items():
         for place, theirs, ours in places:
             wanted = theirs if getattr(made_of, part) == "te" else ours
             found = {name.split()[1] for name in classes if name.startswith(f"{place} ")}
             assert found <= {wanted, "BareNorm"}, (made_of, place)
-    assert ("TELayerNormColumnParallelLinear" in classes) == (made_of.linear == made_of.norm == "te")
+    fused = made_of.linear == made_of.norm == "te" and norm_before
+    assert ("TELayerNormColumnParallelLinear" in classes) == fused
     assert "PackedSelfAttention" in classes and "SelfAttention" not in classes
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA, recompute full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_every_mixture_computes_what_our_parts_compute_and_loads_what_another_saved(
     solo, weights, family, lora, tmp_path
 ):
@@ -139,7 +144,7 @@ def test_every_mixture_computes_what_our_parts_compute_and_loads_what_another_sa
     for made_of, (digest, theirs, classes) in found.items():
         assert digest == own_digest, made_of
         assert_close(ours, theirs, made_of)
-        assert_assembled(made_of, classes)
+        assert_assembled(made_of, classes, norm_before=not family.startswith("olmo"))
 
 
 def test_a_folder_s_parts_are_chosen_where_it_is_loaded(solo):

@@ -22,6 +22,7 @@ FAMILIES = {
     "gpt_oss": tiny.GPT_OSS_DIMS,
     "nemotron_h": tiny.hybrid("ME*-"),
     "nanochat": tiny.NANOCHAT_DIMS,
+    **tiny.KINDS,
 }
 MOST = 1e-5  # difference of a token's log-probs between rollout and training
 LAYOUTS = {
@@ -49,7 +50,7 @@ def assert_agree(keep: Path) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.marked(FAMILIES))
 def test_rollouts_and_training_agree_and_do_as_our_own_layers(solo, folders, tmp_path, family):
     of = FAMILIES[family]
     assert by_auto(of).linear == TE

@@ -11,17 +11,18 @@ from megatron_ext.models.layouts import shard_on_rank
 from megatron_ext.models.registry import stages
 from tests.megatron_ext import cells, tiny
 
-EVERYTHING = {  # the targets of each family that PEFT takes, router and experts included
+EVERYTHING = {  # the targets of each family that PEFT takes, beside router and experts
     "qwen2": ["all-linear"],
-    "gpt_oss": ["all-linear", "experts", "router"],
-    "nemotron_h": ["all-linear", "experts", "router"],
+    "gpt_oss": ["all-linear"],
+    "nemotron_h": ["all-linear"],
     "nanochat": ["q_proj", "v_proj", "o_proj", "fc1", "fc2"],  # of a fused matrix, a part stays as it is
 }
-FAMILIES: dict[str, Any] = {name: cells.FAMILIES[name] for name in EVERYTHING}
+FAMILIES: dict[str, Any] = {name: cells.FAMILIES[name] for name in (*EVERYTHING, *tiny.KINDS)}
 
 
 def lora(of: Any, rank: int = 3, alpha: float = 6.0, **changes: Any) -> LoraConfig:
-    return LoraConfig(rank, alpha, **{"targets": EVERYTHING[tiny.family(of).name], **changes})
+    of_experts = ["experts", "router"] if getattr(of, "experts", 0) else []
+    return LoraConfig(rank, alpha, **{"targets": [*EVERYTHING[tiny.family(of).name], *of_experts], **changes})
 
 
 @torch.no_grad()

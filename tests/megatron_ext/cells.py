@@ -16,6 +16,9 @@ FAMILIES: dict[str, Any] = {
     "gpt_oss": replace(tiny.GPT_OSS_DIMS, sliding=(True, False) * 2),
     "nemotron_h": tiny.hybrid("ME*-"),
     "nemotron_h dense": tiny.hybrid("M*-M"),
+    **{kind: tiny.of_layers(of, 4) for kind, of in tiny.KINDS.items()},
+    # Where positions turn nothing, a key's bias has hardly a gradient but rounding, of which Adam makes whole steps.
+    **{kind: tiny.of_layers(replace(tiny.KINDS[kind], attention_bias=False), 4) for kind in ("glm4", "glm4_moe")},
 }
 
 

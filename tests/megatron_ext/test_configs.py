@@ -11,6 +11,7 @@ from megatron_ext.entrypoints import import_hf
 from megatron_ext.model_folders import model_folder
 from megatron_ext.models import config_meaning
 from megatron_ext.models.config_reading import WITHOUT_EFFECT
+from megatron_ext.models.qwen2.kinds import KINDS
 from megatron_ext.models.registry import model_type, parse_config
 from tests.megatron_ext import tiny
 
@@ -21,6 +22,7 @@ FAMILIES = {
     "gpt_oss": replace(tiny.GPT_OSS_DIMS, swiglu_limit=0.5),  # which activations reach
     "nemotron_h": tiny.NEMOTRON_H_DIMS,
     "nanochat": tiny.NANOCHAT_DIMS,
+    **tiny.KINDS,
 }
 
 
@@ -126,6 +128,8 @@ REQUIRED = {  # keys without which no file is understood, and sizes that suit tr
     "gpt_oss": {},
     "nemotron_h": dict(layers_block_type=["linear_attention", "moe", "full_attention", "mlp"], n_routed_experts=8),
     "nanochat": {},
+    **{kind: {} for kind in tiny.KINDS},
+    "glm4_moe": dict(num_nextn_predict_layers=0, num_attention_heads=32),
 }
 
 
@@ -141,6 +145,8 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(kind):
     needed = {name for names in by_field for name in names.values()} | {
         "model_type", "hidden_size", "vocab_size", "routed_scaling_factor", *REQUIRED[kind]
     }  # fmt: skip
+    if kind in KINDS:
+        needed |= {*KINDS[kind].sizes.values(), *KINDS[kind].same}
     bare = {key: value for key, value in (full | REQUIRED[kind]).items() if key in needed}
     assert understood(bare) == expected
 

@@ -59,13 +59,14 @@ SHAPES = {
         "ME*", mamba_heads=6, mamba_groups=2, experts=5, top_k=3, heads=6, kv_groups=1, vocabulary=64
     ),
     "nanochat": NANOCHAT,
+    **tiny.KINDS,
     "nanochat tied, 3 heads, no cap": replace(
         NANOCHAT, tied=True, hidden=36, heads=3, kv_groups=1, logit_cap=0.0, norm_epsilon=1e-3, vocabulary=64
     ),
 }
 FAMILIES = {
     "qwen2": replace(QWEN2, tied=False), "qwen3": QWEN3, "gpt_oss": GPT_OSS, "nemotron_h": NEMOTRON_H,
-    "nanochat": NANOCHAT,
+    "nanochat": NANOCHAT, **tiny.KINDS,
 }  # fmt: skip
 
 
@@ -269,7 +270,7 @@ def test_the_te_names_are_those_that_megatron_cores_spec_fuses(alone, shape):
     assert "linear_qkv=backend.column_parallel_layer_norm_linear()" in source
     assert re.search(r"pre_mlp_layernorm=backend.layer_norm\(.*\) if num_experts else IdentityOp", source)
     config = tiny.family(shape).spec.transformer_config(shape, ParallelPlan(), torch.float32)
-    (layer, *_) = decoder_spec.decoder_spec(config, OURS).layer_specs
+    (layer, *_) = decoder_spec.decoder_spec(config, decoder_spec.modules(OURS), OURS).layer_specs
     fused = layer.submodules.sharded_state_dict_keys_map
     for rule in tiny.family(shape).mapping.rules(shape):
         found = next((key for key in fused if f".{key}" in rule.name), None)

@@ -19,6 +19,7 @@ from megatron_ext.entrypoints import export_gguf
 from megatron_ext.layers.mxfp4 import dequantised, quantised
 from megatron_ext.models.gpt_oss.config import hf_config
 from megatron_ext.models.registry import Family
+from megatron_ext.models.rotary import Linear
 from megatron_ext.serving import converter, gguf_limits, gguf_vocabulary, guarded_converter
 from tests.megatron_ext import tiny
 from tests.megatron_ext.byte_bpe import byte_bpe
@@ -323,3 +324,15 @@ def test_in_a_process_of_its_own_it_makes_the_same_file_and_runs_no_code_of_the_
     with pytest.raises((UserMistake, RuntimeError)):
         export_gguf.run(export_gguf.Config(str(source)), tmp_path / "b", tmp_path)
     assert not code.exists()
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_model_that_was_not_held_against_llama_cpp_is_refused(kind):
+    (said,) = gguf_limits.refused(tiny.family(tiny.KINDS[kind]), tiny.KINDS[kind])
+    assert said.startswith(f"what llama.cpp makes of a {kind} was not held against the model")
+
+
+def test_stretched_positions_that_were_not_held_against_llama_cpp_are_refused():
+    stretched = replace(LLAMA, stretch=Linear(2.0))
+    (said,) = gguf_limits.refused(tiny.family(stretched), stretched)
+    assert "llama with linear positions" in said and not gguf_limits.refused(tiny.family(LLAMA), LLAMA)

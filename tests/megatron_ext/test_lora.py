@@ -28,7 +28,7 @@ PACK = tiny.pack([40], seed=2)
 
 FAMILIES = {
     "qwen2": tiny.DIMS, "gpt_oss": tiny.GPT_OSS_DIMS, "nemotron_h": tiny.NEMOTRON_H_DIMS,
-    "nanochat": tiny.NANOCHAT_DIMS,
+    "nanochat": tiny.NANOCHAT_DIMS, **tiny.KINDS,
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from tests.megatron_ext.test_certify import ROW, workload
 STEPS = 3
 RATE, DECAY, CLIP = 1e-3, 0.1, 0.5  # gradients are larger than this: every step clips
 TOLERANCE = 1e-5  # of losses and norms, relative
-VARIANTS = {"qwen3 untied", "nemotron_h dense"}  # of a family that is here already
+VARIANTS = {"qwen3 untied", "nemotron_h dense", *tiny.KINDS}  # of a family that is here already
 TRAVELLED = 1e-3  # of weights: how far apart two trainings of a tensor end, relative to how far they came
 
 

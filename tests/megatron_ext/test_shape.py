@@ -13,6 +13,7 @@ from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import GPT_OSS_20B, GPT_OSS_120B, NANO, QWEN_32B
 
 FAMILIES = [tiny.DIMS, tiny.dims(tied=False), tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H_DIMS]
+KINDS = [pytest.param(of, marks=pytest.mark.soak, id=kind) for kind, of in tiny.KINDS.items()]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("dims", FAMILIES, ids=lambda dims: tiny.family(dims).name)
+@pytest.mark.parametrize("dims", [*FAMILIES, *KINDS], ids=lambda dims: tiny.family(dims).name)
 def test_parameters_of_a_rank_are_those_of_the_built_model(two_ranks, plan, dims):
     """Padding of the vocabulary, whole norms and routers, experts over ranks, ends of the pipeline."""
     family = tiny.family(dims)

@@ -1,11 +1,12 @@
 """Tiny models and packs that every test builds the same way, in any process and under any layout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 import torch
 
 from data_tools.base import durable
@@ -15,6 +16,7 @@ from megatron_ext.models.nanochat import config as nanochat
 from megatron_ext.models.nemotron_h import config as nemotron_h
 from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.models.registry import Family
+from megatron_ext.models.rotary import Yarn
 from megatron_ext.parallel.parts import OURS, Parts
 
 QWEN2 = Family("qwen2")
@@ -96,6 +98,40 @@ NANOCHAT_DIMS = nanochat.Dims(
 
 def dims(**changes: Any) -> Dims:
     return replace(DIMS, **changes)
+
+
+WINDOW = dict(window=8, sliding=(True, True))
+MOE = dict(experts=4, top_k=2, expert_ffn=24)
+# The other kinds of the family qwen2 (models/qwen2/kinds.py): a line here is a line in every suite of families.
+KINDS: dict[str, Dims] = {
+    "qwen3_moe": dims(kind="qwen3_moe", tied=False, **MOE, dense=(False, True)),
+    "mistral": dims(kind="mistral", tied=False, **WINDOW),
+    "mixtral": dims(kind="mixtral", tied=False, experts=4, top_k=2),
+    "qwen2_moe": dims(kind="qwen2_moe", tied=False, **MOE, shared_ffn=40, norm_topk_prob=False),
+    "phi3": dims(kind="phi3", tied=False, partial=0.75),
+    "olmo2": dims(kind="olmo2", tied=False, kv_groups=4),
+    "olmo3": dims(kind="olmo3", tied=False, window=8, sliding=(True, False), stretch=Yarn(4.0, 16, 32.0, 1.0, True)),
+    "smollm3": dims(kind="smollm3", no_rope=(False, True)),
+    "glm4": dims(kind="glm4", tied=False, attention_bias=True, partial=0.5),
+    "glm4_moe": dims(kind="glm4_moe", tied=False, **MOE, shared_ffn=48, partial=0.5, attention_bias=True,
+                     dense=(True, False), routed_scaling_factor=1.5),
+    "granite": dims(kind="granite", embedding_multiplier=1.5, residual_multiplier=0.7, attention_multiplier=0.2,
+                    logits_scaling=4.0),
+}  # fmt: skip
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test that CI runs with the families alone, and `-m soak` with KINDS too."""
+    return [pytest.param(name, marks=[pytest.mark.soak] if name in KINDS else []) for name in names]
+
+
+def of_layers(of: Dims, layers: int) -> Dims:
+    """The same with more layers, of whose kinds there are as many as there may be."""
+    own = {name: getattr(of, name) for name in ("sliding", "no_rope", "dense")}
+    longer = {name: (each * layers)[:layers] for name, each in own.items()}
+    if of.of_kind.experts and of.of_kind.experts.dense == "first":
+        longer["dense"] = tuple(sorted(longer["dense"], reverse=True))
+    return replace(of, layers=layers, **longer)
 
 
 def hybrid(pattern: str, **sizes: Any) -> nemotron_h.Dims:

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_tools.mistake import Problem
 from megatron_ext.models.config_reading import ROPE_KEYS, Reading, file_of, small_dims
+from megatron_ext.models.rotary import YARN, Yarn, settings_of, stretch_of
 from megatron_ext.parallel.shape import ATTENTION, MOE, MXFP4_BLOCK, WINDOW, ModelShape
 
 SWIGLU_ALPHA = 1.702  # the only one that mcore's quick_gelu has
@@ -18,17 +19,6 @@ MXFP4 = {  # quantization_config of the released files: all but the experts is a
     ],
 }  # fmt: skip
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """Rotary positions stretched by `factor` (Peng et al., arXiv 2309.00071)."""
-
-    factor: float
-    original_positions: int
-    beta_fast: float
-    beta_slow: float
-    truncate: bool  # the correction range to whole numbers
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,6 @@ READ = {
     "sliding_window", "swiglu_limit", "tie_word_embeddings", *ROPE_KEYS, *SIZES.values(), *LAYERS.values(), *ONLY,
 }  # fmt: skip
 WITHOUT_EFFECT = {"router_aux_loss_coef"}  # of a loss that training here does not add
-YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
 DEFAULT_ROPE = {  # transformers' own, where a file names none
     "rope_type": "yarn",
     "factor": 32.0,
@@ -169,20 +158,10 @@ def _rope_of(reading: Reading, head_dim: int) -> tuple[float, Yarn | None]:
     rope = reading.rope(DEFAULT_ROPE, 150000.0, head_dim, {"yarn": YARN, "default": ()})
     if rope["rope_type"] != "yarn":
         return rope["rope_theta"], None
-    original = rope.get("original_max_position_embeddings")
-    if "factor" not in rope or original is None:
-        reading.refuse("rope_parameters", rope, "yarn needs factor and original_max_position_embeddings")
-    context = reading.config.get("initial_context_length")
+    context, original = reading.config.get("initial_context_length"), rope.get("original_max_position_embeddings")
     reading.agree("initial_context_length", context, "original_max_position_embeddings", original)
-    if not isinstance(rope.get("truncate", True), bool):
-        reading.refuse("rope_parameters.truncate", rope["truncate"], "use true or false")
-    yarn = Yarn(
-        factor=float(reading.number("factor", 1.0, rope)),
-        original_positions=int(reading.number("original_max_position_embeddings", 4096, rope)),
-        beta_fast=float(reading.number("beta_fast", 32, rope)),
-        beta_slow=float(reading.number("beta_slow", 1, rope)),
-        truncate=bool(rope.get("truncate", True)),
-    )
+    yarn = stretch_of(reading, rope)
+    assert yarn is None or isinstance(yarn, Yarn)
     return rope["rope_theta"], yarn
 
 
@@ -208,23 +187,9 @@ def shape(dims: Dims) -> ModelShape:
     )
 
 
-def _rope(dims: Dims) -> dict[str, Any]:
-    if dims.yarn is None:
-        return {"rope_type": "default", "rope_theta": dims.rope_base}
-    return {
-        "rope_type": "yarn",
-        "rope_theta": dims.rope_base,
-        "factor": dims.yarn.factor,
-        "original_max_position_embeddings": dims.yarn.original_positions,
-        "beta_fast": dims.yarn.beta_fast,
-        "beta_slow": dims.yarn.beta_slow,
-        "truncate": dims.yarn.truncate,
-    }
-
-
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
     """Return config.json of a GptOssForCausalLM with these dimensions, as transformers 4 and 5 both read it."""
-    rope = _rope(dims)
+    rope = settings_of(dims.yarn, dims.rope_base)
     quantised = {"quantization_config": MXFP4} if dims.mxfp4 else {}
     return {
         **file_of(dims, "GptOssForCausalLM", model_type="gpt_oss", eos=eos, pad=pad),

@@ -10,8 +10,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.layers.marks import marks
 from megatron_ext.models import decoder_spec
-from megatron_ext.models.gpt_oss.config import Dims, Yarn
-from megatron_ext.parallel.parts import OURS, TE, Parts
+from megatron_ext.models.gpt_oss.config import Dims
+from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 
 
@@ -32,30 +32,14 @@ def transformer_config(
         activation_func=quick_gelu,
         activation_func_clamp_value=dims.swiglu_limit,
         glu_linear_offset=1.0,
-        num_moe_experts=dims.experts,
-        moe_ffn_hidden_size=dims.ffn,
-        moe_router_topk=dims.top_k,
         moe_router_score_function="softmax",
         moe_router_pre_softmax=False,  # softmax over the chosen
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=parts.experts == TE,
+        **decoder_spec.routed(dims.experts, dims.top_k, dims.ffn, parts),
         **shared,
     )
     if dims.yarn is not None:
-        _set_yarn(config, dims.yarn)
+        decoder_spec.set_yarn(config, dims.yarn)
     return config
-
-
-def _set_yarn(config: TransformerConfig, yarn: Yarn) -> None:
-    """Set what mcore reads off the configuration, which has no such fields (gpt_model.py:172-190)."""
-    config.yarn_rotary_scaling_factor = yarn.factor
-    config.yarn_original_max_position_embeddings = yarn.original_positions
-    config.yarn_beta_fast = yarn.beta_fast
-    config.yarn_beta_slow = yarn.beta_slow
-    config.yarn_mscale = config.yarn_mscale_all_dim = None
-    config.yarn_correction_range_round_to_int = yarn.truncate
 
 
 def build(

@@ -73,21 +73,9 @@ def _cuts(plan: ParallelPlan) -> dict[str, Any]:
 
 def _experts(dims: Dims, parts: Parts) -> dict[str, Any]:
     return dict(
-        num_moe_experts=dims.experts,
-        moe_router_topk=dims.top_k,
-        moe_ffn_hidden_size=dims.expert_ffn,
         moe_shared_expert_intermediate_size=dims.shared_ffn,
-        moe_router_score_function="sigmoid",
-        moe_router_topk_scaling_factor=dims.routed_scale,
-        moe_router_num_groups=dims.expert_groups if dims.expert_groups > 1 else None,
-        moe_router_group_topk=dims.top_groups if dims.expert_groups > 1 else None,
-        moe_router_dtype="fp32",
-        moe_router_enable_expert_bias=True,
-        moe_router_bias_update_rate=0.0,  # mcore's default of 1e-3 rewrites the imported biases at every step
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=parts.experts == TE,
+        **decoder_spec.routed(dims.experts, dims.top_k, dims.expert_ffn, parts),
+        **decoder_spec.by_sigmoid(dims.routed_scale, dims.expert_groups, dims.top_groups),
     )
 
 
