@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.base import durable
+from data_tools.base import digests, durable
 from jobs.artifacts.layout import (
     FINISH,
     ArtifactLayout,
@@ -196,16 +196,17 @@ class Artifact(ArtifactLayout):
     def seal(self, lease: Lease, record: dict[str, Any], files: dict[str, Any] | None = None) -> bool:
         """Make the lease's folder durable and link its seal; return False when a twin's seal was there first.
 
-        `record` is what the caller knows (key, config, facts, upstream …); files are hashed here unless the caller
-        hands in what it read of them.
+        `record` is what the caller knows (key, config, facts, upstream …); files are synced and hashed here unless
+        their writers did, or the caller hands in what it read of them.
         """
         if not self.still_mine(lease):
             return False
-        durable.fsync_tree(lease.folder)
+        told = digests.told_below(lease.folder)
+        durable.fsync_tree(lease.folder, synced=told)
         seal = {
             "format": FORMAT,
             "root": str(lease.folder.relative_to(self.folder)),
-            "files": files if files is not None else manifest(lease.folder),
+            "files": files if files is not None else manifest(lease.folder, told),
             "environment": environment(),
             "sealed_at": time.time(),
             **record,
