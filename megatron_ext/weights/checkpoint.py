@@ -91,12 +91,16 @@ def save_weights(model: Model, folder: Path) -> str:
     with exchange.control() as group:
         parts = Staging().copy(Weights(model).parts())
         words = to_rank_zero(replace(_write(folder, parts, group), sums=sums(parts)).packed(), group)
-        digest = ""
-        if first:
-            written = told.everything(words)
-            digest = written.weights_digest
-            digests.write(folder, written.files | dist_weights.finish(folder, written.pieces))
-        return from_rank_zero(digest, group)
+        return from_rank_zero(finish_weights(folder, told.everything(words)) if first else "", group)
+
+
+def finish_weights(folder: Path, written: Everything) -> str:
+    """Make the folder that all ranks have filled, and synced, a checkpoint of weights. Return their digest.
+
+    Rank 0 alone, without the others.
+    """
+    digests.write(folder, written.files | dist_weights.finish(folder, written.pieces))
+    return written.weights_digest
 
 
 def load_weights(model: Model, folder: Path) -> None:
