@@ -18,7 +18,7 @@ from megatron_ext.weights.told import Everything, Told, everything
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import LAYOUTS, MODEL, metrics, steady, stop_at, train_to_end
 
-PLAN = LAYOUTS["DP2"]
+PLAN = LAYOUTS["TP2"]  # whose ranks draw different numbers
 AROUND = {".metadata", "common.pt", "metadata.json"}
 
 
@@ -49,18 +49,21 @@ def train_on_nodes(node_of: list[int], **arguments) -> dict:
 
 
 @pytest.fixture(scope="module")
-def whole(two_ranks, hf, tmp_path_factory) -> tuple[Path, dict]:
-    """A training whose two ranks share a node."""
+def whole(two_ranks, hf, tmp_path_factory) -> tuple[Path, list[dict]]:
+    """A training whose two ranks share a node: its folder, and what each rank found."""
     keep = tmp_path_factory.mktemp("whole")
-    return keep, two_ranks.run(train_to_end, plan=PLAN, hf=hf, keep=keep, keep_checkpoints=9)[0]
+    found = two_ranks.run(train_to_end, plan=PLAN, hf=hf, keep=keep, keep_checkpoints=9)
+    assert found[0]["random"] != found[1]["random"]
+    return keep, found
 
 
 def names(step: Path) -> set[str]:
     return {path.name for path in (step / "state").iterdir()}
 
 
-def resumes_as(whole: tuple[Path, dict], resumed: dict, keep: Path) -> None:
-    assert resumed == {**whole[1], "resumed_from": 4}
+def resumes_as(whole: tuple[Path, list[dict]], resumed: list[dict], keep: Path) -> None:
+    """Each rank's random numbers, too, go on where they were."""
+    assert resumed == [{**found, "resumed_from": 4} for found in whole[1]]
     assert [steady(line) for line in metrics(keep)] == [steady(line) for line in metrics(whole[0])]
 
 
@@ -70,7 +73,7 @@ def test_files_are_as_many_as_nodes_and_any_of_them_resumes_to_the_bit(two_ranks
     two_ranks.run(train_on_nodes, node_of=[7, 5], **arguments)
     assert names(tmp_path / "checkpoints" / "step_4") == {"__0_0.distcp", "__1_0.distcp", *AROUND}
     stop_at(tmp_path, 4)
-    resumes_as(whole, two_ranks.run(train_to_end, **arguments)[0], tmp_path)
+    resumes_as(whole, two_ranks.run(train_to_end, **arguments), tmp_path)
     assert names(tmp_path / "checkpoints" / "step_6") == {"__0_0.distcp", *AROUND}
 
 
@@ -92,7 +95,7 @@ def test_a_step_of_before_resumes_to_the_bit(two_ranks, hf, whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "keep")
     stop_at(tmp_path / "keep", 4)
     as_before(tmp_path / "keep" / "checkpoints" / "step_4")
-    resumed = two_ranks.run(train_to_end, plan=PLAN, hf=hf, keep=tmp_path / "keep", keep_checkpoints=9)[0]
+    resumed = two_ranks.run(train_to_end, plan=PLAN, hf=hf, keep=tmp_path / "keep", keep_checkpoints=9)
     resumes_as(whole, resumed, tmp_path / "keep")
 
 
