@@ -11,9 +11,10 @@ import functools
 import importlib.metadata
 import platform
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from data_tools.base import digests, durable
@@ -46,6 +47,23 @@ def manifest(folder: Path, told: Mapping[str, Sequence[Part]] = EMPTY) -> dict[s
         if len(parts) > 1:
             files[name]["parts"] = [size for size, _ in parts]
     return files
+
+
+def linked(folder: Path, seals: Iterable["Seal"]) -> dict[str, list[Part]]:
+    """Return what seals say of those files below `folder` that are links to files of theirs: {relative name: parts}."""
+    links: dict[tuple[int, int], str] = {}
+    for path in folder.rglob("*"):
+        stat = path.lstat()
+        if S_ISREG(stat.st_mode) and stat.st_nlink > 1:
+            links[stat.st_dev, stat.st_ino] = str(path.relative_to(folder))
+    told: dict[str, list[Part]] = {}
+    for seal in seals if links else ():
+        for name, entry in seal.content["files"].items():
+            stat = (seal.folder / name).lstat()
+            same = (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"])
+            if same and "parts" not in entry and (stat.st_dev, stat.st_ino) in links:
+                told[links[stat.st_dev, stat.st_ino]] = [(entry["size"], entry["sha256"])]
+    return told
 
 
 @functools.cache

@@ -8,10 +8,9 @@ import pytest
 from data_tools.base import digests, durable
 from jobs.artifacts.artifact import Artifact
 from jobs.artifacts.hash_cache import HashCache
+from jobs.artifacts.layout import FINISH
 from jobs.artifacts.owner import Owner
-from jobs.artifacts.seal import Seal, read_seal
-from jobs.last_word import LastWord
-from jobs.ranks import Rank
+from jobs.artifacts.seal import Seal, linked, read_seal
 from tests.data_tools.test_digests import written
 
 NODES, PARTS = 40, (b"the first rank's", b"the second rank's")
@@ -102,19 +101,24 @@ def test_parts_that_are_no_lengths_are_no_seal(artifact, monkeypatch, parts):
         read_seal(artifact.seal_path)
 
 
-# ---------------------------------------------------------------- outcomes
-
-
-def test_of_many_ranks_that_fail_alike_few_write_how_it_ended(tmp_path, monkeypatch):
-    """One is believed; that all wrote and synced a file of their own would be thousands at the same moment."""
-    from jobs.artifacts.run_folder import RunFolder
-    from tests.jobs.test_altered_files import PHASE
-
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    counted, run = Counted(monkeypatch), RunFolder(tmp_path / "run")
-    for rank in range(200):
-        word = LastWord(run, PHASE, element=0, owner=Owner.me(1, 0), rank=Rank(rank, 0, 200), started=0.0)
-        word.say(2, f"rank {rank} cannot")
-    (outcome,) = run.outcomes(PHASE.name)
-    assert outcome.message == "rank 0 cannot" and outcome.state == "mistake"
-    assert len([path for path in counted.synced if not path.is_dir()]) == 1
+def test_what_elements_sealed_is_not_read_again_where_the_whole_links_to_it(tmp_path, monkeypatch):
+    """Unless it was changed since: an exported model is merged from the files of its elements."""
+    counted, artifact = Counted(monkeypatch), Artifact(tmp_path / "KEY", elements=3, fans_in=True)
+    seals = []
+    for index in range(3):
+        lease = artifact.acquire(index, Owner.me(1, 0), lambda job: False)
+        (lease.folder / f"{index}.safetensors").write_text(f"weights {index}")
+        assert artifact.seal(lease, {"key": "k"})
+        seals.append(read_seal(artifact.element_seal_path(index)))
+    lease = artifact.acquire(FINISH, Owner.me(1, 0), lambda job: False)
+    for index, seal in enumerate(seals):
+        os.link(seal.folder / f"{index}.safetensors", lease.folder / f"{index}.safetensors")
+    (lease.folder / "1.safetensors").write_text("weights, changed")
+    (lease.folder / "own.json").write_text("{}")
+    counted.read.clear(), counted.synced.clear()
+    assert artifact.seal(lease, {"key": "k"}, linked(lease.folder, seals))
+    assert sorted(path.name for path in counted.read) == ["1.safetensors", "own.json"]
+    assert {path.name for path in counted.synced if path.suffix} >= {"1.safetensors", "own.json"}
+    assert not {"0.safetensors", "2.safetensors"} & {path.name for path in counted.synced}
+    whole = read_seal(artifact.seal_path)
+    assert whole is not None and list(whole.altered(rehash=True)) == []
