@@ -62,7 +62,6 @@ from data_tools.tasks.task import (
 )
 
 ON_BAD_ROW = ("fail", "bucket")
-
 _REPORT_EVERY = 500  # lines or rows between two calls of progress
 _CHUNKS_AHEAD = 4  # a worker; what is read ahead of the oldest unfinished chunk
 
