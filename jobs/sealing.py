@@ -10,7 +10,7 @@ from jobs.artifacts.consolidate import consolidate
 from jobs.artifacts.layout import FINISH
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase
-from jobs.artifacts.seal import Seal, read_seal
+from jobs.artifacts.seal import Seal, linked, read_seal
 from jobs.kind import PhaseKind
 from jobs.schema.references import substitute
 from jobs.schema.typed import typed_config
@@ -102,7 +102,7 @@ class Sealer:
         facts = self.kind.finish([part.folder for part in parts], config, task) or {}
         upstream = standing.whole_upstream(parts, self.upstream.paired)
         record = {**self._record(facts, whole=True), "parts": [part.digest for part in parts], "upstream": upstream}
-        if self.artifact.seal(lease, record):
+        if self.artifact.seal(lease, record, linked(lease.folder, parts)):
             owners = {index: (part.submission, part.content.get("restart", 0)) for index, part in enumerate(parts)}
             consolidate(self.upstream.run, self.phase, self.owner.attempt, owners)
 

@@ -39,8 +39,9 @@ from data_tools.progress import Stopped
 from jobs import requeue, retry, stopping
 from jobs.artifacts.artifact import Artifact, Lease, LeaseHeld, Sealed
 from jobs.artifacts.owner import Owner, slurm_variables
-from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.kind import PhaseKind, find_kind
+from jobs.last_word import LastWord
 from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
 from jobs.rehearsal import rehearsed_kind
 from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause
@@ -188,6 +189,8 @@ class Worker:
         restart = restart_count(self.artifact, index, number, chained=bool(phase.links))
         self.owner = Owner.me(number, restart, job_element(os.environ))
         self.started = time.time()
+        self.last_word = LastWord(run, phase, element=index, owner=self.owner, rank=rank, started=self.started)
+        self.heard = False  # whether rank 0 told this rank how it ends
         self.lease: Lease | None = None
         self.upstream = Upstream(run, phases, phase, index)
         self.secrets = Secrets({})
@@ -207,18 +210,10 @@ class Worker:
         except Exception as error:
             code, message = self._failure(error)
         message = self.secrets.mask(message)
-        states = {
-            EXIT_SEALED: "sealed",
-            EXIT_MISTAKE: "mistake",
-            EXIT_LEASE_HELD: "skipped",
-            EXIT_NOT_NEEDED: "skipped",
-            EXIT_UNFINISHED: "stopped",
-        }
         if code != EXIT_SEALED:
             _say(f"{self.phase.name}[{self.index}]: {message}")
-        if code != EXIT_SEALED or self.rank.rank == 0:
-            reached = self.reached if code == EXIT_SEALED else (None, None)
-            self._record_outcome(states.get(code, "failed"), code, message, reached)
+        if self.rank.rank == 0 or not self.heard:
+            self.last_word.say(code, message, self.reached if code == EXIT_SEALED else (None, None))
         if code not in (EXIT_SEALED, EXIT_LEASE_HELD, EXIT_NOT_NEEDED):
             # Other ranks may sit in a collective with this one: leave without waiting for them.
             self.secrets.close_output()
@@ -247,27 +242,6 @@ class Worker:
         if disk.f_bavail * disk.f_frsize < FULL_BELOW:  # libraries wrap or lose ENOSPC
             message += f" ({self.run.path} has no space left)"
         return EXIT_FAILED, message
-
-    def _record_outcome(self, state: str, code: int, message: str, reached: tuple[float | None, int | None]) -> None:
-        """Write down how this life of the element ended; `reached` are steps done and in all, where the phase told."""
-        outcome = Outcome(
-            element=self.index,
-            attempt=self.owner.attempt,
-            restart=self.owner.restart,
-            state=state,
-            exit_code=code,
-            message=message,
-            host=socket.gethostname(),
-            job=self.owner.job,
-            started=self.started,
-            done=reached[0],
-            total=reached[1],
-            key=self.phase.key,
-        )
-        try:
-            self.run.record_outcome(self.phase.name, outcome)
-        except OSError as error:  # the log and the exit code say it all the same
-            _say(f"outcome not recorded: {disk_problem(error) or error}")
 
     def _profile(self) -> Profile:
         return load(str(self.run.profile_path(self.number)))
@@ -314,10 +288,9 @@ class Worker:
         kind = rehearsed_kind() if self.phase.rehearsal else find_kind(self.phase.uses)
         assert kind is not None, f"phase kind {self.phase.uses} vanished from the snapshot"
         verdicts = Verdicts(self.rank, self._meeting)
-        beginning = verdicts.decide("lease", self._begin)
+        beginning = verdicts.decide("lease", self._begin_or_say)
         if beginning["exit"] is not None:
-            verdicts.goodbye()
-            return beginning["exit"], beginning["message"]
+            return self._leave(verdicts, beginning["exit"], beginning["message"])
         facts: dict[str, Any] = {}
         if not beginning["only_fan_in"]:
             task = self._task(Path(beginning["out"]))
@@ -331,17 +304,28 @@ class Worker:
             self.reached = task.reached
             verdicts.gather("done")
         ending = verdicts.decide("sealed", lambda: self._seal(kind, facts))
+        return self._leave(verdicts, ending["exit"], ending["message"])
+
+    def _leave(self, verdicts: Verdicts, code: int, message: str) -> tuple[int, str]:
+        """End as rank 0 said, which has written down how, but for a seal: that comes last."""
+        self.heard = True
         verdicts.goodbye()
-        return ending["exit"], ending["message"]
+        return code, message
 
     def _stop(self, verdicts: Verdicts, stopped: Stopped) -> tuple[int, str]:
         """Leave after a checkpoint. No rank exits before rank 0 has requeued: that would end the job."""
         words = verdicts.gather("stopped", ",".join(map(str, SIGNALS.received)))
         ending = verdicts.decide("stopped", lambda: self._stopped(stopped, words))
-        verdicts.goodbye()
-        return ending["exit"], ending["message"]
+        return self._leave(verdicts, ending["exit"], ending["message"])
 
     # -- rank 0 only ---------------------------------------------------------------------------------------------
+
+    def _begin_or_say(self) -> Beginning:
+        """Begin, and write down why not where there is nothing to run."""
+        beginning = self._begin()
+        if beginning["exit"] not in (None, EXIT_SEALED):
+            self.last_word.say(beginning["exit"] or 0, self.secrets.mask(beginning["message"]))
+        return beginning
 
     def _begin(self) -> Beginning:
         """Read upstream seals and inputs, and take the lease; return what every rank has to know."""
@@ -399,7 +383,7 @@ class Worker:
         if refusal and refusal != "not asked for":
             message += f" (not requeued: {refusal})"
         # Before the requeue, which has Slurm end this very process.
-        self._record_outcome("stopped", EXIT_UNFINISHED, message, (stopped.done, stopped.total))
+        self.last_word.say(EXIT_UNFINISHED, message, (stopped.done, stopped.total))
         if not refusal:
             try:
                 requeue.requeue(slurm=slurm, run=self.run, phase=self.phase, attempt=self.number, ends=before)
@@ -440,6 +424,7 @@ class Worker:
         try:
             return Ending(exit=EXIT_SEALED, message=sealer.seal(self.lease, facts))
         except TakenOver:
+            self.last_word.say(EXIT_LEASE_HELD, TAKEN_OVER)
             return Ending(exit=EXIT_LEASE_HELD, message=TAKEN_OVER)
 
 

@@ -37,7 +37,7 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
     # A phase's file is found by its name (jobs/kind.py looks into jobs/phases), and each is written with jobs/kind.py.
     "jobs": (
         "schema kind phases task masking stopping", "retry", "artifacts",
-        "ranks requeue secrets replay sealing upstream health rehearsal", "bare worker",
+        "ranks requeue secrets replay sealing upstream health rehearsal last_word", "bare worker",
     ),
     "launchers": (
         "planning", "causes", "backends", "submission", "observe", "report completion", "verbs", "cli", "door",

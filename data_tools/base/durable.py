@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ LINK_UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # link(2) on FAT,
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Let an OSError from within name `path`."""
     try:
         yield
@@ -42,7 +42,7 @@ def fsync_folder(folder: Path) -> None:
     """Make the folder's entries (renames, links, new files) survive a power cut, where the filesystem can."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with _naming(folder):
+        with naming(folder):
             os.fsync(handle)
     except OSError as error:
         if error.errno not in FOLDER_FSYNC_UNSUPPORTED:
@@ -54,18 +54,20 @@ def fsync_folder(folder: Path) -> None:
 def fsync_file(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        with _naming(Path(path)):  # a full disk or quota may show only here
+        with naming(Path(path)):  # a full disk or quota may show only here
             os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def fsync_tree(folder: Path) -> None:
-    """Sync every file and folder below `folder`, deepest first."""
+def fsync_tree(folder: Path, synced: Collection[str] = ()) -> None:
+    """Sync every folder below `folder`, deepest first, and every file but those whose writers did: `synced`, by their
+    names relative to `folder`.
+    """
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
             path = os.path.join(root, name)
-            if not os.path.islink(path):
+            if not os.path.islink(path) and os.path.relpath(path, folder) not in synced:
                 fsync_file(Path(path))
         fsync_folder(Path(root))
 
@@ -88,7 +90,7 @@ def _write_temporary(path: Path, data: bytes, folder: Path, mode: int = 0o666) -
 def write_file(path: Path, data: bytes | str) -> None:
     """Replace `path` atomically; readers see the old bytes or the new ones."""
     path = Path(path)
-    with _naming(path):
+    with naming(path):
         temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data, path.parent)
         os.replace(temporary, path)
         fsync_folder(path.parent)
@@ -102,7 +104,7 @@ def create_file(path: Path, data: bytes | str, by_way_of: Path | None = None, mo
     which then raises FileNotFoundError or ESTALE. `mode` is what the umask leaves of it.
     """
     path = Path(path)
-    with _naming(path):
+    with naming(path):
         data = data.encode() if isinstance(data, str) else data
         temporary = _write_temporary(path, data, by_way_of or path.parent, mode)
         try:
@@ -129,7 +131,7 @@ def append_line(path: Path, line: str) -> None:
 
     What a power cut left of an earlier line that nobody was told was written is cut off first.
     """
-    with _naming(path):
+    with naming(path):
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             whole = _end_of_last_line(handle)

@@ -31,7 +31,8 @@ class Server:
         self._peers = selectors.DefaultSelector()
         self._peers.register(self._socket, selectors.EVENT_READ)
         self._unproven: dict[_Peer, None] = {}
-        self._waiting: list[_Wait] = []
+        self._waiting: dict[_Wait, None] = {}
+        self._missed: dict[bytes, dict[_Wait, None]] = {}  # key -> who waits for it: thousands wait at once
         self._ended = False
         self._thread = threading.Thread(target=self._serve, daemon=True, name="rendezvous")
         self._thread.start()
@@ -137,18 +138,31 @@ class Server:
         """Set values and say so, first to the one who set them: those who waited may end the store."""
         self.values.update(values)
         self._say(peer, b"ok", *answer)
-        for wait in [wait for wait in self._waiting if wait.missing & values.keys()]:
-            wait.missing -= values.keys()
-            if not wait.missing and wait in self._waiting:
-                self._waiting.remove(wait)
-                self._say(wait.peer, b"ok", *self._values_of(wait.wanted))
+        for key in values:
+            for wait in list(self._missed.pop(key, ())):
+                wait.missing.discard(key)
+                if not wait.missing and wait in self._waiting:
+                    self._forget(wait)
+                    self._say(wait.peer, b"ok", *self._values_of(wait.wanted))
 
     def _when_set(self, peer: "_Peer", limit_s: bytes, keys: list[bytes], wanted: list[bytes]) -> None:
         missing = {key for key in keys if key not in self.values}
         if missing:
-            self._waiting.append(_Wait(time.monotonic() + float(limit_s), missing, peer, wanted))
+            wait = _Wait(time.monotonic() + float(limit_s), missing, peer, wanted)
+            self._waiting[wait] = peer.waits[wait] = None
+            for key in missing:
+                self._missed.setdefault(key, {})[wait] = None
         else:
             self._say(peer, b"ok", *self._values_of(wanted))
+
+    def _forget(self, wait: "_Wait") -> None:
+        """Stop waiting for what a request asked, if it still does."""
+        self._waiting.pop(wait, None)
+        wait.peer.waits.pop(wait, None)
+        for key in wait.missing & self._missed.keys():
+            self._missed[key].pop(wait, None)
+            if not self._missed[key]:
+                del self._missed[key]
 
     def _values_of(self, keys: list[bytes]) -> list[bytes]:
         return [self.values[key] for key in keys]
@@ -181,7 +195,9 @@ class Server:
 
     def _do_delete(self, peer: "_Peer", key: bytes) -> None:
         for wait in self._waiting:
-            wait.missing |= {key} & set(wait.wanted)  # it is to be set again before that one is answered
+            if key in wait.wanted:  # it is to be set again before that one is answered
+                wait.missing.add(key)
+                self._missed.setdefault(key, {})[wait] = None
         self._say(peer, b"ok", b"0" if self.values.pop(key, None) is None else b"1")
 
     def _do_count(self, peer: "_Peer") -> None:
@@ -192,8 +208,8 @@ class Server:
         for peer in [peer for peer in self._unproven if now > peer.since + PROOF_S]:
             self._drop(peer)
         late = [wait for wait in self._waiting if now > wait.until]
-        self._waiting = [wait for wait in self._waiting if now <= wait.until]
         for wait in late:
+            self._forget(wait)
             self._say(wait.peer, b"late", *sorted(wait.missing)[:3])
 
     def _drop(self, peer: "_Peer") -> None:
@@ -203,7 +219,8 @@ class Server:
                 self._peers.unregister(peer.socket)
             peer.socket.close()
             self._unproven.pop(peer, None)
-            self._waiting = [wait for wait in self._waiting if wait.peer is not peer]
+            for wait in list(peer.waits):
+                self._forget(wait)
 
 
 @dataclass(eq=False)
@@ -217,6 +234,7 @@ class _Peer:
     proven: bool = False
     gone: bool = False
     since: float = field(default_factory=time.monotonic)
+    waits: "dict[_Wait, None]" = field(default_factory=dict)
 
 
 @dataclass(eq=False)

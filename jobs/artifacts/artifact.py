@@ -15,12 +15,13 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.base import durable
+from data_tools.base import digests, durable
+from data_tools.base.digests import Part
 from jobs.artifacts.layout import (
     FINISH,
     ArtifactLayout,
@@ -30,7 +31,7 @@ from jobs.artifacts.layout import (
     set_aside_name,
 )
 from jobs.artifacts.owner import Owner
-from jobs.artifacts.seal import FORMAT, Seal, environment, manifest, read_seal
+from jobs.artifacts.seal import EMPTY, FORMAT, Seal, environment, manifest, read_seal
 
 ASKED_FIRST = 64  # elements of a phase, before all are listed: at a random moment one in 65 goes on to that
 
@@ -193,19 +194,20 @@ class Artifact(ArtifactLayout):
         """Return False once a newer owner took the element over."""
         return max(self.leases(lease.element), default=None) == lease.owner
 
-    def seal(self, lease: Lease, record: dict[str, Any], files: dict[str, Any] | None = None) -> bool:
+    def seal(self, lease: Lease, record: dict[str, Any], told: Mapping[str, Sequence[Part]] = EMPTY) -> bool:
         """Make the lease's folder durable and link its seal; return False when a twin's seal was there first.
 
-        `record` is what the caller knows (key, config, facts, upstream …); files are hashed here unless the caller
-        hands in what it read of them.
+        `record` is what the caller knows (key, config, facts, upstream …); files are synced and hashed here unless
+        their writers did: `digests.json` says so (digests.py), or the caller has it `told`.
         """
         if not self.still_mine(lease):
             return False
-        durable.fsync_tree(lease.folder)
+        told = {**digests.told_below(lease.folder), **told}
+        durable.fsync_tree(lease.folder, synced=told)
         seal = {
             "format": FORMAT,
             "root": str(lease.folder.relative_to(self.folder)),
-            "files": files if files is not None else manifest(lease.folder),
+            "files": manifest(lease.folder, told),
             "environment": environment(),
             "sealed_at": time.time(),
             **record,

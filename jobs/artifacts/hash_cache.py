@@ -2,9 +2,11 @@
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from data_tools.base import durable
+from data_tools.base import digests, durable
 
 
 class HashCache:
@@ -20,20 +22,21 @@ class HashCache:
     def __init__(self, folder: Path | None = None):
         self.folder = folder or durable.cache_folder("sha256")
 
-    def sha256(self, path: Path) -> str:
-        """Return the SHA-256 of a file, read only where the cache does not know it."""
+    def sha256(self, path: Path, parts: Sequence[int] = ()) -> str:
+        """Return the SHA-256 of a file, or that of its `parts` (digests.py), read only where it is not known."""
         path = Path(path).resolve()
         stat = path.stat()
         if stat.st_size <= self.SMALL:
-            return durable.sha256_file(path)
-        now = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            return digests.sha256(path, parts)
+        now: dict[str, Any] = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        now |= {"parts": list(parts)} if parts else {}
         name = durable.sha256_bytes(str(path))
         entry = self.folder / name[:2] / f"{name}.json"
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             known = durable.parse_checked(entry.read_bytes(), entry)
             if known == durable.with_sum(now | {"sha256": known["sha256"]}):
                 return known["sha256"]
-        digest = durable.sha256_file(path)
+        digest = digests.sha256(path, parts)
         with contextlib.suppress(OSError):
             entry.parent.mkdir(parents=True, exist_ok=True)
             durable.write_checked(entry, now | {"sha256": digest})

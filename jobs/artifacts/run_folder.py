@@ -305,6 +305,8 @@ class RunFolder(RunLayout):
         """
         life = (outcome.element, outcome.attempt, outcome.restart)
         path = self.outcome_path(phase, life, is_twin=outcome.state == "skipped")
+        if path.exists():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.create_file(path, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
 

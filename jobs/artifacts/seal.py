@@ -2,18 +2,23 @@
 
 {"format", "key", "material", "root", "files": {name: {size, mtime_ns, sha256}}, "parts", "upstream", "facts",
  "submission", "restart", "job", "environment", "sealed_at", …, "sum"}
+
+A file that several ranks wrote also has "parts", the bytes of each: its sha256 is that of the list of theirs
+(digests.py).
 """
 
 import functools
 import importlib.metadata
 import platform
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
-from data_tools.base import durable
+from data_tools.base import digests, durable
+from data_tools.base.digests import Part
 from data_tools.mistake import UserMistake
 from jobs.artifacts.anew import how_to_run_anew
 from jobs.artifacts.hash_cache import HashCache
@@ -21,20 +26,44 @@ from jobs.artifacts.layout import SEAL, artifact_of
 
 FORMAT = 1
 MERGED = ("root", "files", "upstream", "submission", "restart")  # what the merging of elements reads of their seals
+EMPTY: dict[str, list[Part]] = {}
 FILE = {"size": int, "mtime_ns": int, "sha256": str}  # what a seal says of each file
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """Return {relative name: {size, mtime_ns, sha256}} of every file below `folder`."""
+def manifest(folder: Path, told: Mapping[str, Sequence[Part]] = EMPTY) -> dict[str, Any]:
+    """Return {relative name: {size, mtime_ns, sha256}} of every file below `folder`.
+
+    Those whose writers `told` their digests (digests.told_below) are not read; of several parts, "parts" has the bytes.
+    """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        stat = path.stat()
-        files[str(path.relative_to(folder))] = {
+        stat, name = path.stat(), str(path.relative_to(folder))
+        parts = told.get(name, ())
+        files[name] = {
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
-            "sha256": durable.sha256_file(path),
+            "sha256": digests.whole(parts) if parts else durable.sha256_file(path),
         }
+        if len(parts) > 1:
+            files[name]["parts"] = [size for size, _ in parts]
     return files
+
+
+def linked(folder: Path, seals: Iterable["Seal"]) -> dict[str, list[Part]]:
+    """Return what seals say of those files below `folder` that are links to files of theirs: {relative name: parts}."""
+    links: dict[tuple[int, int], str] = {}
+    for path in folder.rglob("*"):
+        stat = path.lstat()
+        if S_ISREG(stat.st_mode) and stat.st_nlink > 1:
+            links[stat.st_dev, stat.st_ino] = str(path.relative_to(folder))
+    told: dict[str, list[Part]] = {}
+    for seal in seals if links else ():
+        for name, entry in seal.content["files"].items():
+            stat = (seal.folder / name).lstat()
+            same = (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"])
+            if same and "parts" not in entry and (stat.st_dev, stat.st_ino) in links:
+                told[links[stat.st_dev, stat.st_ino]] = [(entry["size"], entry["sha256"])]
+    return told
 
 
 @functools.cache
@@ -111,7 +140,7 @@ class Seal:
         Compares size and mtime; hashes where they differ (a copied run keeps bytes, not times) or when `rehash`.
         With a `cache` the files of a copied run are hashed once, not at every look.
         """
-        sha256 = cache.sha256 if cache and not rehash else durable.sha256_file
+        sha256 = cache.sha256 if cache and not rehash else digests.sha256
         for name, entry in self.content["files"].items():
             path = self.folder / name
             try:
@@ -122,7 +151,7 @@ class Seal:
             same = stat.st_size == entry["size"] and stat.st_mtime_ns == entry["mtime_ns"]
             if same and not rehash:
                 continue
-            if stat.st_size != entry["size"] or sha256(path) != entry["sha256"]:
+            if stat.st_size != entry["size"] or sha256(path, entry.get("parts", ())) != entry["sha256"]:
                 yield f"{path} was changed after it was sealed (sha256 is no longer {entry['sha256'][:12]}…)"
 
     def verify(self, rehash: bool = False, cache: HashCache | None = None) -> None:
@@ -183,4 +212,7 @@ def _malformed(content: dict[str, Any]) -> str:
             return f"names the file {name!r:.80}, which is no place in its own folder"
         if not isinstance(entry, dict) or not [type(entry.get(field)) for field in FILE] == list(FILE.values()):
             return f"does not say size, mtime_ns and sha256 of its file {name!r:.80}"
+        parts = entry.get("parts", [])
+        if not isinstance(parts, list) or any(type(size) is not int or size < 0 for size in parts):
+            return f"has {parts!r:.40} for the parts of its file {name!r:.80}"
     return ""

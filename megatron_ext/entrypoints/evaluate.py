@@ -296,7 +296,7 @@ def _lines_of_mix(
     """
     from megatron_ext.model_folders import model_folder
     from megatron_ext.parallel import ranks
-    from megatron_ext.weights.checkpoint import from_rank_zero
+    from megatron_ext.weights.exchange import from_rank_zero
 
     load_once = cache(lambda: model_folder.load_told(folder, config))
     entries = entries_of(config.mix)

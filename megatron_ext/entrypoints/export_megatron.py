@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base.declared import MODELS, setting
+from data_tools.base.digests import DIGESTS
 from data_tools.base.inside import files
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
@@ -73,7 +74,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     reader = dist_weights.Reader(folder.weights)  # which also shows that it is whole
     release = out / RELEASE
     release.mkdir()
-    copied = [path for path in files(folder.weights) if path.name != dist_weights.COMMON]
+    own = (dist_weights.COMMON, DIGESTS)  # copies are not the bytes that their writers synced
+    copied = [path for path in files(folder.weights) if path.name not in own]
     for done, path in enumerate(copied):
         progress(done, len(copied), "files")
         shutil.copyfile(path, release / path.relative_to(folder.weights))

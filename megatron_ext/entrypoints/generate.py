@@ -89,7 +89,7 @@ def run(
     folder = model_folder.open_folder(config.model)
     with ranks.started(config.parallel):
         # megatron-core may be imported once the device is ready
-        from megatron_ext.weights.checkpoint import from_rank_zero
+        from megatron_ext.weights.exchange import from_rank_zero
 
         choice = model_folder.told_parts(folder, config)
 

@@ -170,6 +170,12 @@ def load(path: Path, known: frozenset[Pair] = TENSORS, unknown: bool = False) ->
         return _load(file, 0, file.tell(), None if unknown else known)
 
 
+def load_part(path: Path, start: int, length: int | None) -> Any:
+    """Load what torch.save wrote into `length` bytes (None: all) of a file from `start` on, as `load` does."""
+    with open(path, "rb") as file:
+        return _load(file, start, file.seek(0, io.SEEK_END) - start if length is None else length, TENSORS)
+
+
 def load_piece(file: IO[bytes], start: int, length: int) -> torch.Tensor:
     """Load the one tensor that torch.save wrote into `length` bytes of an open file from `start` on, as `load` does."""
     tensor = _load(file, start, length, TENSORS)

@@ -1,5 +1,6 @@
 """The manifest of a published training step (checkpoint.py), read with all that can be wrong with it. No torch."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ from data_tools.base import durable
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 
-FORMAT = 2
+FORMAT = 3
+ONE_PART = 2  # the format of before, in which a file has one writer, and each rank a file of random states
 MANIFEST = "manifest.json"
 KINDS = {
     "step": int,
@@ -37,6 +39,37 @@ def read(folder: Path) -> tuple[dict[str, Any], str]:
     return ({}, f"{MANIFEST} {problem}") if problem else (manifest, "")
 
 
+@dataclass(frozen=True, slots=True)  # each rank gets them all
+class Place:
+    """One part of a file of a step, and what was written there."""
+
+    file: str
+    whole: int  # bytes of the file
+    start: int
+    size: int
+    sha256: str
+
+
+def places(manifest: dict[str, Any]) -> list[Place]:
+    """Return the parts of all files, each hashed by itself, of a manifest as `read` returns it."""
+    found = []
+    for file, entry in sorted(manifest["files"].items()):
+        parts, start = [entry] if manifest["format"] == ONE_PART else entry, 0
+        whole = sum(size for size, _ in parts)
+        for size, sha256 in parts:
+            found.append(Place(file, whole, start, size, sha256))
+            start += size
+    return found
+
+
+def rng_of(manifest: dict[str, Any], rank: int) -> tuple[str, int, int | None]:
+    """Return the file of a rank's random states, their first byte, and how many they are (None: to its end)."""
+    if manifest["format"] == ONE_PART:
+        return f"rng/{rank}.pt", 0, None
+    file, start, size = manifest["rng"][rank]
+    return file, start, size
+
+
 def read_or_refuse(folder: Path, where: str) -> dict[str, Any]:
     """Return a step's manifest. UserMistake about the setting `where` that names the folder."""
     manifest, problem = read(folder)
@@ -52,7 +85,7 @@ def has_sum(folder: Path) -> bool:
 
 def _malformed(manifest: dict[str, Any], name: str) -> str:
     """Return what the manifest of the folder `name` says that none says; "" where it may be one."""
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in (FORMAT, ONE_PART):
         return f"has format {manifest.get('format')!r:.40}, and this version reads {FORMAT}"
     for field, kind in KINDS.items():
         if not isinstance(manifest.get(field), kind):
@@ -64,6 +97,20 @@ def _malformed(manifest: dict[str, Any], name: str) -> str:
     for file, entry in manifest["files"].items():
         if not durable.is_plain_path(file):
             return f"names the file {file!r:.80}, which is no place in its own folder"
-        if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
+        parts = [entry] if manifest["format"] == ONE_PART else entry
+        if not isinstance(parts, list) or not parts or not all(_is_part(part) for part in parts):
             return f"does not say bytes and sha256 of its file {file!r:.80}"
+    if manifest["format"] == ONE_PART:
+        return ""
+    rng = manifest.get("rng")
+    if not isinstance(rng, list) or not all(_is_rng(place, manifest["files"]) for place in rng):
+        return f"has {rng!r:.40} for the places of random states"
     return ""
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, list) and [type(value) for value in part] == [int, str]
+
+
+def _is_rng(place: Any, files: dict[str, Any]) -> bool:
+    return isinstance(place, list) and [type(value) for value in place] == [str, int, int] and place[0] in files

@@ -6,7 +6,6 @@ Neither takes a model or a process group.
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_ext.model_folders import model_folder
 from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.weights import convert, dist_weights
 from megatron_ext.weights.dist_weights import regions
+from megatron_ext.weights.shares import SHARE, WEIGHTS, finish_weights, told_of
 
 NOT_TOKENIZER = ("config.json", "generation_config.json")  # of a Hugging Face folder; the model's
 
@@ -44,7 +44,7 @@ def share(folder: ModelFolder, out: Path, index: int, count: int, progress: Prog
     torch.set_num_threads(1)
     rules, added = folder.family.mapping.rules(folder.dims)[index::count], changes(folder)
     reader = dist_weights.Reader(folder.weights)
-    writer = dist_weights.Writer(out / convert.WEIGHTS, index)
+    writer = dist_weights.Writer(out / WEIGHTS, index)
     dtypes = {key: dtype for key, (dtype, _) in reader.tensors().items()}
     sums: dict[str, Counter[str]] = {"before": Counter(), "after": Counter()}
     with convert.summing() as pool:
@@ -56,11 +56,10 @@ def share(folder: ModelFolder, out: Path, index: int, count: int, progress: Prog
             )
             sums["before"].update(before.total())
             progress(done + 1, len(rules), "tensors")
-    writer.close()
     durable.write_json(
-        out / convert.SHARE,
+        out / SHARE,
         {
-            "pieces": [astuple(piece) for piece in writer.written],
+            **told_of(writer, out / WEIGHTS),
             "sums": {when: {key: str(total) for key, total in of.items()} for when, of in sums.items()},
         },
     )
@@ -72,17 +71,15 @@ def finish(folder: ModelFolder, parts: Sequence[Path], out: Path) -> str:
 
     UserMistake where the folder's weights are not those that the adapter was trained on.
     """
-    shares = [durable.read_json(part / convert.SHARE) for part in parts]
+    shares = [durable.read_json(part / SHARE) for part in parts]
     stored = dist_weights.Reader(folder.weights).tensors()
     rules = folder.family.mapping.rules(folder.dims)
     shapes = {region.key: region.shape for rule in rules for region, _ in regions(rule)}
     if _digest(shares, "before", stored, shapes) != folder.base_digest:
         message = f"its weights are not those of model.json ({folder.base_digest[:12]}…): they were changed"
         raise UserMistake(Problem(str(folder.path), f"{message}; make the folder again"))
-    convert.gather(parts, out, f"{convert.WEIGHTS}/*.distcp")
-    pieces = (convert.piece_of(row) for share in shares for row in share["pieces"])
-    dist_weights.finish(out / convert.WEIGHTS, pieces)
-    (out / convert.SHARE).unlink(missing_ok=True)
+    finish_weights(parts, shares, out)
+    (out / SHARE).unlink(missing_ok=True)
     model_folder.copy_hf_files(folder.hf, out / "hf")
     digest = _digest(shares, "after", stored, shapes)
     model_folder.describe(out, folder.family, step=folder.step, weights_digest=digest, dtype=folder.dtype)

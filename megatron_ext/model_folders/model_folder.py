@@ -311,8 +311,7 @@ def write(out: Path, model: Any, source: ModelFolder, step: int) -> str:
         if dist.get_rank() == 0:
             describe_adapted(out, source, lora, step)
     else:
-        checkpoint.save_weights(model, out / "weights")
-        digest = checkpoint.weights_digest(model)
+        digest = checkpoint.save_weights(model, out / "weights")
         if dist.get_rank() == 0:
             copy_hf_files(source.hf, out / "hf")
             dtype = str(next(stages(model)[0].parameters()).dtype).removeprefix("torch.")
@@ -366,6 +365,7 @@ def link_files(source: Path, target: Path) -> None:
             os.link(file, target / path.name)
         except OSError:
             shutil.copyfile(file, target / path.name)
+            durable.fsync_file(target / path.name)  # which digests.json, if it has one, promises
 
 
 def describe(

@@ -30,7 +30,7 @@ from megatron_ext.rollout.dealing import Group, Lengths, Stretch, deal, prompt_w
 from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.sequence import Recorded, Request, Sequence
 from megatron_ext.rollout.settings import Sampling
-from megatron_ext.weights.checkpoint import from_rank_zero
+from megatron_ext.weights.exchange import from_rank_zero
 
 VOTE_EVERY = 16  # engine steps between two questions whether to stop, where ranks have to agree
 

@@ -27,7 +27,7 @@ from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.settings import GenerateSettings
 from megatron_ext.rl.untrained import all_failed, failed_verdicts
 from megatron_ext.rollout.engine import Engine
-from megatron_ext.weights.checkpoint import from_rank_zero
+from megatron_ext.weights.exchange import from_rank_zero
 
 RECORDS = "records.json"
 _PROMPTS_TO_TELL = 16  # that a task's verifier is broken

@@ -1,12 +1,13 @@
 """Distributed checkpoints: how a step is published, which is the newest whole one, what its weights are.
 
     ROOT/step_400/manifest.json    files with size and sha256, step, identity, position, layout, weights digest
-    ROOT/step_400/state/           torch_dist: weights (with LoRA the adapters alone) and optimizer, for any layout
-    ROOT/step_400/rng/             random states, a file a rank: only the same layout can restore them
+    ROOT/step_400/state/           torch_dist: weights (with LoRA the adapters alone) and optimizer, for any layout, a
+                                   file a node, where each rank's part ends with its random states
     ROOT/latest                    the newest step's name, a hint only
 
 A step is written into a hidden sibling, fsynced, and renamed: a folder named step_N is complete. Every rank takes
-part in each function unless it says otherwise. What a rank writes: staging.py; the file format: dist_weights.py.
+part in each function unless it says otherwise. What a rank writes: staging.py; the file format: dist_weights.py; who
+tells whom: exchange.py, told.py.
 """
 
 import logging
@@ -14,25 +15,23 @@ import math
 import shutil
 import threading
 import uuid
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import random as mcore_random
 
-from data_tools.base import durable
-from data_tools.base.inside import inside
-from data_tools.mistake import Problem, UserMistake
-from megatron_ext.files import pickles, step_manifest
+from data_tools.base import digests, durable
+from data_tools.mistake import UserMistake
+from megatron_ext.device import backend
+from megatron_ext.files import step_manifest
 from megatron_ext.files.digest import combined
 from megatron_ext.files.step_manifest import FORMAT, MANIFEST
 from megatron_ext.models.registry import stages
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.weights import dist_weights, loading
+from megatron_ext.weights import dist_weights, exchange, loading, random_states, told
+from megatron_ext.weights.exchange import Group, from_rank_zero, to_rank_zero
 from megatron_ext.weights.staging import (
     ADAPTERS,
     Model,
@@ -49,50 +48,59 @@ from megatron_ext.weights.staging import (
     sums,
     trained_state,
 )
+from megatron_ext.weights.told import Everything, Sums, Told
 
 log = logging.getLogger(__name__)
 
-STATE, RNG = "state", "rng"
-Group = dist.ProcessGroup | None  # None: all ranks, on the device's back end
+STATE = "state"
 
 
 # ---------------------------------------------------------------- weights
 
 
-def _write(folder: Path, parts: Sequence[Part]) -> list[dist_weights.Piece]:
-    """Write this rank's file of a checkpoint."""
-    writer = dist_weights.Writer(folder, dist.get_rank())
-    for part in parts:
-        flat = part.data.reshape(-1)
-        for region, start in dist_weights.pieces(part.region, part.data.element_size()):
-            writer.write(region, flat[start : start + math.prod(region.size)])
-    writer.close()
-    return writer.written
+def _write(folder: Path, parts: Sequence[Part], group: Group, rng: bytes = b"") -> Told:
+    """Write this rank's part of its node's file of a checkpoint, with its random states; sync it, and return what to
+    tell of it. Every rank takes part; rank 0 has made the folder.
+    """
+    boxes = [
+        (region, part.data.reshape(-1)[start : start + math.prod(region.size)])
+        for part in parts
+        for region, start in dist_weights.pieces(part.region, part.data.element_size())
+    ]
+    size = sum(dist_weights.stored_bytes(region.size, data.dtype) for region, data in boxes)
+    size += dist_weights.aligned(len(rng))
+    place = exchange.place(size, group)
+    writer = dist_weights.Writer(folder, place.file, place.start)
+    for region, data in boxes:
+        writer.write(region, data)
+    states = writer.append(rng)
+    part = writer.close()
+    if part[0] != size:  # the next rank's part begins there
+        raise RuntimeError(f"rank {dist.get_rank()} wrote {part[0]:,} bytes where {size:,} were meant")
+    return Told(writer.name, part, writer.written, sums={}, rng=states)
 
 
-def _check_whole(written: Iterable[dist_weights.Piece]) -> None:
-    """Raise RuntimeError where ranks wrote more or less than each tensor has: never published."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    elements: Counter[str] = Counter()
-    for piece in written:
-        shapes[piece.region.key] = piece.region.shape
-        elements[piece.region.key] += math.prod(piece.region.size)
-    for key, shape in shapes.items():
-        if elements[key] != math.prod(shape):
-            raise RuntimeError(f"{key} has {math.prod(shape):,} elements, and ranks wrote {elements[key]:,}")
+def save_weights(model: Model, folder: Path) -> str:
+    """Write the weights only, into the folder `folder` (made here), and return their digest (`weights_digest`).
 
-
-def save_weights(model: Model, folder: Path) -> None:
-    """Write the weights only, into the empty folder `folder` (made here)."""
-    if dist.get_rank() == 0:
+    What the ranks hashed while they wrote stands in its `digests.json`: a seal does not read it again.
+    """
+    first = dist.get_rank() == 0
+    if first:
         folder.mkdir(parents=True)
-    dist.barrier()
-    written = _gathered(_write(folder, Staging().copy(Weights(model).parts())), None)
-    if dist.get_rank() == 0:
-        pieces = [piece for part in written for piece in part]
-        _check_whole(pieces)
-        dist_weights.finish(folder, pieces)
-    dist.barrier()
+    with exchange.control() as group:
+        parts = Staging().copy(Weights(model).parts())
+        words = to_rank_zero(replace(_write(folder, parts, group), sums=sums(parts)).packed(), group)
+        return from_rank_zero(finish_weights(folder, told.everything(words)) if first else "", group)
+
+
+def finish_weights(folder: Path, written: Everything) -> str:
+    """Make the folder that all ranks have filled, and synced, a checkpoint of weights. Return their digest.
+
+    Rank 0 alone, without the others.
+    """
+    digests.write(folder, written.files | dist_weights.finish(folder, written.pieces))
+    return written.weights_digest
 
 
 def load_weights(model: Model, folder: Path) -> None:
@@ -117,86 +125,14 @@ def weights_digest(model: Model) -> str:
 
     Per distributed-checkpoint key the sum over ranks of digest.tensor_sum, each region once (DESIGN.md, Checkpoints).
     """
-    return _digest(_gathered(sums(Weights(model).parts()), None))
-
-
-def _digest(of_ranks: Sequence[dict[str, tuple[str, tuple[int, ...], int]]]) -> str:
-    """Return the digest of the sums that each rank found (staging.sums)."""
-    total: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    for sums_ in of_ranks:
-        for key, (dtype, shape, value) in sums_.items():
-            total[key] = dtype, shape, value + (total[key][2] if key in total else 0)
-    return combined(total)
-
-
-# ---------------------------------------------------------------- files
-
-
-def _gathered(value: Any, group: Group) -> list[Any]:
-    """Return `value` of every rank, on every rank."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value, group=group)
-    return parts
-
-
-def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
-    """Return {name: [bytes, sha256]}. A file that cannot be read is missing from it. One rank."""
-    hashes: dict[str, list[Any]] = {}
-    for name in names:
-        try:
-            hashes[name] = [(folder / name).stat().st_size, durable.sha256_file(folder / name)]
-        except OSError:
-            continue
-    return hashes
-
-
-def from_rank_zero(value: Any, group: Group = None) -> Any:
-    """Return `value` of rank 0, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]
+    with exchange.control() as group:
+        total: Sums = {}
+        for of_rank in to_rank_zero(sums(Weights(model).parts()), group):
+            told.add(total, of_rank)
+        return from_rank_zero(combined(total), group)
 
 
 # ---------------------------------------------------------------- steps
-
-
-def layout_name(plan: ParallelPlan) -> str:
-    """Name the assignment of RNG streams to ranks: only the same one can restore them."""
-    degrees = f"tp{plan.tensor}_pp{plan.pipeline}_cp{plan.context}_ep{plan.expert}_etp{plan.expert_tensor}"
-    return f"world{dist.get_world_size()}_{degrees}"
-
-
-def _rng_state() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "device": mcore_random._get_cuda_rng_state(),
-        "tracker": {name: _plain(stream) for name, stream in mcore_random.get_cuda_rng_tracker().get_states().items()},
-    }
-
-
-def _plain(state: torch.Tensor | torch.Generator) -> torch.Tensor:
-    """Return a random state as a tensor; trackers that CUDA graphs may use keep generators."""
-    return state.get_state() if isinstance(state, torch.Generator) else state
-
-
-def _read_rng(folder: Path, name: str) -> dict[str, Any]:
-    """Read what `_rng_state` gave from a step's file. Raises UserMistake where the file is not of that kind."""
-    try:
-        return pickles.load(inside(folder, name))
-    except pickles.Refused as error:
-        raise UserMistake(Problem(str(folder / name), f"are no random states of ours: {error}")) from None
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    mcore_random._set_cuda_rng_state(state["device"])
-    tracker = mcore_random.get_cuda_rng_tracker()
-    own, saved = tracker.get_states(), dict(state["tracker"])
-    for name in saved:
-        if isinstance(own.get(name), torch.Generator):  # which graphs hold on to: it stays the same object
-            own[name].set_state(saved[name])
-            saved[name] = own[name]
-    tracker.set_states(saved)
 
 
 def surplus(steps: Sequence[int], keep: int, milestone: int = 0) -> list[int]:
@@ -212,7 +148,7 @@ class _Step:
     step: int
     weights: list[Part]
     optimizer: list[Part]
-    rng: dict[str, Any]
+    rng: bytes
     updates: int
     facts: dict[str, Any]  # identity, position, layout, vocabulary: those of rank 0 count
 
@@ -241,7 +177,9 @@ class Saver:
         self._model = model
         self._weights, self._staging = Weights(model, trained_state), Staging()
         self._optimizer = OptimizerState(model, optimizer)
-        self._group = dist.new_group(backend="gloo") if background else None
+        apart = background or backend() != "gloo"  # see exchange.control
+        self._group = dist.new_group(backend="gloo") if apart else None
+        self._background = background
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -256,16 +194,16 @@ class Saver:
             step,
             self._staging.copy(self._weights.parts()),
             optimizer=self._staging.copy(self._optimizer.parts()),
-            rng=_rng_state(),
+            rng=random_states.stored(),
             updates=self._optimizer.updates(),
             facts={
                 "identity": identity,
                 "position": position,
-                "layout": layout_name(self.plan),
+                "layout": random_states.layout_name(self.plan),
                 "vocabulary": stages(self._model)[0].vocabulary_rows,  # tensors may have padding
             },
         )
-        if self._group is None:
+        if not self._background:
             self._publish(job)
             return
         self._thread = threading.Thread(target=self._publish_in_background, args=(job,), name=f"save step {step}")
@@ -295,48 +233,38 @@ class Saver:
             self._error = error
 
     def _publish(self, job: _Step) -> None:
-        first, rank = dist.get_rank() == 0, dist.get_rank()
+        first = dist.get_rank() == 0
         temporary = self.root / from_rank_zero(f".step_{job.step}.{uuid.uuid4().hex[:8]}.tmp", self._group)
         if first:
             (temporary / STATE).mkdir(parents=True)
-            (temporary / RNG).mkdir()
-        dist.barrier(group=self._group)
-        written = _write(temporary / STATE, job.weights + job.optimizer)
-        torch.save(job.rng, temporary / RNG / f"{rank}.pt")
-        names = [f"{STATE}/__{rank}_0.distcp", f"{RNG}/{rank}.pt"]
-        for name in names:
-            durable.fsync_file(temporary / name)  # by the host that wrote it
-        gathered = _gathered((written, sums(job.weights), job.updates, _hash_files(temporary, names)), self._group)
+        mine = _write(temporary / STATE, job.weights + job.optimizer, self._group, job.rng)
+        mine = replace(mine, sums=sums(job.weights), updates=job.updates)
+        words = to_rank_zero(mine.packed(), self._group)
         if first:
-            self._finish(job, temporary, *zip(*gathered))
+            publish(temporary, self.root / f"step_{job.step}", told.everything(words), {"step": job.step, **job.facts})
+            for old in surplus(steps(self.root), self.keep, self.milestone):
+                _remove(self.root / f"step_{old}")
         dist.barrier(group=self._group)
 
-    def _finish(self, job: _Step, temporary: Path, written: Any, digests: Any, updates: Any, hashes: Any) -> None:
-        """Make the folder that all ranks have filled the step's; rank 0 calls it."""
-        pieces = [piece for part in written for piece in part]
-        _check_whole(pieces)
-        dist_weights.finish(temporary / STATE, pieces)
-        files = {name: entry for part in hashes for name, entry in part.items()}
-        own = (str(path.relative_to(temporary)) for path in sorted((temporary / STATE).iterdir()))
-        files |= _hash_files(temporary, [name for name in own if name not in files])
-        manifest = {
-            "format": FORMAT,
-            "step": job.step,
-            "updates": max(updates),
-            "weights_digest": _digest(digests),
-            "files": files,
-            **job.facts,
-        }
-        durable.write_checked(temporary / MANIFEST, manifest)
-        durable.fsync_tree(temporary)
-        target = self.root / f"step_{job.step}"
-        if target.exists():  # a damaged one that this run fell back from
-            _remove(target)
-        temporary.rename(target)
-        durable.fsync_folder(self.root)
-        durable.write_file(self.root / "latest", target.name + "\n")
-        for old in surplus(steps(self.root), self.keep, self.milestone):
-            _remove(self.root / f"step_{old}")
+
+def publish(temporary: Path, target: Path, written: Everything, facts: dict[str, Any]) -> None:
+    """Make the folder that all ranks have filled, and synced, the step `target`. Rank 0 alone, without the others."""
+    files = written.files | dist_weights.finish(temporary / STATE, written.pieces)
+    manifest = {
+        "format": FORMAT,
+        "updates": written.updates,
+        "weights_digest": written.weights_digest,
+        "files": {f"{STATE}/{name}": parts for name, parts in files.items()},
+        "rng": [(f"{STATE}/{name}", start, size) for name, start, size in written.rng],
+        **facts,
+    }
+    durable.write_checked(temporary / MANIFEST, manifest)
+    durable.fsync_folder(temporary / STATE)
+    if target.exists():  # a damaged one that this run fell back from
+        _remove(target)
+    temporary.rename(target)
+    durable.fsync_folder(target.parent)
+    durable.write_file(target.parent / "latest", target.name + "\n")
 
 
 def save_step(
@@ -351,7 +279,9 @@ def save_step(
     keep: int,
 ) -> Path:
     """Publish ROOT/step_N (`Saver.save`) and drop all but the newest `keep` steps. Return once it is there."""
-    Saver(root, model, optimizer=optimizer, plan=plan, keep=keep).save(step, identity, position)
+    saver = Saver(root, model, optimizer=optimizer, plan=plan, keep=keep)
+    saver.save(step, identity, position)
+    saver.close()
     return root / f"step_{step}"
 
 
@@ -374,22 +304,28 @@ def steps(root: Path) -> list[int]:
     return sorted((int(n) for n in numbers if n.isdigit()), reverse=True)
 
 
-def _defects(folder: Path) -> Iterator[str]:
-    """Return what of a step does not agree with its manifest."""
-    manifest, problem = from_rank_zero(step_manifest.read(folder) if dist.get_rank() == 0 else None)
+def _defect(folder: Path, group: Group) -> str:
+    """Return what of a step does not agree with its manifest, "" where all does. Each rank reads a share of it."""
+    first, rank = dist.get_rank() == 0, dist.get_rank()
+    manifest, problem = step_manifest.read(folder) if first else ({}, "")
+    places, problem = from_rank_zero((step_manifest.places(manifest) if manifest else [], problem), group)
     if problem:
-        yield problem
-        return
-    names = sorted(manifest["files"])
-    shares = _gathered(_hash_files(folder, names[dist.get_rank() :: dist.get_world_size()]), None)
-    entries = {name: entry for part in shares for name, entry in part.items()}
-    for name, (size, digest) in sorted(manifest["files"].items()):
-        if name not in entries:
-            yield f"{name} is missing"
-        elif entries[name][0] != size:
-            yield f"{name} has {entries[name][0]} bytes instead of {size}"
-        elif entries[name][1] != digest:
-            yield f"{name} has other bytes than were written"
+        return problem
+    own = (wrong for place in places[rank :: dist.get_world_size()] if (wrong := _difference(folder, place)))
+    found = sorted(wrong for wrong in to_rank_zero(next(own, ""), group) if wrong)
+    return from_rank_zero(found[0] if found else "", group)
+
+
+def _difference(folder: Path, place: step_manifest.Place) -> str:
+    """Return how one part of a step's file is other than what was written, "" where it is not. One rank."""
+    try:
+        size = (folder / place.file).stat().st_size
+        if size != place.whole:
+            return f"{place.file} has {size} bytes instead of {place.whole}"
+        found = digests.part_of(folder / place.file, place.start, place.size)
+    except OSError:
+        return f"{place.file} is missing"
+    return "" if found == (place.size, place.sha256) else f"{place.file} has other bytes than were written"
 
 
 def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
@@ -399,17 +335,18 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
     A last line where nobody can tell whether that step's manifest was altered: before, it had no sum over itself.
     """
     notes: list[str] = []
-    for step in from_rank_zero(steps(root)):
-        folder = root / f"step_{step}"
-        defects = list(_defects(folder))
-        if not defects:
-            if not from_rank_zero(step_manifest.has_sum(folder) if dist.get_rank() == 0 else None):
-                notes.append(f"{folder.name} has no sum: written before")
-            return folder, notes
-        notes.append(f"{folder.name} is damaged and was skipped: {defects[0]}")
-        if dist.get_rank() == 0:
-            log.warning("%s", notes[-1])
-    return None, notes
+    with exchange.control() as group:
+        for step in from_rank_zero(steps(root), group):
+            folder = root / f"step_{step}"
+            defect = _defect(folder, group)
+            if not defect:
+                if not from_rank_zero(step_manifest.has_sum(folder) if dist.get_rank() == 0 else None, group):
+                    notes.append(f"{folder.name} has no sum: written before")
+                return folder, notes
+            notes.append(f"{folder.name} is damaged and was skipped: {defect}")
+            if dist.get_rank() == 0:
+                log.warning("%s", notes[-1])
+        return None, notes
 
 
 def load_step(
@@ -420,7 +357,9 @@ def load_step(
     Raises UserMistake where the checkpoint belongs to another `identity`, naming what differs, or is damaged. What it
     does not say, since it was not written down yet when it was made, is no difference.
     """
-    manifest, problem = from_rank_zero(step_manifest.read(folder) if dist.get_rank() == 0 else None)
+    manifest, problem = step_manifest.read(folder) if dist.get_rank() == 0 else ({}, "")
+    manifest.pop("files", None)
+    manifest, problem = from_rank_zero((manifest, problem))
     if problem:
         raise UserMistake(f"{folder}/{problem}; delete {folder} to go on from an earlier step")
     for name in sorted({*identity, *manifest["identity"]}):
@@ -441,6 +380,6 @@ def load_step(
     state = loading.load(wanted, folder / STATE)
     _load_model(model, state["model"], adapters=is_adapted(model))
     fill_optimizer(optimizer, state["optimizer"], manifest["updates"])
-    if manifest["layout"] == layout_name(plan):
-        _restore_rng(_read_rng(folder / RNG, f"{dist.get_rank()}.pt"))
+    if manifest["layout"] == random_states.layout_name(plan):
+        random_states.restore(random_states.read(folder, *step_manifest.rng_of(manifest, dist.get_rank())))
     return manifest["step"], manifest["position"]

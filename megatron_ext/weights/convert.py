@@ -10,12 +10,10 @@ of its import along, so that its export knows the names and dtypes of the base c
 """
 
 import math
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,16 +38,15 @@ from megatron_ext.models.layouts import (
 )
 from megatron_ext.models.registry import Family, model_type
 from megatron_ext.weights import copies, dist_weights, rounded
-from megatron_ext.weights.dist_weights import Piece, Region, pieces, regions
+from megatron_ext.weights.dist_weights import Region, pieces, regions
 from megatron_ext.weights.hf_files import SHARD_BYTES, HfTensors, SafetensorsFiles
+from megatron_ext.weights.shares import SHARE, WEIGHTS, finish_weights, gather, told_of
 
 Shape = tuple[int, ...]
 Changes = Mapping[str, Callable[[], torch.Tensor]]  # what is added to the whole tensors of some rules, by their names
 NO_CHANGES: Changes = {}
 
 LEDGER = "conversion.json"
-SHARE = "share.json"  # what one process tells the one that finishes
-WEIGHTS = "weights"
 SUMMING = 2  # threads that add up what one thread writes
 BACKLOG = 8  # pieces that may wait for them
 LISTED = 12  # wrong tensors that a message names
@@ -167,8 +164,7 @@ def import_share(
             for name in map(hf_name, rule.hf):
                 ledger["hf"][name] = {"file": tensors.file(name), "dtype": tensors.dtype(name)}
             progress(done + 1, len(own), "tensors")
-    writer.close()
-    durable.write_json(out / SHARE, {**ledger, "pieces": [astuple(piece) for piece in writer.written]})
+    durable.write_json(out / SHARE, {**ledger, **told_of(writer, out / WEIGHTS)})
 
 
 def _blocks(rule: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -218,8 +214,7 @@ def _boxes(region: Region, data: torch.Tensor) -> Iterator[tuple[Region, torch.T
 def finish_import(parts: Sequence[Path], out: Path, hf: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Make OUT/weights of all shares a checkpoint and write the ledger, with `facts`, into `hf`. Returns the ledger."""
     shares = [durable.read_json(part / SHARE) for part in parts]
-    gather(parts, out, f"{WEIGHTS}/*.distcp")
-    dist_weights.finish(out / WEIGHTS, (piece_of(row) for share in shares for row in share["pieces"]))
+    finish_weights(parts, shares, out)
     (out / SHARE).unlink(missing_ok=True)
     return _write_ledger(hf, shares, {"direction": "import", **facts})
 
@@ -403,23 +398,6 @@ def _entry(rule: Rule, dtype: str, sums: Mapping[str, int]) -> dict[str, Any]:
             for region, _ in regions(rule)
         },
     }
-
-
-def piece_of(row: Sequence[Any]) -> Piece:
-    (key, *shapes), *rest = row
-    return Piece(Region(key, *map(tuple, shapes)), *rest)
-
-
-def gather(parts: Sequence[Path], out: Path, pattern: str) -> None:
-    """Bring the files of all shares into OUT: hard links, or copies where the filesystem has none."""
-    for part in parts:
-        for path in part.glob(pattern) if part != out else ():
-            target = out / path.relative_to(part)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, target)
-            except OSError:
-                shutil.copyfile(path, target)
 
 
 def _write_ledger(folder: Path, shares: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:

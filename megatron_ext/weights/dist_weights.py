@@ -3,23 +3,25 @@
 No model, no process group, no megatron-core: what is in memory is one piece at a time. The tensors are whole, so that
 any parallel layout loads them. The files are those of torch.distributed.checkpoint:
 
-    *.distcp         torch.save'd pieces one after another; each writer has its own file
+    *.distcp         torch.save'd pieces one after another; each writer has its own file, or its own part of one
     .metadata        pickled Metadata: tensor -> shape, dtype, pieces; piece -> file, offset, length
     metadata.json    mcore's mark of the format         common.pt    mcore's state that is not a tensor: here none
 
-torch's own FileSystemWriter keeps every tensor of a file until it closes it (filesystem.py, `tensor_dict`).
+torch's own FileSystemWriter keeps every tensor of a file until it closes it (filesystem.py, `tensor_dict`). What is
+written here is hashed on its way, and synced by its writer: digests.py says how that is told.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Iterator
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,10 +29,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization
 
-from data_tools.base import durable
+from data_tools.base import digests, durable
+from data_tools.base.digests import Part, PartWriter
 from data_tools.base.inside import inside
 from data_tools.base.open_cache import OpenCache
 from data_tools.mistake import Problem, UserMistake
@@ -40,7 +42,7 @@ from megatron_ext.models.layouts import Rule
 
 Shape = tuple[int, ...]
 
-METADATA, COMMON = ".metadata", "common.pt"
+METADATA, COMMON, MARK = ".metadata", "common.pt", "metadata.json"
 PIECE_BYTES = 64 << 20
 ALIGNMENT = 64  # bytes, of a piece in its file, as torch.save aligns the data within: so it can be mapped
 FORMAT = {  # megatron.core.dist_checkpointing.core.CheckpointingConfig
@@ -51,7 +53,7 @@ FORMAT = {  # megatron.core.dist_checkpointing.core.CheckpointingConfig
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Region:
     """A box of a checkpoint tensor: `size` elements from `offset`, of `shape` in all."""
 
@@ -61,7 +63,7 @@ class Region:
     size: Shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a hundred thousand lie in rank 0's memory at once
 class Piece:
     """A region and where its bytes are."""
 
@@ -105,45 +107,104 @@ def pieces(region: Region, item_bytes: int) -> Iterator[tuple[Region, int]]:
 
 
 class Writer:
-    """One process's file of a checkpoint: `write` appends, `written` tells what is where."""
+    """One process's file of a checkpoint, or its part of one: `write` appends, `written` tells what is where."""
 
-    def __init__(self, folder: Path, index: int = 0):
+    def __init__(self, folder: Path, index: int = 0, start: int | None = None):
+        """Open file `index`, as its only writer, or from byte `start` on (a multiple of ALIGNMENT) beside others."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.name = f"__{index}_0.distcp"
         self.written: list[Piece] = []
-        self._file = open(folder / f"__{index}_0.distcp", "wb")
+        self._file = PartWriter(folder / self.name, start)
 
     def write(self, region: Region, data: torch.Tensor) -> None:
         data = data.contiguous()
         # torch.save writes all of the storage below a view; this is one of the data's size, on the same memory.
         bytes_ = torch.from_numpy(data.reshape(-1).view(torch.uint8).numpy())
-        start = self._file.seek(-(-self._file.tell() // ALIGNMENT) * ALIGNMENT)
-        # Without checksums, which take half the time: seals and sums tell more. torch makes `patch` at run time.
-        with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
-            torch.save(bytes_.view(data.dtype).reshape(region.size), self._file)
+        start = self._align()
+        _save(bytes_.view(data.dtype).reshape(region.size), self._file)
         dtype = str(data.dtype).removeprefix("torch.")
-        name = Path(self._file.name).name
-        self.written.append(Piece(region, dtype, file=name, start=start, length=self._file.tell() - start))
+        self.written.append(Piece(region, dtype, file=self.name, start=start, length=self._file.tell() - start))
 
-    def close(self) -> None:
+    def append(self, data: bytes) -> tuple[int, int]:
+        """Write what is no piece of a tensor; return where it begins, and its bytes."""
+        start = self._align()
+        self._file.write(data)
+        return start, len(data)
+
+    def _align(self) -> int:
+        self._file.pad(ALIGNMENT)
+        return self._file.tell()
+
+    def close(self) -> Part:
+        """Sync what was written, filled up to ALIGNMENT. Return its bytes and its SHA-256."""
+        self._align()
         self._file.close()
+        return self._file.part()
 
 
-def finish(folder: Path, written: Iterable[Piece]) -> None:
-    """Make the folder, which holds all files, a checkpoint of these pieces."""
+def _save(data: torch.Tensor, file: Any) -> None:
+    # Without checksums, which take half the time: seals and sums tell more. torch makes `patch` at run time.
+    with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+        torch.save(data, file)
+
+
+def aligned(size: int) -> int:
+    """Return the bytes that something of `size` takes in a Writer's file."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@functools.cache
+def stored_bytes(size: Shape, dtype: torch.dtype) -> int:
+    """Return the bytes that a Writer needs for one piece: how far the next one's begin is from its own."""
+    counter = _Counter()
+    _save(torch.empty(size, dtype=dtype), counter)  # the memory is not touched
+    return aligned(counter.size)
+
+
+class _Counter:
+    """Counts what is written."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def finish(folder: Path, written: Iterable[Piece]) -> dict[str, list[Part]]:
+    """Make the folder, which holds all files, a checkpoint of these pieces. Return the digests of what it wrote."""
     tensors: dict[str, TensorStorageMetadata] = {}
-    results = []
-    for piece in written:
-        region = piece.region
-        tensor = tensors.setdefault(
-            region.key,
-            TensorStorageMetadata(TensorProperties(getattr(torch, piece.dtype)), torch.Size(region.shape), []),
-        )
-        tensor.chunks.append(ChunkStorageMetadata(torch.Size(region.offset), torch.Size(region.size)))
-        index = MetadataIndex(region.key, region.offset, len(tensor.chunks) - 1)
-        results.append(WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length)))
-    FileSystemWriter(folder).finish(Metadata({**tensors}), [results])
-    torch.save({}, folder / COMMON)
-    durable.write_json(folder / "metadata.json", FORMAT)
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    with stored.no_collector():
+        for piece in written:
+            region = piece.region
+            tensor = tensors.setdefault(
+                region.key,
+                TensorStorageMetadata(TensorProperties(getattr(torch, piece.dtype)), torch.Size(region.shape), []),
+            )
+            offset = torch.Size(region.offset)
+            tensor.chunks.append(ChunkStorageMetadata(offset, torch.Size(region.size)))
+            index = MetadataIndex(region.key, offset, len(tensor.chunks) - 1)
+            places[index] = _StorageInfo(piece.file, piece.start, piece.length)
+        # Without torch's note of where and when it was saved: the same pieces give the same bytes.
+        metadata = Metadata({**tensors}, storage_data=places, version=CURRENT_DCP_VERSION)
+        told = {METADATA: [_write_whole(folder / METADATA, lambda file: pickle.dump(metadata, file))]}
+    told[COMMON] = [_write_whole(folder / COMMON, lambda file: torch.save({}, file))]
+    durable.write_json(folder / MARK, FORMAT)
+    return told | {MARK: digests.parts_of(folder / MARK, ())}
+
+
+def _write_whole(path: Path, write: Callable[[Any], None]) -> Part:
+    """Write a file under another name first. Return what it is."""
+    file = PartWriter(path.with_name(f"{path.name}.tmp"))
+    write(file)
+    file.close()
+    file.path.replace(path)
+    return file.part()
 
 
 class Reader:

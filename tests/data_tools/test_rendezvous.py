@@ -206,6 +206,39 @@ def test_a_value_that_is_deleted_amid_a_wait_is_waited_for_again(store):
     assert heard == [[b"3", b"2"]]
 
 
+class Untouched(set):
+    """What a request misses, and how often the server looked at it."""
+
+    looks = 0
+
+    def __and__(self, others):
+        Untouched.looks += 1
+        return super().__and__(others)
+
+    def discard(self, key):
+        Untouched.looks += 1
+        super().discard(key)
+
+
+def test_a_value_costs_those_who_wait_for_another_nothing(store):
+    """Thousands of ranks wait for the last word while each says that it is done."""
+    server, one = store
+    others, heard = [Client(server.meeting, 20.0) for _ in range(3)], []
+    waiting = [threading.Thread(target=lambda c=client: heard.append(c.get("sealed"))) for client in others]
+    for thread in waiting:
+        thread.start()
+    wait_for("the requests", lambda: len(server._waiting) == 3)
+    for wait in server._waiting:
+        wait.missing = Untouched(wait.missing)
+    for number in range(10):
+        one.set(f"done/{number}", b"")
+    assert Untouched.looks == 0
+    one.set("sealed", b"1")
+    for thread in waiting:
+        thread.join(20)
+    assert heard == [b"1"] * 3 and not server._waiting and not server._missed
+
+
 @pytest.mark.parametrize("ended_by", ["a time limit", "an exception"])
 def test_an_answer_that_came_too_late_is_not_taken_for_the_next_one(store, ended_by, monkeypatch):
     """A connection whose request was given up is given up with it."""

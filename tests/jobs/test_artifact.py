@@ -275,8 +275,8 @@ def test_an_owner_that_is_replaced_while_it_hashes_can_no_longer_seal(tmp_path, 
     (late.folder / "f.txt").write_text("late")
     real_manifest, taken = jobs.artifacts.artifact.manifest, []
 
-    def slow_manifest(folder):
-        found = real_manifest(folder)
+    def slow_manifest(*of):
+        found = real_manifest(*of)
         if not taken:
             taken.append(artifact.acquire(0, Owner.me(2, 0), nobody_ended))
             artifact.sweep(taken[0])

@@ -20,7 +20,7 @@ from megatron_ext.entrypoints import export_hf, import_hf, init_model
 from megatron_ext.files import pickles, stored
 from megatron_ext.model_folders import model_folder
 from megatron_ext.models.nanochat.checkpoint import NanochatTensors
-from megatron_ext.weights import checkpoint, dist_weights
+from megatron_ext.weights import dist_weights, random_states
 
 SECRET = "machine x login y password PRIVATE"
 TENSOR = "decoder.final_layernorm.weight"
@@ -136,7 +136,7 @@ def test_no_pickle_of_a_checkpoint_runs_anything(name, mark, made, hf, tmp_path)
     (tmp_path / "out").mkdir()
     refused(mark, import_hf.run, config, tmp_path / "out", tmp_path)
     refused(mark, NanochatTensors, archive(tmp_path / "model_000001.pt", data), 10)
-    refused(mark, checkpoint._read_rng, archive(tmp_path / "rng" / "0.pt", data).parent, "0.pt")
+    refused(mark, random_states.read, archive(tmp_path / "rng" / "0.pt", data).parent, "0.pt", 0, None)
     for number, file in enumerate((dist_weights.METADATA, dist_weights.COMMON, "__0_0.distcp")):
         folder = copied(made, tmp_path / f"model{number}")
         if file == dist_weights.METADATA:
