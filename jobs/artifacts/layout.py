@@ -38,9 +38,11 @@ import contextlib
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from data_tools.base.indices import Indices
 
 FINISH = "finish"  # stands where an element's index would, for the lease and folder of the fan-in
 
@@ -49,6 +51,7 @@ GROUP = 1000  # elements that share a folder of leases, of work and of sealing, 
 SEAL = "seal.json"
 LEDGER = "ledger.jsonl"
 LEASE = re.compile(r"([^.]+)\.a(\d+)\.r(\d+)\.g(\d+)")
+LOG = re.compile(r"a(\d+)\.(tasks|)(\d+)\.out")
 # What changes in a run while it goes on, below its folder: folders' times tell of every file made in them.
 CHANGING = ("local/*", "*/attempts", "*/*/leases", "*/*/leases/*k", "*/*/seals", f"*/*/{SEAL}")
 
@@ -274,6 +277,15 @@ class RunLayout:
 def log_name(attempt: int, index: int | str) -> str:
     """Return the name of the log of an element, or of what `index` stands for."""
     return f"a{attempt}.{index}.out"
+
+
+def indices_of_logs(names: Iterable[str]) -> dict[tuple[int, bool], Indices]:
+    """Return {(attempt, whether of shared tasks): the indices that its logs among these names are of}."""
+    logs: dict[tuple[int, bool], list[int]] = {}
+    for name in names:
+        if (match := LOG.fullmatch(name)) is not None:
+            logs.setdefault((int(match[1]), bool(match[2])), []).append(int(match[3]))
+    return {of: Indices.of(indices) for of, indices in logs.items()}
 
 
 def _life_name(life: tuple[int, int, int]) -> str:

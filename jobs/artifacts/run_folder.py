@@ -14,18 +14,20 @@ import shutil
 import stat
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
 from jobs.artifacts.artifact import Artifact
 from jobs.artifacts.layout import ArtifactLayout, RunLayout, element_name
 from jobs.artifacts.owner import ENVIRONMENT
 from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
 from jobs.schema.pipeline import NEED_SEALS
+from slurm.printed import format_indices, read_indices
 
 # What a run's path must not hold, and why; on Slurm the latter, too (tried with 22.05).
 UNFIT = {
@@ -124,6 +126,16 @@ class Outcome:
     key: str = ""
     cause: str = ""  # of one whose worker could not say: what launchers/backends/restart.py read from other evidence
     node: str = ""  # the one guilty node, where it was a node
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Lives of elements that were gathered in one file: sealed, and the only ones of their elements."""
+
+    attempt: int
+    elements: Indices
+    started: float  # the first of them
+    seconds: float  # of all of them
 
 
 class RunFolder(RunLayout):
@@ -328,6 +340,34 @@ class RunFolder(RunLayout):
                     outcomes[life] = outcome
         return sorted(outcomes.values(), key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
 
+    def outcomes_in_brief(self, phase: str) -> tuple[list[Outcome], list[Gathered]]:
+        """Return what `outcomes` does but for those that were gathered and have nothing of their own to tell.
+
+        Of 100,000 sealed elements it reads a line.
+        """
+        found: list[dict[str, Any]] = []
+        gathered: list[Gathered] = []
+        for path in self.gathered_outcomes(phase):
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as lines:
+                some, others = _read_gathered(lines.readline())
+                gathered += some
+                lines.seek(0 if others is None else lines.tell())
+                for line in itertools.islice(lines, others):
+                    with contextlib.suppress(ValueError):
+                        found.append(durable.parse_checked(line, path))
+        of_attempt: dict[int, list[Indices]] = {}
+        for lives in gathered:
+            of_attempt.setdefault(lives.attempt, []).append(lives.elements)
+        outcomes = {}
+        for told in itertools.chain((told for _, told in self.outcome_files(phase)), found):
+            told.pop(durable.SUM, None)
+            with contextlib.suppress(TypeError):
+                outcome = Outcome(**told)
+                if outcome.state == "sealed" and any(outcome.element in e for e in of_attempt.get(outcome.attempt, ())):
+                    continue  # another rank made the file after what was gathered
+                outcomes[outcome.element, outcome.attempt, outcome.restart, outcome.state == "skipped"] = outcome
+        return list(outcomes.values()), gathered
+
     def outcome_files(self, phase: str, asked: str = "", begins: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the name and content of each outcome that has a file, if its name begins and has in it what is asked.
 
@@ -363,6 +403,22 @@ class RunFolder(RunLayout):
                 return durable.read_checked(old)
             return durable.read_checked(leases[newest]).get(ENVIRONMENT, {}) if newest else {}
         return {}
+
+
+def gathered_line(gathered: Sequence[Gathered], others: int) -> str:
+    """Return the first line of a file of gathered outcomes; those of the next `others` are in none of `gathered`."""
+    told = [{**dataclasses.asdict(some), "elements": format_indices(some.elements)} for some in gathered]
+    return durable.canonical_json(durable.with_sum({"gathered": told, "others": others})) + "\n"
+
+
+def _read_gathered(line: bytes) -> tuple[list[Gathered], int | None]:
+    """Return what the first line of a file of gathered outcomes says; ([], None) of a file of before."""
+    try:
+        told = durable.parse_checked(line, "gathered outcomes")
+        found = [Gathered(**{**some, "elements": read_indices(some["elements"])}) for some in told["gathered"]]
+        return found, int(told["others"])
+    except (ValueError, KeyError, TypeError):
+        return [], None
 
 
 def _redirect_of(phase: str) -> str:
