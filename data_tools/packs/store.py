@@ -13,7 +13,6 @@ Layout of an .idx (megatron.core.datasets.indexed_dataset, version 1, little end
 
 import contextlib
 import hashlib
-import math
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
+from data_tools.base import mapped_npz
 from data_tools.base.durable import CHUNK, canonical_json, fsync_tree, read_json, sha256_bytes, sha256_file, write_json
 from data_tools.mistake import UserMistake
 
@@ -46,7 +46,6 @@ RECORD = np.dtype(
 )
 _COLUMNS = ("source", "line", "turns", "prompt_hash", "row_hash")
 _BATCH = 1 << 16  # rows held in memory at a time while writing
-_LOCAL_LENGTHS = 26  # bytes of a record's header in a zip archive before the lengths of its name and extra field
 
 
 Words = tuple[int, int]
@@ -308,9 +307,7 @@ class Store:
         if name not in self._checked:
             _check_column(self.folder / ROWS, name)
             self._checked.add(name)
-        shape = (self._rows, *RECORD[name].shape)
-        flat = np.frombuffer(self._provenance, RECORD[name].base, math.prod(shape), self._columns[name])
-        return flat.reshape(shape)
+        return mapped_npz.array(self._provenance, self._columns[name])
 
     def _slice(self, start: int, stop: int) -> slice:
         first = int(self.offsets[start]) if start < len(self) else self.tokens
@@ -374,34 +371,25 @@ def _map(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def _naming_damage(path: Path) -> Iterator[None]:
-    """Say of an archive that cannot be read that it is damaged. Of odd flags zipfile raises RuntimeError."""
+    """Say of an archive that cannot be read that it is damaged."""
     try:
         yield
-    except (OSError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, EOFError, struct.error) as error:
+    except mapped_npz.UNREADABLE as error:
         raise _damaged(path, f"not the provenance of a store ({error})") from None
 
 
-def _check_rows(path: Path, rows: int) -> dict[str, int]:
-    """Return {column: where its values begin in rows.npz, bytes}; their headers are checked, values are not read."""
+def _check_rows(path: Path, rows: int) -> dict[str, mapped_npz.Column]:
+    """Return the columns of rows.npz; their headers are checked, values are not read."""
     _size(path)
-    starts = {}
-    with _naming_damage(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+    with _naming_damage(path), open(path, "rb") as file:
+        columns = mapped_npz.columns(file)
         for name in _COLUMNS:
-            member = archive.getinfo(f"{name}.npy")
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name} is compressed")
-            with archive.open(member) as column:
-                np.lib.format.read_magic(column)
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(column)
-                header = column.tell()
-            if (dtype, shape[1:], fortran) != (RECORD[name].base, RECORD[name].shape, False):
-                raise ValueError(f"{name} is {dtype} {shape}")
-            if shape[:1] != (rows,) or member.file_size != header + math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{shape[0]} values of {name} for {rows} rows")
-            file.seek(member.header_offset + _LOCAL_LENGTHS)
-            names, extra = struct.unpack("<2H", file.read(4))
-            starts[name] = member.header_offset + _LOCAL_LENGTHS + 4 + names + extra + header
-    return starts
+            column, wanted = columns[name], RECORD[name]
+            if (column.dtype, column.shape[1:]) != (wanted.base, wanted.shape):
+                raise ValueError(f"{name} is {column.dtype} {column.shape}")
+            if column.shape[:1] != (rows,):
+                raise ValueError(f"{column.shape[0]} values of {name} for {rows} rows")
+    return columns
 
 
 def _check_column(path: Path, name: str) -> None:

@@ -181,7 +181,7 @@ class RunFolder(RunLayout):
 
     def freeze(self, number: int, pipeline: str, phases: list[FrozenPhase]) -> None:
         """Write the plan of a submission."""
-        plan = {"pipeline": pipeline, "phases": [dataclasses.asdict(phase) for phase in phases]}
+        plan = {"pipeline": pipeline, "phases": [_frozen_as_json(phase) for phase in phases]}
         durable.write_checked(self.plan_path(number), plan)
         self.link_latest(*(phase.name for phase in phases))
 
@@ -212,7 +212,7 @@ class RunFolder(RunLayout):
         """Return {name: phase} as a submission froze them. Raises UserMistake where its plan is torn or not there."""
         plan = self._frozen_plan(number)
         try:
-            return {entry["name"]: FrozenPhase(**entry) for entry in plan["phases"]}
+            return {entry["name"]: _frozen_of_json(entry) for entry in plan["phases"]}
         except (KeyError, TypeError):
             raise self._torn_plan(number) from None
 
@@ -403,6 +403,22 @@ class RunFolder(RunLayout):
                 return durable.read_checked(old)
             return durable.read_checked(leases[newest]).get(ENVIRONMENT, {}) if newest else {}
         return {}
+
+
+def _frozen_as_json(phase: FrozenPhase) -> dict[str, Any]:
+    """Return what plan.json says of a phase: the values of its elements once, though its key is made of them too."""
+    entry = dataclasses.asdict(phase)
+    if isinstance(phase.array, list) and phase.material.get("array") == phase.array:
+        del entry["material"]["array"]
+    return entry
+
+
+def _frozen_of_json(entry: dict[str, Any]) -> FrozenPhase:
+    """Return a phase that plan.json has; plans of before have the values of its elements twice."""
+    phase = FrozenPhase(**entry)
+    if isinstance(phase.array, list):
+        phase.material.setdefault("array", phase.array)
+    return phase
 
 
 def gathered_line(gathered: Sequence[Gathered], others: int) -> str:
