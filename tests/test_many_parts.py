@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.base.one_file import NAME as PART
+from data_tools.base.one_file import bundle
 from data_tools.base.open_cache import OPEN_AT_ONCE
+from data_tools.packs import left_out
 from data_tools.packs.join import join
 from data_tools.packs.store import Provenance, Store, StoreWriter, row_text
 from data_tools.prepare import dolci, rejection, rejection_element, rejection_finish
 from data_tools.records.balance import FILE, Balance, SourceBalance
 from data_tools.records.merge_sorted import merged
 from megatron_ext.entrypoints import generate
+from megatron_ext.files import pickles
 from megatron_ext.model_folders import model_folder
 from megatron_ext.weights import dist_weights
 from megatron_ext.weights.hf_files import HfTensors, SafetensorsFiles
@@ -72,13 +76,19 @@ def write_store(folder: Path, rows: int) -> Path:
 def joined_stores(above: Path) -> None:
     one, all_at_once = write_store(above / "one", 1), write_store(above / "all", PARTS)
     parts = folders(above / "parts")
-    for part in parts:
+    for number, part in enumerate(parts):
         shutil.copytree(one, part, dirs_exist_ok=True)
+        write_lines(part / left_out.FILE, {"source": 0, "line": 1, "bucket": "b", "reason": f"of {number}"})
+        if number % 2:
+            bundle(part)
+            assert os.listdir(part) == [PART]
     for dedupe, out in ((False, above / "out"), (True, above / "deduped")):
         out.mkdir()
         join(parts, out, dedupe)
     assert Store(above / "out").digest == Store(all_at_once).digest
     assert len(Store(above / "deduped")) == 1
+    listed = lines_of(above / "out" / left_out.FILE)
+    assert [(each["line"], each["reason"]) for each in listed] == [(n + 1, f"of {n}") for n in range(PARTS)]
 
 
 def drawn_rows(above: Path) -> None:
@@ -147,6 +157,14 @@ def checkpoint(above: Path) -> None:
     assert whole[:, 1].tolist() == list(range(PARTS))
 
 
+def legacy_ranks(above: Path) -> None:
+    parts = folders(above / "ranks")
+    for number, part in enumerate(parts):
+        torch.save({"weight": torch.full((3,), float(number))}, part / "model_optim_rng.pt")
+    loaded = [pickles.load(part / "model_optim_rng.pt")["weight"] for part in parts]  # all mapped at once
+    assert [tensor.tolist() for tensor in loaded] == [[float(number)] * 3 for number in range(PARTS)]
+
+
 def hugging_face_shards(above: Path) -> None:
     above.mkdir()
     names = [f"t{number:04d}" for number in range(PARTS)]
@@ -167,6 +185,7 @@ MERGES: list[Callable[[Path], None]] = [
     generated_samples,
     merged_of_merged,
     checkpoint,
+    legacy_ranks,
     hugging_face_shards,
 ]
 

@@ -46,11 +46,19 @@ def columns(file: IO[bytes]) -> dict[str, Column]:
                 raise ValueError(f"{name} is {dtype} {shape}")
             if entry.file_size != header + math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{entry.file_size} bytes of {name} for {shape}")
-            file.seek(entry.header_offset + _LOCAL_LENGTHS)
-            names, extra = struct.unpack("<2H", file.read(4))
-            first = entry.header_offset + _LOCAL_LENGTHS + 4 + names + extra
-            found[name] = Column(dtype, shape, first + header, first, first + entry.file_size, entry.CRC)
+            first, end = place(file, entry)
+            found[name] = Column(dtype, shape, first + header, first, end, entry.CRC)
     return found
+
+
+def place(file: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, int]:
+    """Return (first byte, end) of an uncompressed member of an open archive. Raise ValueError for a compressed one."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{entry.filename} is compressed")
+    file.seek(entry.header_offset + _LOCAL_LENGTHS)
+    names, extra = struct.unpack("<2H", file.read(4))
+    first = entry.header_offset + _LOCAL_LENGTHS + 4 + names + extra
+    return first, first + entry.file_size
 
 
 def mapped(path: Path) -> np.ndarray:

@@ -233,7 +233,7 @@ class _Archive:
         order = self.bytes("byteorder", NAME_BYTES) if "byteorder" in self._entries else b"little"
         if order != b"little":
             raise Refused(f"its bytes are in {order[:20]!r} order: save it again on a little-endian machine")
-        self._mapped: torch.Tensor | None = None
+        self._mapped: Any = None  # uint8[bytes of the file]
 
     def place(self, name: str) -> tuple[int, int]:
         """Return (start in the file, bytes) of a record."""
@@ -271,8 +271,8 @@ class _Archive:
         if self._mapped is None:
             # Not by Python's mmap, which keeps the file open: a checkpoint may have thousands, all mapped at once.
             place, whole = f"/proc/self/fd/{self._file.fileno()}", self._start + self._length
-            self._mapped = torch.from_file(place, shared=False, size=whole, dtype=torch.uint8)
-        return self._mapped[first : first + size]
+            self._mapped = torch.from_file(place, shared=False, size=whole, dtype=torch.uint8).numpy()
+        return torch.frombuffer(self._mapped, dtype=torch.uint8, offset=first, count=size)
 
 
 class _Tensors:
