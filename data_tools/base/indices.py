@@ -91,28 +91,31 @@ class Indices(Sequence[int]):
         return Indices.of_spans([*self.spans, *other.spans])
 
     def __and__(self, other: "Indices") -> "Indices":
-        found, mine, theirs = [], 0, 0
-        while mine < len(self.spans) and theirs < len(other.spans):
-            (a, b), (c, d) = self.spans[mine], other.spans[theirs]
-            if max(a, c) < min(b, d):
-                found.append((max(a, c), min(b, d)))
-            if b <= d:
-                mine += 1
-            else:
-                theirs += 1
+        few, many = (self, other) if len(self.spans) <= len(other.spans) else (other, self)
+        found = []
+        for first, end in few.spans:
+            for at in range(many._reaching(first), len(many.spans)):
+                begin, stop = many.spans[at]
+                if begin >= end:
+                    break
+                found.append((max(first, begin), min(end, stop)))
         return Indices(found)
 
     def __sub__(self, other: "Indices") -> "Indices":
-        left, at = [], 0
+        left = []
         for first, end in self.spans:
-            while at < len(other.spans) and other.spans[at][1] <= first:
-                at += 1
-            place = at
-            while place < len(other.spans) and other.spans[place][0] < end:
-                if first < other.spans[place][0]:
-                    left.append((first, other.spans[place][0]))
-                first = other.spans[place][1]
-                place += 1
+            for at in range(other._reaching(first), len(other.spans)):
+                begin, stop = other.spans[at]
+                if begin >= end:
+                    break
+                if first < begin:
+                    left.append((first, begin))
+                first = stop
             if first < end:
                 left.append((first, end))
         return Indices(left)
+
+    def _reaching(self, index: int) -> int:
+        """Return the place of the first range that ends after an index."""
+        at = bisect_right(self.spans, (index, float("inf"))) - 1
+        return at if at >= 0 and self.spans[at][1] > index else at + 1

@@ -32,6 +32,11 @@ def bundle(folder: Path) -> None:
         (folder / name).unlink()
 
 
+def open_part(path: Path) -> IO[bytes]:
+    """Return the file of that path, open to be read, which may lie in its folder's part.zip."""
+    return Files(path.parent).open(path.name)
+
+
 class Files:
     """Reads the files of a folder, whether they lie in its part.zip or by themselves.
 

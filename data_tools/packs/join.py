@@ -4,7 +4,6 @@ With a recipe, of the rows that it draws; those that it holds out become a secon
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.base.one_file import Files
 from data_tools.base.open_cache import OPEN_AT_ONCE, OpenCache
 from data_tools.chats.fields import remedies
 from data_tools.mistake import UserMistake
@@ -22,7 +20,6 @@ from data_tools.packs.left_out import join_left_out
 from data_tools.packs.store import Store, StoreFacts, StoreWriter
 from data_tools.recipes.draw import BUCKETS, DUPLICATE, KEPT, VALIDATION, draw, empty, undrawn
 from data_tools.recipes.recipe import Recipe
-from data_tools.records.balance import FILE as BALANCE
 from data_tools.records.balance import Balance, SourceBalance
 
 VALIDATION_STORE = "validation"
@@ -60,7 +57,7 @@ def join(
     that the list of rows left out has, by default the names of the balance sheet.
     Raise UserMistake when no row is left.
     """
-    sheets = [Balance.from_json(json.loads(Files(part).read(BALANCE))) for part in parts]
+    sheets = [Balance.read(part) for part in parts]
     balance = sheets[0]
     for sheet in sheets[1:]:
         balance = balance + sheet

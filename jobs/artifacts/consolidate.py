@@ -11,8 +11,9 @@ from pathlib import Path
 
 from data_tools.base import durable
 from data_tools.base.indices import Indices
+from jobs.artifacts.gathered import Gathered, gathered_line
 from jobs.artifacts.layout import read_lease_name
-from jobs.artifacts.run_folder import FrozenPhase, Gathered, RunFolder, gathered_line
+from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 
 FROM_ELEMENTS = 1000  # of a phase
 

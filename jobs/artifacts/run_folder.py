@@ -14,7 +14,7 @@ import shutil
 import stat
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from data_tools.base import durable
 from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
 from jobs.artifacts.artifact import Artifact
+from jobs.artifacts.gathered import Gathered, read_gathered
 from jobs.artifacts.layout import ArtifactLayout, RunLayout, element_name
 from jobs.artifacts.owner import ENVIRONMENT
 from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
 from jobs.schema.pipeline import NEED_SEALS
-from slurm.printed import format_indices, read_indices
 
 # What a run's path must not hold, and why; on Slurm the latter, too (tried with 22.05).
 UNFIT = {
@@ -126,16 +126,6 @@ class Outcome:
     key: str = ""
     cause: str = ""  # of one whose worker could not say: what launchers/backends/restart.py read from other evidence
     node: str = ""  # the one guilty node, where it was a node
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Lives of elements that were gathered in one file: sealed, and the only ones of their elements."""
-
-    attempt: int
-    elements: Indices
-    started: float  # the first of them
-    seconds: float  # of all of them
 
 
 class RunFolder(RunLayout):
@@ -320,8 +310,12 @@ class RunFolder(RunLayout):
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.create_file(path, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
 
-    def outcomes(self, phase: str, attempt: int | None = None, element: int | None = None) -> list[Outcome]:
+    def outcomes(
+        self, phase: str, attempt: int | None = None, element: int | None = None, *, but: Container[int] = ()
+    ) -> list[Outcome]:
         """Return the outcomes of a phase, of one attempt or element or all; an element's later ones after its earlier.
+
+        Of elements in `but` no file is read.
 
         Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.
         A torn or altered file is as good as none. Which files are read, their names decide.
@@ -329,7 +323,7 @@ class RunFolder(RunLayout):
         asked = "" if attempt is None else f".a{attempt}."
         begins = "" if element is None else f"{element_name(element)}."
         outcomes: dict[tuple[int, int, int, bool], Outcome] = {}
-        files = (told for _, told in self.outcome_files(phase, asked, begins))
+        files = (told for _, told in self.outcome_files(phase, asked, begins, but))
         # Files first: one that is gone when it is read is in what was gathered by then. What was gathered is believed:
         # where a life has a file again, another of its ranks made it later.
         for told in itertools.chain(files, self._gathered(phase)):
@@ -349,7 +343,7 @@ class RunFolder(RunLayout):
         gathered: list[Gathered] = []
         for path in self.gathered_outcomes(phase):
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as lines:
-                some, others = _read_gathered(lines.readline())
+                some, others = read_gathered(lines.readline())
                 gathered += some
                 lines.seek(0 if others is None else lines.tell())
                 for line in itertools.islice(lines, others):
@@ -368,14 +362,19 @@ class RunFolder(RunLayout):
                 outcomes[outcome.element, outcome.attempt, outcome.restart, outcome.state == "skipped"] = outcome
         return list(outcomes.values()), gathered
 
-    def outcome_files(self, phase: str, asked: str = "", begins: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the name and content of each outcome that has a file, if its name begins and has in it what is asked.
+    def outcome_files(
+        self, phase: str, asked: str = "", begins: str = "", but: Container[int] = ()
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the name and content of each outcome with a file, if its name begins and has in it what is asked.
 
-        Tens of thousands are read, so no Path is made for each.
+        None of elements in `but`. Tens of thousands are read, so no Path is made for each.
         """
         folder = self.outcomes_folder(phase)
         for name in os.listdir(folder) if folder.is_dir() else []:
             if name.endswith(".json") and asked in name and name.startswith(begins) and not name.startswith("."):
+                number = name.partition(".")[0]
+                if but and number.isdigit() and int(number) in but:
+                    continue
                 with contextlib.suppress(ValueError, FileNotFoundError), open(f"{folder}/{name}", "rb") as file:
                     told = durable.parse_checked(file.read(), name)
                     told.pop(durable.SUM, None)
@@ -419,22 +418,6 @@ def _frozen_of_json(entry: dict[str, Any]) -> FrozenPhase:
     if isinstance(phase.array, list):
         phase.material.setdefault("array", phase.array)
     return phase
-
-
-def gathered_line(gathered: Sequence[Gathered], others: int) -> str:
-    """Return the first line of a file of gathered outcomes; those of the next `others` are in none of `gathered`."""
-    told = [{**dataclasses.asdict(some), "elements": format_indices(some.elements)} for some in gathered]
-    return durable.canonical_json(durable.with_sum({"gathered": told, "others": others})) + "\n"
-
-
-def _read_gathered(line: bytes) -> tuple[list[Gathered], int | None]:
-    """Return what the first line of a file of gathered outcomes says; ([], None) of a file of before."""
-    try:
-        told = durable.parse_checked(line, "gathered outcomes")
-        found = [Gathered(**{**some, "elements": read_indices(some["elements"])}) for some in told["gathered"]]
-        return found, int(told["others"])
-    except (ValueError, KeyError, TypeError):
-        return [], None
 
 
 def _redirect_of(phase: str) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
-from jobs.artifacts.run_folder import FrozenPhase, Gathered, Outcome, RunFolder
+from jobs.artifacts.gathered import Gathered
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.artifacts.seal import Seal
 from launchers.backends.choose import OtherCluster, backend_of, choices_of
 from launchers.backends.contract import States, TaskState
@@ -22,6 +23,7 @@ from launchers.planning.ledger import JobEntry, Ledger
 from slurm.client import Slurm, SlurmError, SlurmUnavailable, configuration_of
 from slurm.printed import AccountingRow, read_indices
 
+SEALED_READ = 32  # of the sealed elements of a phase that goes on, the first and last whose outcomes are read
 Accounts = dict[str, list[tuple[Indices, AccountingRow]]]  # job -> what accounting says of its elements
 
 # -- elements -----------------------------------------------------------------------------------------------------
@@ -92,6 +94,8 @@ class Look:
     lives: dict[str, list[Any]] = field(default_factory=dict)  # of phases: what gpu_hours.py found of them
     _newest: dict[str, list[tuple[JobEntry, Indices]]] = field(default_factory=dict)
     _elements: dict[str, list[Element]] = field(default_factory=dict)
+    _sealed: dict[str, Indices] = field(default_factory=dict)
+    _open_outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     _seals: dict[str, Seal] = field(default_factory=dict)
     _outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     _brief: dict[str, tuple[list[Outcome], list[Gathered]]] = field(default_factory=dict)
@@ -124,13 +128,30 @@ class Look:
         """Return the elements that were submitted and are not sealed, or whose task has still to leave."""
         if self.seal(phase) is not None:
             return []
-        artifact = self.run.artifact(phase)
-        sealed = Indices.of(artifact.sealed_elements() if artifact.fans_in else ())
         found = []
         for element in self.elements(phase):
-            if left := element.indices if element.is_active else element.indices - sealed:
+            if left := element.indices if element.is_active else element.indices - self.sealed(phase):
                 found.append(element.only(left))
         return found
+
+    def sealed(self, phase: FrozenPhase) -> Indices:
+        """Return the elements of a phase that have a seal of their own; listed once after each question to a queue."""
+        if phase.name not in self._sealed:
+            artifact = self.run.artifact(phase)
+            self._sealed[phase.name] = Indices.of(artifact.sealed_elements() if artifact.fans_in else ())
+        return self._sealed[phase.name]
+
+    def last_words(self, phase: FrozenPhase) -> list[Outcome]:
+        """Return how the newest lives of all elements of a phase ended, of sealed ones too: their merging may have."""
+        newest = {(element, entry.submission) for entry, own in self._newest_jobs(phase) for element in own}
+        told = {(o.element, o.attempt): o for o in self.outcomes(phase.name)}
+        return [outcome for place, outcome in told.items() if place in newest]
+
+    def forget(self) -> None:
+        """Forget what was read of elements: a queue that was asked since may tell of some that ended meanwhile."""
+        self._elements.clear()
+        self._sealed.clear()
+        self._open_outcomes.clear()
 
     def seal(self, phase: FrozenPhase) -> Seal | None:
         """Return a phase's seal; None while a job of a later submission than the seal's goes on: that one decides."""
@@ -178,6 +199,16 @@ class Look:
             self._brief[name] = (whole, []) if whole is not None else self.run.outcomes_in_brief(name)
         return self._brief[name]
 
+    def _outcomes_of_open(self, phase: FrozenPhase) -> list[Outcome]:
+        """Return what `outcomes` does, but of sealed elements those of the first and last few alone."""
+        if phase.name in self._outcomes:
+            return self._outcomes[phase.name]
+        if phase.name not in self._open_outcomes:
+            _, others = self.sealed(phase).apart(SEALED_READ)
+            but, _ = others.apart(max(0, len(others) - SEALED_READ))
+            self._open_outcomes[phase.name] = self.run.outcomes(phase.name, but=but)
+        return self._open_outcomes[phase.name]
+
     def outcomes(self, name: str) -> list[Outcome]:
         """Return how all attempts at a phase ended, oldest first; read once."""
         if name not in self._outcomes:
@@ -202,7 +233,7 @@ class Look:
         jobs = self._newest_jobs(phase)
         if not jobs:
             return
-        outcomes = {(outcome.element, outcome.attempt): outcome for outcome in self.outcomes(phase.name)}
+        outcomes = {(outcome.element, outcome.attempt): outcome for outcome in self._outcomes_of_open(phase)}
         leases = sorted(lease_times(self.run.artifact(phase).folder)) if outcomes else []
         restarts = {(element, attempt): restart for element, attempt, restart in leases}  # the newest of each attempt
         ended: dict[int, dict[int, Outcome]] = {}  # attempt -> element -> how its newest life ended
@@ -289,6 +320,7 @@ def _ask(look: Look, choice: str, asked: set[str]) -> None:
     tasks = backend.states(look.entries)
     asked.add(cluster)
     look.states.add(tasks)
+    look.forget()
     if slurm is not None:
         jobs = {entry.job for entry in _slurm_entries(look)}
         look.slurms |= dict.fromkeys(jobs, slurm)
@@ -335,5 +367,4 @@ def _untold(look: Look, phase: FrozenPhase) -> list[Element]:
     if look.seal(phase) is not None:
         return []
     untold = [element for element in look.elements(phase) if element.outcome is None and not element.is_active]
-    sealed = Indices.of(look.run.artifact(phase).sealed_elements() if untold else ())
-    return [element for element in untold if element.indices - sealed]
+    return [element for element in untold if element.indices - look.sealed(phase)]

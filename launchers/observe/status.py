@@ -156,7 +156,7 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     )
     seal = look.seal(phase)
     if seal is None:
-        status.sealed = len(artifact.sealed_elements())
+        status.sealed = len(look.sealed(phase))
         status.reason = look.not_needed(phase)
         elements = look.elements(phase)
         if status.reason:
@@ -166,7 +166,7 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
             # It may have been sealed since we looked.
             seal = look.seal(phase) if not open_elements else None
             if seal is None:
-                _tell_open(status, phase, elements, open_elements)
+                _tell_open(status, look, phase, elements=elements, open_elements=open_elements)
     if seal is not None:
         _tell_sealed(status, look, phase, seal)
     return status
@@ -185,7 +185,9 @@ def _tell_sealed(status: PhaseStatus, look: Look, phase: FrozenPhase, seal: Seal
     status.latest = str(link) if link.exists() and link.resolve() == seal.folder.resolve() else ""
 
 
-def _tell_open(status: PhaseStatus, phase: FrozenPhase, elements: list[Element], open_elements: list[Element]) -> None:
+def _tell_open(
+    status: PhaseStatus, look: Look, phase: FrozenPhase, *, elements: list[Element], open_elements: list[Element]
+) -> None:
     """Fill in the status of a phase without a seal that was submitted."""
     tasks = [(element.state(), element) for element in open_elements]
     worst, speaks = _worst(tasks)
@@ -193,7 +195,7 @@ def _tell_open(status: PhaseStatus, phase: FrozenPhase, elements: list[Element],
     status.job = worst.job or newest.job
     status.state, status.reason, status.exit_code = worst.state, worst.reason, worst.exit_code
     outcomes = [element.outcome for element in elements if element.outcome is not None]
-    outcome = speaks.outcome if speaks is not None else _fan_in_outcome(outcomes)
+    outcome = speaks.outcome if speaks is not None else _fan_in_outcome(look.last_words(phase))
     if outcome is not None and outcome.state != "sealed" and not status.active:
         status.message, status.exit_code = outcome.message, outcome.exit_code
     running = [i for task, element in tasks if task.state == RUNNING for i in element.indices]

@@ -12,7 +12,7 @@ from typing import Any
 from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.layout import indices_of_logs, log_name
-from jobs.artifacts.run_folder import FrozenPhase, RunFolder
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.retry import Cause
 from jobs.schema.pipeline import NEED_SEALS
 from launchers.causes.diagnosis import classify
@@ -168,17 +168,16 @@ def _findings(look: Look, phase: FrozenPhase, cancels: dict[str, float]) -> list
         examination.examine(element)
     findings = examination.findings()
     if not findings and look.whole_seal(phase) is None and look.elements(phase):
-        diagnosis = _diagnose_fan_in(phase, look.elements(phase))
+        diagnosis = _diagnose_fan_in(phase, look.last_words(phase))
         return [Finding(phase.name, Indices(), job="", diagnosis=diagnosis, log="")]
     return findings
 
 
-def _diagnose_fan_in(phase: FrozenPhase, elements: Iterable[Element]) -> Diagnosis:
+def _diagnose_fan_in(phase: FrozenPhase, outcomes: Iterable[Outcome]) -> Diagnosis:
     """Say why a phase is not sealed whose elements all are.
 
     The fan-in ran in one of the elements' tasks; its complaint stands in that one's name.
     """
-    outcomes = [element.outcome for element in elements if element.outcome is not None]
     complaints = [outcome for outcome in outcomes if outcome.state != "sealed"]
     if not complaints:
         what = "has all its elements sealed, but their fan-in is not"
