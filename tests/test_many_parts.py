@@ -21,11 +21,14 @@ from data_tools.packs.store import Provenance, Store, StoreWriter, row_text
 from data_tools.prepare import dolci, rejection, rejection_element, rejection_finish
 from data_tools.records.balance import FILE, Balance, SourceBalance
 from data_tools.records.merge_sorted import merged
+from jobs.artifacts.seal import read_seal
 from megatron_ext.entrypoints import generate
 from megatron_ext.files import pickles
 from megatron_ext.model_folders import model_folder
 from megatron_ext.weights import dist_weights
 from megatron_ext.weights.hf_files import HfTensors, SafetensorsFiles
+from tests.data_tools.chats import template_of, write_tokenizer
+from tests.launchers.test_late_starts import Run
 
 PARTS = 2 * OPEN_AT_ONCE
 OTHERS = 24  # files that may be open besides: the output, scratch, what an import reads
@@ -196,3 +199,45 @@ def test_many_parts_are_merged_with_few_files_open(
 ) -> None:
     monkeypatch.setattr(model_folder, "open_folder", lambda path: SimpleNamespace(step=1))  # for `generate`'s table
     merge(tmp_path / "m")
+
+
+@pytest.fixture
+def at_most_256_files() -> Iterator[None]:
+    """Let this process and its children open 256 files, as `ulimit -n 256` does."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.soak
+def test_a_checkpoint_of_4000_files_is_read_with_256_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_most_256_files: None
+) -> None:
+    monkeypatch.setattr("tests.test_many_parts.PARTS", 4000)
+    checkpoint(tmp_path)
+    assert len(list(tmp_path.glob("*.distcp"))) == 4000
+
+
+@pytest.mark.soak
+def test_2000_elements_of_materialize_are_sealed_with_256_files_open(tmp_path: Path, at_most_256_files: None) -> None:
+    """Of each four rows one is malformed, so that every element lists rows that it left out."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", template=template_of("qwen3"))
+    asked = {"role": "user", "content": "What is it?"}
+    rows = [{"messages": [asked, {"role": "assistant", "content": f"It is {n // 2}."}]} for n in range(8000)]
+    write_lines(tmp_path / "rows.jsonl", *(row if n % 4 else {"none": n} for n, row in enumerate(rows)))
+    settings = f"tokenizer: {tokenizer}, source: {{inputs: [{tmp_path}/rows.jsonl]}}, on_bad_row: bucket"
+    text = f"name: many\nphases:\n  data: {{uses: materialize, array: 2000, with: {{{settings}}}}}\n"
+    (tmp_path / "late.yaml").write_text(text)
+    run = Run(tmp_path)
+    run.submit(1)
+    for first in range(0, 2000, 200):
+        tasks = [run.start("data", *range(begin, begin + 100)) for begin in (first, first + 100)]
+        for task in tasks:
+            task.join()
+            assert task.exitcode == 0
+    seal = read_seal(run.artifact("data").seal_path)
+    assert seal is not None and seal.parts is not None and len(seal.parts) == 2000
+    assert seal.facts["lines"] == 8000 and seal.facts["kept"] + sum(seal.facts["buckets"].values()) == 8000
+    assert len(lines_of(seal.folder / left_out.FILE)) == 8000 - seal.facts["kept"]
+    print({name: seal.facts[name] for name in ("kept", "buckets")})

@@ -67,9 +67,8 @@ class Leaves:
 
 
 def conversations(folder: Path) -> tuple[str, Any]:
-    rows = [
-        {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}]} for n in range(8)
-    ]
+    asked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": asked, "id": n} for n in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = write_tokenizer(folder / "tokenizer", template=template_of("qwen3"))
     source = Source(inputs=[str(folder / "rows.jsonl")])
@@ -105,7 +104,8 @@ def test_an_element_of_a_large_array_leaves_four_inodes_once_its_phase_is_sealed
     assert leaves.run.artifact(leaves.phase).seal_path.exists()
     found = leaves.inodes()
     assert found["logs"] == found["seals"] == elements + 1
-    own = [path for path in leaves.run.artifact(leaves.phase).folder.glob("work/0*/*")]
-    assert len(own) == elements and len(list(leaves.run.artifact(leaves.phase).folder.glob("work/0*"))) == elements
+    folder = leaves.run.artifact(leaves.phase).folder
+    for own in ("work/0*", "work/0*/*"):
+        assert len(list(folder.glob(own))) == elements
     few = found.total() - found["logs"] - found["seals"] - found["work"]
     assert few <= 16, found  # the word and lease of the last one, what was gathered, the seal, the merged
