@@ -51,7 +51,7 @@ def _gathered(run: RunFolder, phase: FrozenPhase, attempt: int, idle: Container[
         if told.get("state") == "sealed" and told.get("key") == phase.key:
             line = durable.canonical_json(durable.with_sum(told)) + "\n"
             paths.append(folder / name)
-            if told["element"] in idle:
+            if told["element"] in idle and told["restart"] == 0:
                 alone.append(line)
                 seconds = max(0.0, told["ended"] - told["started"])
                 lives.setdefault(told["attempt"], []).append((told["element"], told["started"], seconds))

@@ -11,7 +11,7 @@ from slurm.printed import format_indices, read_indices
 
 @dataclass(frozen=True)
 class Gathered:
-    """Lives of elements that were gathered in one file: sealed, and the only ones of their elements."""
+    """Lives of elements that were gathered in one file: sealed, the only ones of their elements, of restart 0."""
 
     attempt: int
     elements: Indices

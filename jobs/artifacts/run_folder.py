@@ -357,9 +357,10 @@ class RunFolder(RunLayout):
             told.pop(durable.SUM, None)
             with contextlib.suppress(TypeError):
                 outcome = Outcome(**told)
-                if outcome.state == "sealed" and any(outcome.element in e for e in of_attempt.get(outcome.attempt, ())):
+                is_twin, known = outcome.state == "skipped", of_attempt.get(outcome.attempt, ())
+                if not is_twin and not outcome.restart and any(outcome.element in elements for elements in known):
                     continue  # another rank made the file after what was gathered
-                outcomes[outcome.element, outcome.attempt, outcome.restart, outcome.state == "skipped"] = outcome
+                outcomes[outcome.element, outcome.attempt, outcome.restart, is_twin] = outcome
         return list(outcomes.values()), gathered
 
     def outcome_files(
