@@ -76,5 +76,5 @@ def crc32(data: np.ndarray, column: Column) -> int:
     """Return the CRC-32 of an array's member, block by block: all of it is read."""
     total = 0
     for start in range(column.member, column.end, _BLOCK):
-        total = zlib.crc32(memoryview(data[start : min(start + _BLOCK, column.end)]), total)
+        total = zlib.crc32(data[start : min(start + _BLOCK, column.end)].data, total)
     return total

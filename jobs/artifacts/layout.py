@@ -16,7 +16,8 @@
       local/N/                         the driver's state, where there is no Slurm (launchers/backends/local.py)
       PHASE/logs/aN.INDEX.out          one log an element and attempt
       PHASE/attempts/0003.a2.r0.json   how that life of element 3 ended; 0003.a2.r0.skipped.json of a twin that left
-      PHASE/attempts/KEY.a2.jsonl      the same of all sealed elements of a large array (jobs/artifacts/consolidate.py)
+      PHASE/attempts/KEY.a2.jsonl      the same of all sealed elements of a large array (jobs/artifacts/consolidate.py);
+                                       the first line sums them up (jobs/artifacts/gathered.py)
       PHASE/attempts/environment/      SLURM_* of each attempt, in runs of before; now its lease has them
       PHASE/latest                     link to what is sealed under the newest submission's key, for people
       PHASE/retired/KEY.1              what PHASE/KEY was before it was run anew

@@ -138,7 +138,7 @@ def many(path: Path, phases: int, elements: int) -> PlantedRun:
     *sealed, last = planted.phases.values()
     for place, phase in enumerate(sealed):
         planted.seal(phase.name, 60.0 * place + 59, parts=elements)
-        lines = [json.dumps(_outcome_of(element, place, "sealed")) + "\n" for element in range(elements)]
+        lines = [json.dumps(_outcome_of(element, place, "sealed")) + "\n" for element in range(elements)]  # no sums
         folder = planted.run.outcomes_folder(phase.name)
         folder.mkdir(parents=True)
         whole = Gathered(1, Indices.of(range(elements)), START + 60 * MINUTE * place, seconds=60.0 * elements)
@@ -155,7 +155,7 @@ def many(path: Path, phases: int, elements: int) -> PlantedRun:
         if element % GROUP == 0:
             lease.parent.mkdir(parents=True, exist_ok=True)
         lease.touch()
-        told = _outcome_of(element, phases - 1, "failed" if kind == 5 else "sealed")
+        told = durable.with_sum(_outcome_of(element, phases - 1, "failed" if kind == 5 else "sealed"))
         planted.run.outcome_path(last.name, (element, 1, 0), is_twin=False).write_text(json.dumps(told))
         if kind < 5:
             artifact.element_seal_path(element).touch()
@@ -170,7 +170,7 @@ def _outcome_of(element: int, place: int, state: str) -> dict[str, Any]:
         element, 1, 0, state, exit_code=int(state != "sealed"), message=message, host="n1", job="", started=began,
         ended=began + MINUTE, key=KEY,
     )  # fmt: skip
-    return durable.with_sum(dataclasses.asdict(outcome))
+    return vars(outcome)
 
 
 def balance_file(**dropped: int) -> dict[str, str]:
