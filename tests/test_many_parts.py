@@ -1,5 +1,6 @@
 """Whatever merges the parts of an array, or reads the files of many ranks, keeps few of them open at a time."""
 
+import itertools
 import json
 import os
 import resource
@@ -36,10 +37,12 @@ OTHERS = 24  # files that may be open besides: the output, scratch, what an impo
 
 @pytest.fixture
 def few_files() -> Iterator[None]:
-    """Let this process open OPEN_AT_ONCE files more than it has, and a few."""
+    """Let this process open OPEN_AT_ONCE files more than it has, and a few: so many numbers are free below the limit."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + OPEN_AT_ONCE + OTHERS, before[1]))
+    taken = set(map(int, os.listdir("/proc/self/fd")))
+    free = (number for number in itertools.count() if number not in taken)
+    last = next(itertools.islice(free, OPEN_AT_ONCE + OTHERS, None))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
