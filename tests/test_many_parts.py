@@ -37,7 +37,7 @@ OTHERS = 24  # files that may be open besides: the output, scratch, what an impo
 
 @pytest.fixture
 def few_files() -> Iterator[None]:
-    """Let this process open OPEN_AT_ONCE files more than it has, and a few: so many numbers are free below the limit."""
+    """Let this process open OPEN_AT_ONCE files more, and a few: so many numbers are free below the limit."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = set(map(int, os.listdir("/proc/self/fd")))
     free = (number for number in itertools.count() if number not in taken)
