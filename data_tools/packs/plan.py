@@ -177,7 +177,7 @@ class PackReader:
         """Pack i, from 0."""
         length, pieces = self.pack_length, self.plan.pieces
         own = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
-        doc_ids, lengths = pieces.doc[own], pieces.length[own].astype(np.int64)
+        doc_ids, lengths = np.array(pieces.doc[own]), pieces.length[own].astype(np.int64)  # copies: those lie in a file
         slots = -(-lengths // self.align) * self.align
         cu_seqlens = np.concatenate([[0], np.cumsum(slots)])
         ids = np.full(length, self.pad_id, dtype=np.int64)
