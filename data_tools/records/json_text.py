@@ -16,8 +16,20 @@ def json_value(text: str) -> Any:
         return _DECODER.decode(text)
     except RepeatedKey:
         raise
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {_told(error)}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
+
+
+def _told(error: json.JSONDecodeError) -> str:
+    """Return what is wrong and where: the line of a text of several, of one line the column alone, since whoever read
+    that line knows its number in the file."""
+    text = error.doc.rstrip()
+    place = min(error.pos, len(text))
+    column = place - (text.rfind("\n", 0, place) + 1) + 1
+    line = f"line {text.count(chr(10), 0, place) + 1}, " if "\n" in text else ""
+    return f"{error.msg} at {line}column {column}"
 
 
 def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base.indices import Indices
-from data_tools.mistake import UserMistake, nearest
+from data_tools.mistake import UserMistake
 from jobs.artifacts.layout import indices_of_logs, log_name
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.retry import Cause
@@ -21,6 +21,7 @@ from launchers.causes.log_lines import ENVIRONMENT_LINE
 from launchers.causes.states import ACTIVE_STATES, LOST_NODE_STATES, RUNNING
 from launchers.causes.traces import log_tail, requested
 from launchers.observe.look import Element, Look, look_at
+from launchers.observe.sealed import no_phase
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm, SlurmError
 from slurm.printed import AccountingRow, format_indices
@@ -118,7 +119,7 @@ def why_of(look: Look, phase: str | None = None) -> Report:
     """Say what `why` says, as one look found the run."""
     run = look.run
     if phase is not None and phase not in look.phases:
-        raise UserMistake(f"{run.path} has no phase {phase!r}{nearest(phase, list(look.phases))}")
+        raise no_phase(run, phase, list(look.phases))
     named = [frozen for name, frozen in look.phases.items() if phase in (None, name)]
     chosen = [frozen for frozen in named if look.whole_seal(frozen) or not look.not_needed(frozen)]
     unsealed = [frozen for frozen in chosen if look.whole_seal(frozen) is None]
