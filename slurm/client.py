@@ -212,7 +212,7 @@ class Slurm:
     def queue(self, each_element: bool = True) -> list[QueueRow]:
         """Return every job of this user that the controller remembers, in all states, one row an array element.
 
-        Without `each_element` those that wait are one row together, which tells of no element.
+        Without `each_element` those that wait are one row together, which tells of them in `waiting`.
 
         Not by `squeue --array`, which loses the last element of an array it prints with a step ("0-396:4", 22.05.8).
         """

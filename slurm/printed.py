@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from data_tools.base.indices import Indices
+
 # What Slurm's library itself says where a connection was lost, so that what was asked for may have happened all the
 # same: slurm_strerror's texts of 22.05 for communication, and those of the C library for a socket.
 LOST_CONNECTION = (
@@ -47,6 +49,7 @@ class QueueRow:
     reason: str
     dependency: str  # as Slurm prints it, "" when there is none (left)
     nodelist: str
+    waiting: str = ""  # of a row of several elements that wait together: their indices, "4-9,12%2"
 
     @property
     def element(self) -> str:
@@ -122,7 +125,7 @@ def _records(printed: str, between: str, fields: int) -> Iterator[list[str]]:
 
 def parse_queue(printed: str, between: str, each_element: bool = True) -> list[QueueRow]:
     """Return the rows of `squeue` with QUEUE_FIELDS, each followed by `between`; waiting elements come in one and
-    become many, if wanted.
+    become many, if wanted. Else each row of an array has its indices in `waiting`, and its `array_index` is None.
     """
     rows = []
     for record in _records(printed, between, len(QUEUE_FIELDS)):
@@ -140,6 +143,7 @@ def parse_queue(printed: str, between: str, each_element: bool = True) -> list[Q
                 reason=reason,
                 dependency=dependency,
                 nodelist=nodelist,
+                waiting=index if is_array and not each_element else "",
             )
             for element in indices
         ]
@@ -159,16 +163,23 @@ def parse_indices(text: str) -> list[int]:
     return indices
 
 
+def read_indices(text: str) -> Indices:
+    """Return what `parse_indices` does in ranges: of 100,000 elements that wait it costs as much as of two."""
+    spans: list[tuple[int, int]] = []
+    for part in text.partition("%")[0].split(","):
+        first, dash, last = part.partition("-")
+        if dash and ":" not in last:
+            spans.append((int(first), int(last) + 1))
+        else:
+            spans += ((index, index + 1) for index in parse_indices(part))
+    return Indices.of_spans(spans)
+
+
 def format_indices(indices: Iterable[int], most: int | None = None) -> str:
     """Return the array indices as Slurm spells them, "3,7-9"; for people at most `most` ranges, then "…"."""
-    ranges: list[list[int]] = []
-    for index in sorted(indices):
-        if ranges and index == ranges[-1][1] + 1:
-            ranges[-1][1] = index
-        else:
-            ranges.append([index, index])
-    texts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
-    return ",".join(texts[:most]) + (",…" if most is not None and len(texts) > most else "")
+    spans = Indices.of(indices).spans
+    texts = [str(first) if end == first + 1 else f"{first}-{end - 1}" for first, end in spans[:most]]
+    return ",".join(texts) + (",…" if most is not None and len(spans) > most else "")
 
 
 def parse_accounting(printed: str, between: str) -> list[AccountingRow]:

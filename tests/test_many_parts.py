@@ -1,5 +1,6 @@
 """Whatever merges the parts of an array, or reads the files of many ranks, keeps few of them open at a time."""
 
+import itertools
 import json
 import os
 import resource
@@ -12,16 +13,23 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.base.one_file import NAME as PART
+from data_tools.base.one_file import bundle
 from data_tools.base.open_cache import OPEN_AT_ONCE
+from data_tools.packs import left_out
 from data_tools.packs.join import join
 from data_tools.packs.store import Provenance, Store, StoreWriter, row_text
 from data_tools.prepare import dolci, rejection, rejection_element, rejection_finish
 from data_tools.records.balance import FILE, Balance, SourceBalance
 from data_tools.records.merge_sorted import merged
+from jobs.artifacts.seal import read_seal
 from megatron_ext.entrypoints import generate
+from megatron_ext.files import pickles
 from megatron_ext.model_folders import model_folder
 from megatron_ext.weights import dist_weights
 from megatron_ext.weights.hf_files import HfTensors, SafetensorsFiles
+from tests.data_tools.chats import template_of, write_tokenizer
+from tests.launchers.test_late_starts import Run
 
 PARTS = 2 * OPEN_AT_ONCE
 OTHERS = 24  # files that may be open besides: the output, scratch, what an import reads
@@ -29,10 +37,12 @@ OTHERS = 24  # files that may be open besides: the output, scratch, what an impo
 
 @pytest.fixture
 def few_files() -> Iterator[None]:
-    """Let this process open OPEN_AT_ONCE files more than it has, and a few."""
+    """Let this process open OPEN_AT_ONCE files more, and a few: so many numbers are free below the limit."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + OPEN_AT_ONCE + OTHERS, before[1]))
+    taken = set(map(int, os.listdir("/proc/self/fd")))
+    free = (number for number in itertools.count() if number not in taken)
+    last = next(itertools.islice(free, OPEN_AT_ONCE + OTHERS, None))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -72,13 +82,19 @@ def write_store(folder: Path, rows: int) -> Path:
 def joined_stores(above: Path) -> None:
     one, all_at_once = write_store(above / "one", 1), write_store(above / "all", PARTS)
     parts = folders(above / "parts")
-    for part in parts:
+    for number, part in enumerate(parts):
         shutil.copytree(one, part, dirs_exist_ok=True)
+        write_lines(part / left_out.FILE, {"source": 0, "line": 1, "bucket": "b", "reason": f"of {number}"})
+        if number % 2:
+            bundle(part)
+            assert os.listdir(part) == [PART]
     for dedupe, out in ((False, above / "out"), (True, above / "deduped")):
         out.mkdir()
         join(parts, out, dedupe)
     assert Store(above / "out").digest == Store(all_at_once).digest
     assert len(Store(above / "deduped")) == 1
+    listed = lines_of(above / "out" / left_out.FILE)
+    assert [(each["line"], each["reason"]) for each in listed] == [(n + 1, f"of {n}") for n in range(PARTS)]
 
 
 def drawn_rows(above: Path) -> None:
@@ -147,6 +163,14 @@ def checkpoint(above: Path) -> None:
     assert whole[:, 1].tolist() == list(range(PARTS))
 
 
+def legacy_ranks(above: Path) -> None:
+    parts = folders(above / "ranks")
+    for number, part in enumerate(parts):
+        torch.save({"weight": torch.full((3,), float(number))}, part / "model_optim_rng.pt")
+    loaded = [pickles.load(part / "model_optim_rng.pt")["weight"] for part in parts]  # all mapped at once
+    assert [tensor.tolist() for tensor in loaded] == [[float(number)] * 3 for number in range(PARTS)]
+
+
 def hugging_face_shards(above: Path) -> None:
     above.mkdir()
     names = [f"t{number:04d}" for number in range(PARTS)]
@@ -167,6 +191,7 @@ MERGES: list[Callable[[Path], None]] = [
     generated_samples,
     merged_of_merged,
     checkpoint,
+    legacy_ranks,
     hugging_face_shards,
 ]
 
@@ -177,3 +202,45 @@ def test_many_parts_are_merged_with_few_files_open(
 ) -> None:
     monkeypatch.setattr(model_folder, "open_folder", lambda path: SimpleNamespace(step=1))  # for `generate`'s table
     merge(tmp_path / "m")
+
+
+@pytest.fixture
+def at_most_256_files() -> Iterator[None]:
+    """Let this process and its children open 256 files, as `ulimit -n 256` does."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.soak
+def test_a_checkpoint_of_4000_files_is_read_with_256_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_most_256_files: None
+) -> None:
+    monkeypatch.setattr("tests.test_many_parts.PARTS", 4000)
+    checkpoint(tmp_path)
+    assert len(list(tmp_path.glob("*.distcp"))) == 4000
+
+
+@pytest.mark.soak
+def test_2000_elements_of_materialize_are_sealed_with_256_files_open(tmp_path: Path, at_most_256_files: None) -> None:
+    """Of each four rows one is malformed, so that every element lists rows that it left out."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", template=template_of("qwen3"))
+    asked = {"role": "user", "content": "What is it?"}
+    rows = [{"messages": [asked, {"role": "assistant", "content": f"It is {n // 2}."}]} for n in range(8000)]
+    write_lines(tmp_path / "rows.jsonl", *(row if n % 4 else {"none": n} for n, row in enumerate(rows)))
+    settings = f"tokenizer: {tokenizer}, source: {{inputs: [{tmp_path}/rows.jsonl]}}, on_bad_row: bucket"
+    text = f"name: many\nphases:\n  data: {{uses: materialize, array: 2000, with: {{{settings}}}}}\n"
+    (tmp_path / "late.yaml").write_text(text)
+    run = Run(tmp_path)
+    run.submit(1)
+    for first in range(0, 2000, 200):
+        tasks = [run.start("data", *range(begin, begin + 100)) for begin in (first, first + 100)]
+        for task in tasks:
+            task.join()
+            assert task.exitcode == 0
+    seal = read_seal(run.artifact("data").seal_path)
+    assert seal is not None and seal.parts is not None and len(seal.parts) == 2000
+    assert seal.facts["lines"] == 8000 and seal.facts["kept"] + sum(seal.facts["buckets"].values()) == 8000
+    assert len(lines_of(seal.folder / left_out.FILE)) == 8000 - seal.facts["kept"]
+    print({name: seal.facts[name] for name in ("kept", "buckets")})

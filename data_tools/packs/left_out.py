@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from data_tools.base.one_file import Files
 from data_tools.recipes.draw import BUCKETS, DUPLICATE
 
 FILE = "left_out.jsonl"
@@ -62,23 +63,25 @@ def _spelled(told: dict[str, Any]) -> str:
 
 
 class _Part:
-    """Reads the list of one element, source by source."""
+    """Reads the list of one element, source by source; between two sources it is not open, as there are thousands."""
 
     def __init__(self, folder: Path):
-        self._lines = open(folder / FILE, encoding="utf-8") if (folder / FILE).exists() else None
-        self._next = self._read()
-
-    def _read(self) -> dict[str, Any] | None:
-        line = self._lines.readline() if self._lines else ""
-        if not line and self._lines:
-            self._lines.close()
-        return json.loads(line) if line else None
+        self._folder, self._at = folder, 0
 
     def of(self, source: int, lines_before: int) -> Iterator[Place]:
         """Yield what it tells of a source, in the lines of the file."""
-        while self._next is not None and self._next["source"] == source:
-            told, self._next = self._next, self._read()
-            yield told["line"] + lines_before, told
+        files = Files(self._folder)
+        if not files.has(FILE):
+            return
+        with files.open(FILE) as lines:
+            lines.seek(self._at)
+            for line in lines:
+                told = json.loads(line)
+                if told["source"] != source:
+                    break
+                self._at += len(line)
+                yield told["line"] + lines_before, told
+        files.close()
 
 
 def join_left_out(

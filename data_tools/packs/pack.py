@@ -21,7 +21,7 @@ from data_tools.base.seeded import permutation
 from data_tools.base.tables import ShownTable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs import batches
-from data_tools.packs.plan import FACTS, PackPlan, Pieces, PlanFacts, stream_of
+from data_tools.packs.plan import FACTS, PackPlan, Pieces, PlanFacts, stream_of, sums_of
 from data_tools.packs.store import Store, text_hash
 from data_tools.progress import Progress, silent
 from data_tools.records import sources
@@ -209,6 +209,7 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
         "targets": total.supervised,
         "store": store.digest,
         "plan": plan.digest(),
+        "crc32": sums_of(out),
     }
     write_json(out / FACTS, facts)
     fsync_tree(out)

@@ -7,20 +7,23 @@
 Which packs make up global batch k, and who trains which: batches.py.
 """
 
-import zipfile
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from data_tools.base import mapped_npz
 from data_tools.base.durable import canonical_json, read_json, sha256_bytes
 from data_tools.mistake import UserMistake
 from data_tools.packs import batches
 from data_tools.packs.store import Store
 
 PLAN, FACTS = "plan.npz", "plan.json"
+_ARRAYS = ("pack_ptr", "doc_ids", "starts", "lengths", "source")
+_BLOCK = 1 << 20  # values worked on at a time
 PADDING_SLOT = 1024  # tokens at most: attention over a slot costs the square of its length, and padding is for nothing
 
 
@@ -42,6 +45,7 @@ class PlanFacts(TypedDict):
     targets: int
     store: str  # digest of the store
     plan: str  # digest of the plan
+    crc32: NotRequired[dict[str, int]]  # of each array as it lies in plan.npz; plans of before have none
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,24 @@ class PackPlan:
 
     def digest(self) -> str:
         """Return the SHA-256 over the arrays."""
-        arrays = (self.pack_ptr, self.pieces.doc, self.pieces.start, self.pieces.length, self.source)
-        return sha256_bytes(b"".join(a.astype("<i8").tobytes() for a in arrays))
+        digest = hashlib.sha256()
+        for each in (self.pack_ptr, self.pieces.doc, self.pieces.start, self.pieces.length, self.source):
+            for start in range(0, len(each), _BLOCK):
+                digest.update(each[start : start + _BLOCK].astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def costs(self, linear: float, quadratic: float) -> np.ndarray:
-        """Return float64[packs], the predicted cost of each."""
-        length = self.pieces.length.astype(np.float64)
-        return np.add.reduceat(linear * length + quadratic * length * length, self.pack_ptr[:-1])
+        """Return float64[packs], the predicted cost of each. Takes 8 bytes a pack, and a block of pieces."""
+        costs = np.empty(len(self.source))
+        first = 0
+        while first < len(costs):
+            begin = int(self.pack_ptr[first])
+            last = max(first + 1, int(np.searchsorted(self.pack_ptr, begin + _BLOCK, side="right")) - 1)
+            length = self.pieces.length[begin : int(self.pack_ptr[last])].astype(np.float64)
+            each = linear * length + quadratic * length * length
+            costs[first:last] = np.add.reduceat(each, self.pack_ptr[first:last] - begin)
+            first = last
+        return costs
 
     def write(self, folder: Path) -> None:
         """Write FOLDER/plan.npz."""
@@ -162,7 +177,7 @@ class PackReader:
         """Pack i, from 0."""
         length, pieces = self.pack_length, self.plan.pieces
         own = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
-        doc_ids, lengths = pieces.doc[own], pieces.length[own].astype(np.int64)
+        doc_ids, lengths = np.array(pieces.doc[own]), pieces.length[own].astype(np.int64)  # copies: those lie in a file
         slots = -(-lengths // self.align) * self.align
         cu_seqlens = np.concatenate([[0], np.cumsum(slots)])
         ids = np.full(length, self.pad_id, dtype=np.int64)
@@ -194,7 +209,10 @@ def padded_to(cu_seqlens: np.ndarray, length: int, unit: int) -> np.ndarray:
 
 
 def read_plan(folder: Path) -> tuple[PlanFacts, PackPlan]:
-    """Return (facts, plan) of a pack output. Raise UserMistake when it is none or damaged."""
+    """Return (facts, plan) of a pack output, whose pieces are mapped. Raise UserMistake when it is none or damaged.
+
+    All is read once, for its sums: SHA-256 where plan.json has no others.
+    """
     remedy = "restore it or run pack again"
     for name in (FACTS, PLAN):
         if not (folder / name).is_file():
@@ -205,11 +223,23 @@ def read_plan(folder: Path) -> tuple[PlanFacts, PackPlan]:
     except (ValueError, KeyError, TypeError):
         raise UserMistake(f"{folder / FACTS} is damaged: not the JSON of a plan; {remedy}") from None
     try:
-        with np.load(folder / PLAN) as archive:
-            pieces = Pieces(archive["doc_ids"], archive["starts"], archive["lengths"])
-            plan = PackPlan(archive["pack_ptr"], pieces, archive["source"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        with open(folder / PLAN, "rb") as file:
+            columns = mapped_npz.columns(file)
+        data = mapped_npz.mapped(folder / PLAN)
+        ptr, doc, start, length, source = (mapped_npz.array(data, columns[name]) for name in _ARRAYS)
+        plan = PackPlan(np.array(ptr), Pieces(doc, start, length), np.array(source))
+        sums = {name: mapped_npz.crc32(data, columns[name]) for name in _ARRAYS}
+        if any(sums[name] != columns[name].crc32 for name in _ARRAYS):
+            raise ValueError("a sum is wrong")
+    except mapped_npz.UNREADABLE as error:
         raise UserMistake(f"{folder / PLAN} is damaged ({error}); {remedy}") from None
-    if plan.digest() != digest:
+    if sums != facts["crc32"] if "crc32" in facts else plan.digest() != digest:
         raise UserMistake(f"{folder / PLAN} is damaged: its content is not what plan.json names; {remedy}")
     return facts, plan
+
+
+def sums_of(folder: Path) -> dict[str, int]:
+    """Return the CRC-32 of each array in FOLDER/plan.npz, as its directory has them."""
+    with open(folder / PLAN, "rb") as file:
+        columns = mapped_npz.columns(file)
+    return {name: columns[name].crc32 for name in _ARRAYS}

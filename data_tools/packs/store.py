@@ -13,7 +13,7 @@ Layout of an .idx (megatron.core.datasets.indexed_dataset, version 1, little end
 
 import contextlib
 import hashlib
-import math
+import json
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,9 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from data_tools.base.durable import CHUNK, canonical_json, fsync_tree, read_json, sha256_bytes, sha256_file, write_json
+from data_tools.base import mapped_npz
+from data_tools.base.durable import CHUNK, canonical_json, fsync_tree, sha256_bytes, sha256_file, write_json
+from data_tools.base.one_file import Files
 from data_tools.mistake import UserMistake
 
 TOKENS, LOSS_MASK, ROWS, FACTS = "tokens", "tokens_loss_mask", "rows.npz", "store.json"
@@ -46,7 +48,6 @@ RECORD = np.dtype(
 )
 _COLUMNS = ("source", "line", "turns", "prompt_hash", "row_hash")
 _BATCH = 1 << 16  # rows held in memory at a time while writing
-_LOCAL_LENGTHS = 26  # bytes of a record's header in a zip archive before the lengths of its name and extra field
 
 
 Words = tuple[int, int]
@@ -205,25 +206,27 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         try:
-            self.facts: StoreFacts = read_json(self.folder / FACTS)
+            self._files = Files(self.folder)
+            self.facts: StoreFacts = json.loads(self._files.read(FACTS))
             self._rows = self.facts["rows"]
         except FileNotFoundError:
             remedy = "give a materialize output"
             raise UserMistake(f"{self.folder} is no token store: it has no {FACTS}; {remedy}") from None
-        except (ValueError, KeyError, TypeError):
+        except (*mapped_npz.UNREADABLE, TypeError, RecursionError):
             raise _damaged(self.folder / FACTS, "not the JSON of a store") from None
-        self.tokens = _check_indexed(self.folder / TOKENS, np.dtype("<i4"), self._rows)
-        _check_indexed(self.folder / LOSS_MASK, np.dtype(np.uint8), self._rows)
-        masked = _lengths(_map(_index_of(self.folder / LOSS_MASK)), self._rows)
+        self.tokens = self._check_indexed(TOKENS, np.dtype("<i4"))
+        self._check_indexed(LOSS_MASK, np.dtype(np.uint8))
+        masked = _lengths(self._map(f"{LOSS_MASK}.idx"), self._rows)
         if not all(map(np.array_equal, _blocks(self.lengths), _blocks(masked))):
             raise _damaged(self.folder / f"{LOSS_MASK}.idx", "its lengths are not those of tokens.idx")
-        self._columns = _check_rows(self.folder / ROWS, self._rows)
+        self._columns = self._check_rows()
         self._checked: set[str] = set()  # columns that were read whole once
 
     def close(self) -> None:
         """Give up what is mapped; what is asked for later is mapped anew."""
         for name in ("lengths", "offsets", "all_ids", "all_masks", "_provenance"):
             self.__dict__.pop(name, None)
+        self._files.close()
 
     def __len__(self) -> int:
         return self._rows
@@ -236,22 +239,22 @@ class Store:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Return int32[rows], tokens of each row."""
-        return _lengths(_map(_index_of(self.folder / TOKENS)), self._rows)
+        return _lengths(self._map(f"{TOKENS}.idx"), self._rows)
 
     @cached_property
     def offsets(self) -> np.ndarray:
         """Return int64[rows], first token of each row: its first byte in the file of masks, of a byte a token."""
-        return _offsets(_map(_index_of(self.folder / LOSS_MASK)), self._rows)
+        return _offsets(self._map(f"{LOSS_MASK}.idx"), self._rows)
 
     @cached_property
     def all_ids(self) -> np.ndarray:
         """Return int32[tokens], the token ids of all rows."""
-        return _map(self.folder / f"{TOKENS}.bin").view("<i4")
+        return self._map(f"{TOKENS}.bin").view("<i4")
 
     @cached_property
     def all_masks(self) -> np.ndarray:
         """Return uint8[tokens], the loss masks of all rows."""
-        return _map(self.folder / f"{LOSS_MASK}.bin")
+        return self._map(f"{LOSS_MASK}.bin")
 
     def ids(self, row: int) -> np.ndarray:
         """Return int32[n] token ids of a row."""
@@ -301,29 +304,82 @@ class Store:
 
     @cached_property
     def _provenance(self) -> np.ndarray:
-        return _map(self.folder / ROWS)
+        return self._map(ROWS)
 
     def _column(self, name: str) -> np.ndarray:
         """Return a column of rows.npz, mapped; the first time its sum (CRC-32) is compared, which reads all of it."""
         if name not in self._checked:
-            _check_column(self.folder / ROWS, name)
+            self._check_column(name)
             self._checked.add(name)
-        shape = (self._rows, *RECORD[name].shape)
-        flat = np.frombuffer(self._provenance, RECORD[name].base, math.prod(shape), self._columns[name])
-        return flat.reshape(shape)
+        return mapped_npz.array(self._provenance, self._columns[name])
 
     def _slice(self, start: int, stop: int) -> slice:
         first = int(self.offsets[start]) if start < len(self) else self.tokens
         last = int(self.offsets[stop]) if stop < len(self) else self.tokens
         return slice(first, last)
 
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_indexed(self, name: str, dtype: np.dtype) -> int:
+        """Return how many tokens one .idx/.bin pair holds, both checked block by block."""
+        index_path, bin_path, rows = self.folder / f"{name}.idx", self.folder / f"{name}.bin", self._rows
+        index = self._map(index_path.name)
+        if len(index) < _HEADER.size:
+            raise _damaged(index_path, f"{len(index)} bytes, less than the {_HEADER.size} of its header")
+        magic, version, code, sequences, documents = _HEADER.unpack(index[: _HEADER.size].tobytes())
+        expected = (_MAGIC, _VERSION, _DTYPE_CODES[dtype], rows, rows + 1)
+        if (magic, version, code, sequences, documents) != expected:
+            raise _damaged(index_path, f"header {(magic, version, code, sequences, documents)}, expected {expected}")
+        size = _HEADER.size + 4 * rows + 8 * rows + 8 * (rows + 1)
+        if len(index) != size:
+            raise _damaged(index_path, f"{len(index)} bytes, {size} expected for {rows} rows")
+        tokens = 0
+        for lengths, offsets in zip(_blocks(_lengths(index, rows)), _blocks(_offsets(index, rows))):
+            ends = tokens + np.cumsum(lengths, dtype=np.int64)
+            if lengths.min() < 1 or not np.array_equal(offsets, (ends - lengths) * dtype.itemsize):
+                raise _damaged(index_path, "its lengths and offsets disagree")
+            tokens = int(ends[-1])
+        held = self._size(bin_path.name)
+        if held != tokens * dtype.itemsize:
+            raise _damaged(bin_path, f"{held} bytes, {tokens * dtype.itemsize} expected for {tokens} tokens")
+        return tokens
+
+    def _check_rows(self) -> dict[str, mapped_npz.Column]:
+        """Return the columns of rows.npz; their headers are checked, values are not read."""
+        self._size(ROWS)
+        with _naming_damage(self.folder / ROWS), self._files.open(ROWS) as file:
+            columns = mapped_npz.columns(file)
+            for name in _COLUMNS:
+                column, wanted = columns[name], RECORD[name]
+                if (column.dtype, column.shape[1:]) != (wanted.base, wanted.shape):
+                    raise ValueError(f"{name} is {column.dtype} {column.shape}")
+                if column.shape[:1] != (self._rows,):
+                    raise ValueError(f"{column.shape[0]} values of {name} for {self._rows} rows")
+        return columns
+
+    def _check_column(self, name: str) -> None:
+        with _naming_damage(self.folder / ROWS), self._files.open(ROWS) as file:
+            with zipfile.ZipFile(file) as archive, archive.open(f"{name}.npy") as column:
+                while column.read(CHUNK):  # at its end the archive compares its sum
+                    pass
+
+    def _size(self, name: str) -> int:
+        try:
+            return self._files.size(name)
+        except FileNotFoundError:
+            path = self.folder / name
+            raise UserMistake(f"{path} is missing from its token store; restore it or run materialize again") from None
+
+    def _map(self, name: str) -> np.ndarray:
+        self._size(name)
+        try:
+            return self._files.mapped(name)
+        except EOFError as error:
+            raise _damaged(self.folder / name, str(error)) from None
+
 
 def _damaged(path: Path, what: str) -> UserMistake:
     return UserMistake(f"{path} is damaged: {what}; restore it or run materialize again")
-
-
-def _index_of(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.idx")
 
 
 def _lengths(index: np.ndarray, rows: int) -> np.ndarray:
@@ -336,75 +392,10 @@ def _offsets(index: np.ndarray, rows: int) -> np.ndarray:
     return np.frombuffer(index, "<i8", rows, _HEADER.size + 4 * rows)
 
 
-def _check_indexed(prefix: Path, dtype: np.dtype, rows: int) -> int:
-    """Return how many tokens one .idx/.bin pair holds, both checked block by block."""
-    index_path, bin_path = _index_of(prefix), prefix.with_name(f"{prefix.name}.bin")
-    index = _map(index_path)
-    if len(index) < _HEADER.size:
-        raise _damaged(index_path, f"{len(index)} bytes, less than the {_HEADER.size} of its header")
-    magic, version, code, sequences, documents = _HEADER.unpack(index[: _HEADER.size].tobytes())
-    expected = (_MAGIC, _VERSION, _DTYPE_CODES[dtype], rows, rows + 1)
-    if (magic, version, code, sequences, documents) != expected:
-        raise _damaged(index_path, f"header {(magic, version, code, sequences, documents)}, expected {expected}")
-    size = _HEADER.size + 4 * rows + 8 * rows + 8 * (rows + 1)
-    if len(index) != size:
-        raise _damaged(index_path, f"{len(index)} bytes, {size} expected for {rows} rows")
-    tokens = 0
-    for lengths, offsets in zip(_blocks(_lengths(index, rows)), _blocks(_offsets(index, rows))):
-        ends = tokens + np.cumsum(lengths, dtype=np.int64)
-        if lengths.min() < 1 or not np.array_equal(offsets, (ends - lengths) * dtype.itemsize):
-            raise _damaged(index_path, "its lengths and offsets disagree")
-        tokens = int(ends[-1])
-    held = _size(bin_path)
-    if held != tokens * dtype.itemsize:
-        raise _damaged(bin_path, f"{held} bytes, {tokens * dtype.itemsize} expected for {tokens} tokens")
-    return tokens
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        raise UserMistake(f"{path} is missing from its token store; restore it or run materialize again") from None
-
-
-def _map(path: Path) -> np.ndarray:
-    return np.memmap(path, dtype=np.uint8, mode="r") if _size(path) else np.empty(0, dtype=np.uint8)
-
-
 @contextlib.contextmanager
 def _naming_damage(path: Path) -> Iterator[None]:
-    """Say of an archive that cannot be read that it is damaged. Of odd flags zipfile raises RuntimeError."""
+    """Say of an archive that cannot be read that it is damaged."""
     try:
         yield
-    except (OSError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, EOFError, struct.error) as error:
+    except mapped_npz.UNREADABLE as error:
         raise _damaged(path, f"not the provenance of a store ({error})") from None
-
-
-def _check_rows(path: Path, rows: int) -> dict[str, int]:
-    """Return {column: where its values begin in rows.npz, bytes}; their headers are checked, values are not read."""
-    _size(path)
-    starts = {}
-    with _naming_damage(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        for name in _COLUMNS:
-            member = archive.getinfo(f"{name}.npy")
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name} is compressed")
-            with archive.open(member) as column:
-                np.lib.format.read_magic(column)
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(column)
-                header = column.tell()
-            if (dtype, shape[1:], fortran) != (RECORD[name].base, RECORD[name].shape, False):
-                raise ValueError(f"{name} is {dtype} {shape}")
-            if shape[:1] != (rows,) or member.file_size != header + math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{shape[0]} values of {name} for {rows} rows")
-            file.seek(member.header_offset + _LOCAL_LENGTHS)
-            names, extra = struct.unpack("<2H", file.read(4))
-            starts[name] = member.header_offset + _LOCAL_LENGTHS + 4 + names + extra + header
-    return starts
-
-
-def _check_column(path: Path, name: str) -> None:
-    with _naming_damage(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as column:
-        while column.read(CHUNK):  # at its end the archive compares its sum
-            pass

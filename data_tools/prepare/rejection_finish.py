@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.base.durable import fsync_tree, read_json
+from data_tools.base.durable import fsync_tree
+from data_tools.base.one_file import Files, open_part
 from data_tools.base.tables import ShownTable
 from data_tools.mistake import UserMistake
 from data_tools.prepare.rejection import Band, Config
@@ -50,7 +51,7 @@ def finish(config: Config, parts: Sequence[Path], out: Path, progress: Progress 
     Prompts keep the order of the inputs, and samples that of their prompt. Raise UserMistake where samples of one
     prompt lie in two elements.
     """
-    every = np.concatenate([np.load(part / PROMPTS) for part in parts])
+    every = np.concatenate([_prompts(part) for part in parts])
     if len(np.unique(every)) < len(every):
         twice = len(every) - len(np.unique(every))
         raise UserMistake(
@@ -74,7 +75,7 @@ def finish(config: Config, parts: Sequence[Path], out: Path, progress: Progress 
     progress(len(samples), len(samples), "samples")
     balance.write(out)
     fsync_tree(out)
-    total, origins = balance.total(), [read_json(part / ORIGINS) for part in parts]
+    total, origins = balance.total(), [json.loads(Files(part).read(ORIGINS)) for part in parts]
     return {
         "kept": total.kept,
         "samples": total.rows,
@@ -88,8 +89,14 @@ def finish(config: Config, parts: Sequence[Path], out: Path, progress: Progress 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     """Yield what an element left, in the order of its prompts."""
-    with open(file, encoding="utf-8") as left:
+    with open_part(file) as left:
         yield from map(json.loads, left)
+
+
+def _prompts(part: Path) -> np.ndarray:
+    """Return the numbers of the prompts that an element had."""
+    with open_part(part / PROMPTS) as file:
+        return np.load(file)
 
 
 def _order(line: dict[str, Any]) -> Any:

@@ -7,13 +7,15 @@ as having some, and of the kept ones some are in the loss:
     tokens in = tokens + dropped tokens             tokens  = supervised + masked
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.base.durable import read_json, write_json
+from data_tools.base.durable import write_json
+from data_tools.base.one_file import open_part
 from data_tools.base.tables import ShownTable
 
 FILE = "balance.json"
@@ -108,7 +110,8 @@ class Balance:
     @classmethod
     def read(cls, folder: Path) -> "Balance":
         """Return what `write` left. Raise FileNotFoundError when nothing is there."""
-        return cls.from_json(read_json(folder / FILE))
+        with open_part(folder / FILE) as file:
+            return cls.from_json(json.load(file))
 
     def total(self) -> SourceBalance:
         total = SourceBalance("total")

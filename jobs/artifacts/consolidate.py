@@ -6,10 +6,12 @@ nothing any more: whoever would work on one finds its seal, and owners before th
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from data_tools.base import durable
+from data_tools.base.indices import Indices
+from jobs.artifacts.gathered import Gathered, gathered_line
 from jobs.artifacts.layout import read_lease_name
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 
@@ -26,8 +28,9 @@ def consolidate(run: RunFolder, phase: FrozenPhase, attempt: int, sealed_by: Map
     if phase.elements < FROM_ELEMENTS:
         return
     with contextlib.suppress(OSError):  # the phase is sealed, and what is not gathered is found where it is
-        _remove(_gathered(run, phase, attempt))
-        _remove(_idle_leases(run, phase, sealed_by))
+        idle = _idle_leases(run, phase, sealed_by)
+        _remove(_gathered(run, phase, attempt, idle))
+        _remove(idle.values())
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -35,24 +38,45 @@ def _remove(paths: Iterable[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _gathered(run: RunFolder, phase: FrozenPhase, attempt: int) -> list[Path]:
-    """Gather the outcomes of sealed elements in one file and return their own; none where another one did so."""
-    folder, lines, paths = run.outcomes_folder(phase.name), [], []
+def _gathered(run: RunFolder, phase: FrozenPhase, attempt: int, idle: Container[int]) -> list[Path]:
+    """Gather the outcomes of sealed elements in one file and return their own; none where another one did so.
+
+    Its first line sums up those of `idle` elements, which had one life each.
+    """
+    folder, paths = run.outcomes_folder(phase.name), []
+    alone: list[str] = []
+    others: list[str] = []
+    lives: dict[int, list[tuple[int, float, float]]] = {}  # attempt -> (element, start, seconds)
     for name, told in run.outcome_files(phase.name):
         if told.get("state") == "sealed" and told.get("key") == phase.key:
-            lines.append(durable.canonical_json(durable.with_sum(told)) + "\n")
+            line = durable.canonical_json(durable.with_sum(told)) + "\n"
             paths.append(folder / name)
-    first = durable.create_file(run.gathered_outcomes_path(phase.name, phase.key, attempt), "".join(lines))
+            if told["element"] in idle and told["restart"] == 0:
+                alone.append(line)
+                seconds = max(0.0, told["ended"] - told["started"])
+                lives.setdefault(told["attempt"], []).append((told["element"], told["started"], seconds))
+            else:
+                others.append(line)
+    first_line = gathered_line([_sum_of(number, some) for number, some in lives.items()], len(others))
+    text = "".join([first_line, *others, *alone])
+    first = durable.create_file(run.gathered_outcomes_path(phase.name, phase.key, attempt), text)
     return paths if first else []
 
 
-def _idle_leases(run: RunFolder, phase: FrozenPhase, sealed_by: Mapping[int, tuple[int, int]]) -> Iterator[Path]:
-    """Yield the leases of elements that had one life; of others they tell when a life began that left no word."""
+def _sum_of(attempt: int, lives: list[tuple[int, float, float]]) -> Gathered:
+    elements, starts, seconds = zip(*lives)
+    return Gathered(attempt, Indices.of(elements), min(starts), sum(seconds))
+
+
+def _idle_leases(run: RunFolder, phase: FrozenPhase, sealed_by: Mapping[int, tuple[int, int]]) -> dict[int, Path]:
+    """Return the leases of elements that had one life; of others they tell when a life began that left no word."""
     leases: dict[str, list[tuple[Path, tuple[int, int]]]] = {}
     for folder in run.artifact(phase).lease_folders():
         for name in os.listdir(folder):
             if lease := read_lease_name(name):
                 leases.setdefault(lease[0], []).append((folder / name, lease[1][:2]))
-    for element, (first, *others) in leases.items():
-        if element.isdigit() and not others and first[1] == sealed_by.get(int(element)):
-            yield first[0]
+    return {
+        int(element): first[0]
+        for element, (first, *others) in leases.items()
+        if element.isdigit() and not others and first[1] == sealed_by.get(int(element))
+    }

@@ -16,7 +16,8 @@
       local/N/                         the driver's state, where there is no Slurm (launchers/backends/local.py)
       PHASE/logs/aN.INDEX.out          one log an element and attempt
       PHASE/attempts/0003.a2.r0.json   how that life of element 3 ended; 0003.a2.r0.skipped.json of a twin that left
-      PHASE/attempts/KEY.a2.jsonl      the same of all sealed elements of a large array (jobs/artifacts/consolidate.py)
+      PHASE/attempts/KEY.a2.jsonl      the same of all sealed elements of a large array (jobs/artifacts/consolidate.py);
+                                       the first line sums them up (jobs/artifacts/gathered.py)
       PHASE/attempts/environment/      SLURM_* of each attempt, in runs of before; now its lease has them
       PHASE/latest                     link to what is sealed under the newest submission's key, for people
       PHASE/retired/KEY.1              what PHASE/KEY was before it was run anew
@@ -38,9 +39,11 @@ import contextlib
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from data_tools.base.indices import Indices
 
 FINISH = "finish"  # stands where an element's index would, for the lease and folder of the fan-in
 
@@ -49,6 +52,7 @@ GROUP = 1000  # elements that share a folder of leases, of work and of sealing, 
 SEAL = "seal.json"
 LEDGER = "ledger.jsonl"
 LEASE = re.compile(r"([^.]+)\.a(\d+)\.r(\d+)\.g(\d+)")
+LOG = re.compile(r"a(\d+)\.(tasks|)(\d+)\.out")
 # What changes in a run while it goes on, below its folder: folders' times tell of every file made in them.
 CHANGING = ("local/*", "*/attempts", "*/*/leases", "*/*/leases/*k", "*/*/seals", f"*/*/{SEAL}")
 
@@ -279,6 +283,15 @@ class RunLayout:
 def log_name(attempt: int, index: int | str) -> str:
     """Return the name of the log of an element, or of what `index` stands for."""
     return f"a{attempt}.{index}.out"
+
+
+def indices_of_logs(names: Iterable[str]) -> dict[tuple[int, bool], Indices]:
+    """Return {(attempt, whether of shared tasks): the indices that its logs among these names are of}."""
+    logs: dict[tuple[int, bool], list[int]] = {}
+    for name in names:
+        if (match := LOG.fullmatch(name)) is not None:
+            logs.setdefault((int(match[1]), bool(match[2])), []).append(int(match[3]))
+    return {of: Indices.of(indices) for of, indices in logs.items()}
 
 
 def _life_name(life: tuple[int, int, int]) -> str:

@@ -14,14 +14,16 @@ import shutil
 import stat
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
 from jobs.artifacts.artifact import Artifact
+from jobs.artifacts.gathered import Gathered, read_gathered
 from jobs.artifacts.layout import ArtifactLayout, RunLayout, element_name
 from jobs.artifacts.owner import ENVIRONMENT
 from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
@@ -169,7 +171,7 @@ class RunFolder(RunLayout):
 
     def freeze(self, number: int, pipeline: str, phases: list[FrozenPhase]) -> None:
         """Write the plan of a submission."""
-        plan = {"pipeline": pipeline, "phases": [dataclasses.asdict(phase) for phase in phases]}
+        plan = {"pipeline": pipeline, "phases": [_frozen_as_json(phase) for phase in phases]}
         durable.write_checked(self.plan_path(number), plan)
         self.link_latest(*(phase.name for phase in phases))
 
@@ -200,7 +202,7 @@ class RunFolder(RunLayout):
         """Return {name: phase} as a submission froze them. Raises UserMistake where its plan is torn or not there."""
         plan = self._frozen_plan(number)
         try:
-            return {entry["name"]: FrozenPhase(**entry) for entry in plan["phases"]}
+            return {entry["name"]: _frozen_of_json(entry) for entry in plan["phases"]}
         except (KeyError, TypeError):
             raise self._torn_plan(number) from None
 
@@ -310,8 +312,12 @@ class RunFolder(RunLayout):
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.create_file(path, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
 
-    def outcomes(self, phase: str, attempt: int | None = None, element: int | None = None) -> list[Outcome]:
+    def outcomes(
+        self, phase: str, attempt: int | None = None, element: int | None = None, *, but: Container[int] = ()
+    ) -> list[Outcome]:
         """Return the outcomes of a phase, of one attempt or element or all; an element's later ones after its earlier.
+
+        Of elements in `but` no file is read.
 
         Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.
         A torn or altered file is as good as none. Which files are read, their names decide.
@@ -319,7 +325,7 @@ class RunFolder(RunLayout):
         asked = "" if attempt is None else f".a{attempt}."
         begins = "" if element is None else f"{element_name(element)}."
         outcomes: dict[tuple[int, int, int, bool], Outcome] = {}
-        files = (told for _, told in self.outcome_files(phase, asked, begins))
+        files = (told for _, told in self.outcome_files(phase, asked, begins, but))
         # Files first: one that is gone when it is read is in what was gathered by then. What was gathered is believed:
         # where a life has a file again, another of its ranks made it later.
         for told in itertools.chain(files, self._gathered(phase)):
@@ -330,14 +336,48 @@ class RunFolder(RunLayout):
                     outcomes[life] = outcome
         return sorted(outcomes.values(), key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
 
-    def outcome_files(self, phase: str, asked: str = "", begins: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the name and content of each outcome that has a file, if its name begins and has in it what is asked.
+    def outcomes_in_brief(self, phase: str) -> tuple[list[Outcome], list[Gathered]]:
+        """Return what `outcomes` does but for those that were gathered and have nothing of their own to tell.
 
-        Tens of thousands are read, so no Path is made for each.
+        Of 100,000 sealed elements it reads a line.
+        """
+        found: list[dict[str, Any]] = []
+        gathered: list[Gathered] = []
+        for path in self.gathered_outcomes(phase):
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as lines:
+                some, others = read_gathered(lines.readline())
+                gathered += some
+                lines.seek(0 if others is None else lines.tell())
+                for line in itertools.islice(lines, others):
+                    with contextlib.suppress(ValueError):
+                        found.append(durable.parse_checked(line, path))
+        of_attempt: dict[int, list[Indices]] = {}
+        for lives in gathered:
+            of_attempt.setdefault(lives.attempt, []).append(lives.elements)
+        outcomes = {}
+        for told in itertools.chain((told for _, told in self.outcome_files(phase)), found):
+            told.pop(durable.SUM, None)
+            with contextlib.suppress(TypeError):
+                outcome = Outcome(**told)
+                is_twin, known = outcome.state == "skipped", of_attempt.get(outcome.attempt, ())
+                if not is_twin and not outcome.restart and any(outcome.element in elements for elements in known):
+                    continue  # another rank made the file after what was gathered
+                outcomes[outcome.element, outcome.attempt, outcome.restart, is_twin] = outcome
+        return list(outcomes.values()), gathered
+
+    def outcome_files(
+        self, phase: str, asked: str = "", begins: str = "", but: Container[int] = ()
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the name and content of each outcome with a file, if its name begins and has in it what is asked.
+
+        None of elements in `but`. Tens of thousands are read, so no Path is made for each.
         """
         folder = self.outcomes_folder(phase)
         for name in os.listdir(folder) if folder.is_dir() else []:
             if name.endswith(".json") and asked in name and name.startswith(begins) and not name.startswith("."):
+                number = name.partition(".")[0]
+                if but and number.isdigit() and int(number) in but:
+                    continue
                 with contextlib.suppress(ValueError, FileNotFoundError), open(f"{folder}/{name}", "rb") as file:
                     told = durable.parse_checked(file.read(), name)
                     told.pop(durable.SUM, None)
@@ -365,6 +405,22 @@ class RunFolder(RunLayout):
                 return durable.read_checked(old)
             return durable.read_checked(leases[newest]).get(ENVIRONMENT, {}) if newest else {}
         return {}
+
+
+def _frozen_as_json(phase: FrozenPhase) -> dict[str, Any]:
+    """Return what plan.json says of a phase: the values of its elements once, though its key is made of them too."""
+    entry = dataclasses.asdict(phase)
+    if isinstance(phase.array, list) and phase.material.get("array") == phase.array:
+        del entry["material"]["array"]
+    return entry
+
+
+def _frozen_of_json(entry: dict[str, Any]) -> FrozenPhase:
+    """Return a phase that plan.json has; plans of before have the values of its elements twice."""
+    phase = FrozenPhase(**entry)
+    if isinstance(phase.array, list):
+        phase.material.setdefault("array", phase.array)
+    return phase
 
 
 def _redirect_of(phase: str) -> str:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.one_file import bundle
 from data_tools.base.tables import write_table
 from data_tools.chats.char_tokenizer import characters_of
 from data_tools.chats.fields import remedies
@@ -100,7 +101,10 @@ def remarks(config: Config, placement: Placement) -> list[str]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return materialize.materialize(config, task.out, task.index, task.count, progress=task.progress_or_stop)
+    facts = materialize.materialize(config, task.out, task.index, task.count, progress=task.progress_or_stop)
+    if task.count > 1:  # thousands of elements have a file each, not eight
+        bundle(task.out)
+    return facts
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.one_file import bundle
 from data_tools.base.tables import write_table
 from data_tools.mistake import Problem, UserMistake
 from data_tools.prepare import rejection, rejection_element, rejection_finish
@@ -41,6 +42,8 @@ def _check_shares(config: Config, placement: Placement) -> list[Problem]:
 def run(config: Config, task: Task) -> None:
     share = Share(task.index, task.count, task.partners)
     rejection_element.reject_filter(config, task.out, share, task.progress_or_stop)
+    if task.count > 1:
+        bundle(task.out)
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:

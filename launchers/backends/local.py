@@ -12,7 +12,6 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-import functools
 import os
 import signal
 import subprocess
@@ -23,12 +22,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from data_tools.base import durable
+from data_tools.base.indices import Indices
 from jobs import stopping
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import RunFolder
 from jobs.ranks import die_with_parent, exit_code
-from jobs.schema.pipeline import NEED_SEALS
 from launchers.backends.contract import JobSpec, Refused, TaskState, request_of
+from launchers.backends.local_tasks import LocalJob, LocalTask, Tasks
 from launchers.backends.restart import Life, judge
 from launchers.causes.states import CANCELLED, COMPLETED, DRIVER_GONE, FAILED, NEVER, PENDING, RUNNING
 from launchers.planning.ledger import JobEntry, read_elements, told_elements
@@ -45,37 +45,11 @@ SAVE_POLL_S = 1.0
 REQUEUED = "Requeued"  # the reason of a task that waits for another start
 
 
-class LocalJob(TypedDict):
-    """One job of jobs.json: what the driver has to know of a phase."""
-
-    phase: str
-    job: str
-    name: str
-    elements: str | list[int]  # ranges; a list in files of before
-    needs: dict[str, str]  # phase -> dependency type
-    throttle: int  # elements that may run at once; 0: as many as fit
-    cores: int
-
-
-class LocalTask(TypedDict):
-    """One element of a job in state.json, as its driver left it."""
-
-    phase: str
-    job: str
-    index: int
-    state: str
-    reason: str
-    exit_code: int | None
-    started: float | None
-    ended: float | None
-    restart: int
-
-
 class DriverState(TypedDict):
     """What state.json holds."""
 
     driver: dict[str, Any]  # an Owner
-    tasks: list[LocalTask]
+    tasks: list[dict[str, Any]]  # phase, job, elements (ranges; in files of before an index), state, reason, exit_code
 
 
 class LocalBackend:
@@ -193,7 +167,9 @@ class LocalBackend:
                 if gone and word in (PENDING, RUNNING):
                     word = CANCELLED if word == PENDING else FAILED
                     reason = DRIVER_GONE
-                states.append(TaskState(task["job"], task["index"], word, reason, exit_code=task["exit_code"]))
+                own = read_elements(task["elements"]) if "elements" in task else [task["index"]]
+                alike = own if isinstance(own, Indices) and len(own) > 1 else None
+                states.append(TaskState(task["job"], own[0], word, reason, exit_code=task["exit_code"], alike=alike))
         return states
 
     def cancel(self, jobs: list[str]) -> None:
@@ -233,25 +209,8 @@ class Driver:
         self.profile = load(str(run.profile_path(number)))
         self.cores = max(1, len(os.sched_getaffinity(0)))
         self.jobs = read_jobs(self.folder / "jobs.json")
-        self.tasks: list[LocalTask] = [
-            {
-                "phase": job["phase"],
-                "job": job["job"],
-                "index": index,
-                "state": PENDING,
-                "reason": "",
-                "exit_code": None,
-                "started": None,
-                "ended": None,
-                "restart": 0,
-            }
-            for job in self.jobs
-            for index in read_elements(job["elements"])
-        ]
-        self.of_phase: dict[str, dict[int, LocalTask]] = {job["phase"]: {} for job in self.jobs}
-        for task in self.tasks:
-            self.of_phase[task["phase"]][task["index"]] = task
-        self.needs = {job["phase"]: job["needs"] for job in self.jobs}
+        self.book = Tasks(self.jobs)
+        self.tasks = self.book.all
         self.cost = {job["phase"]: min(job["cores"], self.cores) for job in self.jobs}
         self.throttle = {job["phase"]: job["throttle"] for job in self.jobs}
         self.children: dict[int, subprocess.Popen] = {}  # position in tasks -> worker
@@ -271,7 +230,7 @@ class Driver:
                 while self._start():  # what starts nothing may keep something else from ever starting
                     pass
                 self.unsaved = True
-                going = any(task["state"] in (PENDING, RUNNING) for task in self.tasks)
+                going = self.book.goes_on
             if self.unsaved and time.monotonic() >= self.save_at:
                 self._save()
             time.sleep(POLL_S)
@@ -298,8 +257,7 @@ class Driver:
             code = exit_code(child.returncode)
             cancelled = position in self.kill_at
             state = COMPLETED if code == 0 else CANCELLED if cancelled else FAILED
-            task = self.tasks[position]
-            task |= {"state": state, "exit_code": code, "ended": time.time(), "reason": ""}
+            self.book.enter(position, state, "", exit_code=code)
             if state == FAILED:
                 self._judge(position, code)
             changed = True
@@ -319,7 +277,8 @@ class Driver:
         verdict = judge(life, code, on_slurm=False)
         print(f"{task['phase']}[{task['index']}] exit code {code}: {verdict.why}", file=sys.stderr, flush=True)
         if verdict.again:
-            task |= {"state": PENDING, "reason": REQUEUED, "restart": task["restart"] + 1}
+            task["restart"] += 1
+            self.book.enter(position, PENDING, REQUEUED)
         else:
             task["reason"] = verdict.why
 
@@ -333,7 +292,7 @@ class Driver:
             if not (self.cancel_all or task["job"] in asked):
                 continue
             if task["state"] == PENDING:
-                task |= {"state": CANCELLED, "ended": time.time()}
+                self.book.enter(position, CANCELLED, task["reason"])
                 changed = True
             elif position in self.children and position not in self.kill_at:
                 self.children[position].terminate()
@@ -343,47 +302,43 @@ class Driver:
     def _start(self) -> bool:
         """Start the tasks that may start and have cores; True where a state or a reason changed."""
         changed = False
-        busy = Counter(self.tasks[position]["phase"] for position in self.children)
-        free = self.cores - sum(self.cost[phase] * count for phase, count in busy.items())
-        readiness = functools.cache(self._readiness)  # most tasks of a phase wait for the same
-        for position, task in enumerate(self.tasks):
-            if task["state"] != PENDING:
-                continue
-            phase = task["phase"]
-            by_element = "aftercorr" in self.needs[phase].values()
-            ready, reason = readiness(phase, task["index"] if by_element else None)
-            if reason == NEVER:
-                task |= {"state": CANCELLED, "reason": NEVER, "ended": time.time()}
-                changed = True
-                continue
-            if ready and busy[phase] >= (self.throttle[phase] or busy[phase] + 1):
-                ready, reason = False, "JobArrayTaskLimit"
-            if ready and self.cost[phase] <= free:
-                free -= self.cost[phase]
-                busy[phase] += 1
-                self.children[position] = self._spawn(task)
-                task |= {"state": RUNNING, "reason": "", "started": time.time()}
-                changed = True
-                continue
-            reason = reason or (REQUEUED if task["restart"] else "Resources")
-            changed |= task["reason"] != reason
-            task["reason"] = reason
+        for phase in self.book.waiting:
+            by_element = "aftercorr" in self.book.needs[phase].values()
+            reason = None if by_element else self.book.readiness(phase, None)
+            if not reason or reason != self.book.told.get(phase):  # else all of them wait for it already
+                changed |= self._start_waiting(phase, reason)
         return changed
 
-    def _readiness(self, phase: str, index: int | None) -> tuple[bool, str]:
-        """Return (whether a phase, or its element `index`, may start, Slurm's reason where it may not)."""
-        for upstream, type_ in self.needs[phase].items():
-            tasks = self.of_phase[upstream]
-            others = [tasks[index]] if type_ == "aftercorr" and index in tasks else [*tasks.values()]
-            ended = [other for other in others if other["state"] not in (PENDING, RUNNING)]
-            bad = [other for other in ended if other["state"] != COMPLETED]
-            if type_ in NEED_SEALS and bad:
-                return False, NEVER
-            if len(ended) < len(others):
-                return False, "Dependency"
-            if type_ == "afternotok" and (not bad or any(other["reason"] == NEVER for other in bad)):
-                return False, NEVER  # what never ran did not fail either
-        return True, ""
+    def _start_waiting(self, phase: str, reason: str | None) -> bool:
+        """Do what `_start` does for the tasks of a phase, which wait for `reason`; None: each has its own."""
+        changed, lacking = False, self._lacking(phase)
+        self.book.told[phase] = reason or ""
+        for position in list(self.book.waiting[phase]):
+            task = self.tasks[position]
+            why = self.book.readiness(phase, task["index"]) if reason is None else reason
+            if why == NEVER:
+                self.book.enter(position, CANCELLED, NEVER)
+                changed = True
+                continue
+            if not why and not lacking:
+                self.children[position] = self._spawn(task)
+                self.book.enter(position, RUNNING, "")
+                changed, lacking = True, self._lacking(phase)
+                continue
+            why = why or (REQUEUED if lacking == "Resources" and task["restart"] else lacking)
+            if reason == "" and why == task["reason"] and not task["restart"]:
+                break  # nor may one after it start, and all that never started were told at once
+            changed |= task["reason"] != why
+            task["reason"] = why
+        return changed
+
+    def _lacking(self, phase: str) -> str:
+        """Return Slurm's reason why one more task of a phase that is ready may not start now; "" where it may."""
+        busy = Counter(self.tasks[position]["phase"] for position in self.children)
+        free = self.cores - sum(self.cost[name] * count for name, count in busy.items())
+        if self.throttle[phase] and busy[phase] >= self.throttle[phase]:
+            return "JobArrayTaskLimit"
+        return "" if self.cost[phase] <= free else "Resources"
 
     def _spawn(self, task: LocalTask) -> subprocess.Popen:
         """Start the worker of a task."""
@@ -415,11 +370,11 @@ class Driver:
             )
 
     def _save(self) -> None:
-        """Write state.json, which takes a twentieth of the time at most: it grows with the number of tasks."""
+        """Write state.json, which takes a twentieth of the time at most."""
         began = time.monotonic()
         driver = Owner.me(self.number, 0).__dict__
         try:
-            durable.write_checked(self.folder / "state.json", {"driver": driver, "tasks": self.tasks})
+            durable.write_checked(self.folder / "state.json", {"driver": driver, "tasks": self.book.as_json()})
             self.unsaved = False
         except OSError:  # a full disk must not end the driver, and its workers with it: tried again at the next poll
             self.unsaved = True

@@ -15,7 +15,7 @@ from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
 from slurm.client import Slurm, SlurmError
 from slurm.detect import Cluster
-from slurm.printed import QueueRow, parse_indices
+from slurm.printed import QueueRow, parse_indices, read_indices
 from slurm.profile.check import contact_note
 
 
@@ -152,9 +152,10 @@ class SlurmBackend:
 
     def states(self, jobs: list[JobEntry]) -> list[TaskState]:
         known = {entry.job: entry for entry in jobs}
-        rows = self.slurm.queue()
+        rows = self.slurm.queue(each_element=False)
         dead = never_starting(rows)
         tasks: list[TaskState] = []
+        chained: list[TaskState] = []  # links
         for row in rows:
             job = row.array_job_id or row.job_id
             # The name as well: a controller that lost its last seconds gives out the same ids again.
@@ -163,9 +164,14 @@ class SlurmBackend:
             reason = "" if row.reason == "None" else row.reason
             if row.job_id in dead and row.state == PENDING:
                 reason = NEVER
-            tasks += [TaskState(job, i, row.state, reason) for i in known[job].elements_of(row.array_index)]
-        chained = [task for task in tasks if known[task.job].links]
-        return [task for task in tasks if not known[task.job].links] + chain_states(chained)
+            own = read_indices(row.waiting) if row.waiting else None
+            elements = known[job].elements_of(own)
+            if known[job].links:
+                chained += [TaskState(job, i, row.state, reason) for _ in own or [None] for i in elements]
+            elif elements:
+                alike = elements if len(elements) > 1 else None
+                tasks.append(TaskState(job, elements[0], row.state, reason, alike=alike))
+        return tasks + chain_states(chained)
 
     def cancel(self, jobs: list[str]) -> None:
         self._ask(lambda: self.slurm.cancel(jobs))

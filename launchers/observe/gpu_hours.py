@@ -6,10 +6,11 @@ one that did not stop by itself, checkpoints that a later attempt has pruned sav
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.base.indices import Indices
 from jobs.artifacts.layout import durable_checkpoints_of
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from launchers.causes.states import BEGUN_STATES
@@ -59,10 +60,21 @@ def gpu_hours(look: Look, phase: FrozenPhase) -> tuple[float | None, float | Non
 
     (None, None) of a phase that never asked for GPUs.
     """
-    all_spans = spans(look, phase.name)
-    if not any(span.gpus for span in all_spans) and not phase.gpus_per_node:
+    asked = _asked(look, phase.name)
+    if not any(attempt.gpus_per_node for attempt in asked.values()) and not phase.gpus_per_node:
         return None, None
-    return sum(span.used_s for span in all_spans) / 3600, sum(span.lost_s for span in all_spans) / 3600
+    outcomes, gathered = look.brief(phase.name)
+    now = time.time()
+    all_spans = [
+        _span(look, life, now) for life in _lives(look, phase.name, asked, outcomes) if life.phase.gpus_per_node
+    ]
+    gpus = {number: attempt.nodes * attempt.gpus_per_node for number, attempt in asked.items()}
+    gathered = [some for some in gathered if gpus.get(some.attempt)]
+    if not all_spans and not gathered and not phase.gpus_per_node:
+        return None, None
+    used_s = sum(span.used_s for span in all_spans)
+    used_s += sum(some.seconds * gpus[some.attempt] for some in gathered)  # sealed: nothing is lost
+    return used_s / 3600, sum(span.lost_s for span in all_spans) / 3600
 
 
 def spans(look: Look, name: str, now: float | None = None, without_gpus: bool = False) -> list[Span]:
@@ -70,7 +82,7 @@ def spans(look: Look, name: str, now: float | None = None, without_gpus: bool = 
     others; what still runs ends `now`.
     """
     if name not in look.lives:
-        look.lives[name] = list(_lives(look, name))
+        look.lives[name] = list(_lives(look, name, _asked(look, name), look.outcomes(name)))
     now = time.time() if now is None else now
     return [_span(look, life, now) for life in look.lives[name] if without_gpus or life.phase.gpus_per_node]
 
@@ -89,13 +101,20 @@ class Life:
     entry: JobEntry | None  # the job of this attempt at this element
 
 
-def _lives(look: Look, name: str) -> Iterator[Life]:
-    """Yield the lives of a phase's elements in all its attempts, also under other settings."""
+def _asked(look: Look, name: str) -> dict[int, FrozenPhase]:
+    """Return {attempt: a phase as that submission had it}."""
     frozen = {number: look.frozen(number).get(name) for number in look.run.submissions()}
-    asked = {number: phase for number, phase in frozen.items() if phase is not None}
-    outcomes = {(o.element, o.attempt, o.restart): o for o in look.outcomes(name) if o.attempt in asked}
+    return {number: phase for number, phase in frozen.items() if phase is not None}
+
+
+def _lives(look: Look, name: str, asked: Mapping[int, FrozenPhase], told: Iterable[Outcome]) -> Iterator[Life]:
+    """Yield the lives of a phase's elements that left a lease, or of which an outcome is `told`, in all attempts."""
+    outcomes = {(o.element, o.attempt, o.restart): o for o in told if o.attempt in asked}
     leases = _lease_times(look.run, name, asked)
-    entries = {(i, entry.submission): entry for entry in look.entries if entry.phase == name for i in entry.elements}
+    jobs: dict[int, list[tuple[Indices, JobEntry]]] = {}  # attempt -> its jobs, the newest first
+    for entry in reversed(look.entries):
+        if entry.phase == name:
+            jobs.setdefault(entry.submission, []).append((Indices.of(entry.elements), entry))
     lives = sorted({*leases, *outcomes})
     for life, following in zip(lives, [*lives[1:], None]):
         element, attempt, restart = life
@@ -108,11 +127,11 @@ def _lives(look: Look, name: str) -> Iterator[Life]:
             started=outcome.started if outcome is not None else leases[life],
             outcome=outcome,
             requeued_at=leases.get(following) if following is not None and following[:2] == life[:2] else None,
-            entry=entries.get((element, attempt)),
+            entry=next((entry for carried, entry in jobs.get(attempt, ()) if element in carried), None),
         )
 
 
-def _lease_times(run: RunFolder, name: str, asked: dict[int, FrozenPhase]) -> dict[tuple[int, int, int], float]:
+def _lease_times(run: RunFolder, name: str, asked: Mapping[int, FrozenPhase]) -> dict[tuple[int, int, int], float]:
     """Return {(element, attempt, restart): when its lease was taken} under the keys that the attempts had."""
     return {
         life: taken_at
@@ -125,7 +144,7 @@ def _lease_times(run: RunFolder, name: str, asked: dict[int, FrozenPhase]) -> di
 def _span(look: Look, life: Life, now: float) -> Span:
     """Return from when to when a life lasted, and what of it was saved."""
     phase, outcome, entry = life.phase, life.outcome, life.entry
-    task = look.states.get((entry.job, life.element)) if entry is not None else None
+    task = look.states.get(entry.job, life.element) if entry is not None else None
     is_newest = outcome is None and life.requeued_at is None
     running = is_newest and task is not None and task.state in BEGUN_STATES
     ended = outcome.ended if outcome is not None else now if running else _end_of_the_killed(look, life)
@@ -154,7 +173,8 @@ def checkpoint_times(keep: Path) -> tuple[float, ...]:
 def _end_of_the_killed(look: Look, life: Life) -> float:
     """Return an estimate of when a life ended that left no word; one log serves all lives of an attempt."""
     entry = life.entry
-    row = look.accounting.get((entry.job, life.element)) if entry is not None else None
+    told = look.accounting.get(entry.job, []) if entry is not None else []
+    row = next((row for elements, row in told if life.element in elements), None)
     if row is not None and row.elapsed_s and life.requeued_at is None:
         return life.started + row.elapsed_s
     script = entry.scripted if entry is not None else life.attempt

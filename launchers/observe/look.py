@@ -9,30 +9,47 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
+from jobs.artifacts.gathered import Gathered
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.artifacts.seal import Seal
 from launchers.backends.choose import OtherCluster, backend_of, choices_of
-from launchers.backends.contract import TaskState
+from launchers.backends.contract import States, TaskState
 from launchers.causes.evidence import exit_code_of
 from launchers.causes.states import ACTIVE_STATES, COMPLETED, FAILED, NO_ANSWER, NO_SEAL, UNKNOWN
 from launchers.causes.traces import lease_times
 from launchers.planning.ledger import JobEntry, Ledger
 from slurm.client import Slurm, SlurmError, SlurmUnavailable, configuration_of
-from slurm.printed import AccountingRow, parse_indices
+from slurm.printed import AccountingRow, read_indices
+
+SEALED_READ = 32  # of the sealed elements of a phase that goes on, the first and last whose outcomes are read
+Accounts = dict[str, list[tuple[Indices, AccountingRow]]]  # job -> what accounting says of its elements
 
 # -- elements -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)  # a run may have a million
 class Element:
-    """One element of a phase, as its newest job left it."""
+    """One element of a phase, as its newest job left it, or several of which the same is known."""
 
-    index: int
+    index: int  # the first of them
     entry: JobEntry
     task: TaskState | None  # None: the back end does not know it (any more)
     outcome: Outcome | None  # None: its newest life has not said how it ended
     accounting: AccountingRow | None = None
+    alike: Indices | None = None  # all of them, where they are several
+
+    @property
+    def indices(self) -> Indices:
+        """Return the elements that this tells of."""
+        return self.alike if self.alike is not None else Indices([(self.index, self.index + 1)])
+
+    def only(self, indices: Indices) -> "Element":
+        """Return the same of those of its elements alone, of which there are some."""
+        if len(indices) == len(self.indices):
+            return self
+        return replace(self, index=indices[0], alike=indices if len(indices) > 1 else None)
 
     @property
     def is_active(self) -> bool:
@@ -69,47 +86,95 @@ class Look:
     number: int  # the newest submission
     phases: dict[str, FrozenPhase]  # of that submission
     entries: list[JobEntry]
-    states: dict[tuple[str, int], TaskState]  # by job and element: what the back end still lists
-    accounting: dict[tuple[str, int], AccountingRow] = field(default_factory=dict)
+    states: States  # what the back ends still list
+    accounting: Accounts = field(default_factory=dict)
     slurms: dict[str, Slurm] = field(default_factory=dict)  # job -> the cluster it went to
     notes: list[str] = field(default_factory=list)  # what could not be asked
     unasked: list[UserMistake] = field(default_factory=list)  # why clusters told nothing
     lives: dict[str, list[Any]] = field(default_factory=dict)  # of phases: what gpu_hours.py found of them
-    _elements: dict[str, dict[int, Element]] = field(default_factory=dict)
+    _newest: dict[str, list[tuple[JobEntry, Indices]]] = field(default_factory=dict)
+    _elements: dict[str, list[Element]] = field(default_factory=dict)
+    _sealed: dict[str, Indices] = field(default_factory=dict)
+    _open_outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    _seals: dict[str, Seal] = field(default_factory=dict)
     _outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    _brief: dict[str, tuple[list[Outcome], list[Gathered]]] = field(default_factory=dict)
     _frozen: dict[int, dict[str, FrozenPhase]] = field(default_factory=dict)
 
-    def elements(self, phase: FrozenPhase) -> dict[int, Element]:
-        """Return the elements of a phase that were ever submitted under its key, each with its newest job."""
-        if phase.name not in self._elements:
-            self._elements[phase.name] = {element.index: element for element in self._read_elements(phase)}
-        # accounting is asked after the elements were read, for those that need it
-        return (
-            {
-                i: replace(element, accounting=self.accounting.get((element.entry.job, i)))
-                for i, element in self._elements[phase.name].items()
-            }
-            if self.accounting
-            else self._elements[phase.name]
-        )
+    def elements(self, phase: FrozenPhase) -> list[Element]:
+        """Return the elements of a phase that were ever submitted under its key, each with its newest job.
 
-    def open_elements(self, phase: FrozenPhase) -> dict[int, Element]:
+        Those come together of which the same is known: of a phase that waits they are one. In order of their first.
+        """
+        if phase.name not in self._elements:
+            self._elements[phase.name] = list(self._read_elements(phase))
+        # accounting is asked after the elements were read, for those that need it
+        told = self._elements[phase.name]
+        if self.accounting:
+            told = [each for element in told for each in self._accounted(element)]
+        return sorted(told, key=lambda element: element.index)
+
+    def _accounted(self, element: Element) -> Iterator[Element]:
+        """Yield an element, or several, with what accounting says of it; of which it says the same, together."""
+        left = element.indices
+        for told, row in self.accounting.get(element.entry.job, ()):
+            if own := left & told:
+                left = left - own
+                yield replace(element.only(own), accounting=row)
+        if left:
+            yield element.only(left)
+
+    def open_elements(self, phase: FrozenPhase) -> list[Element]:
         """Return the elements that were submitted and are not sealed, or whose task has still to leave."""
         if self.seal(phase) is not None:
-            return {}
-        artifact = self.run.artifact(phase)
-        sealed = artifact.sealed_elements() if artifact.fans_in else set()
-        return {i: element for i, element in self.elements(phase).items() if i not in sealed or element.is_active}
+            return []
+        found = []
+        for element in self.elements(phase):
+            if left := element.indices if element.is_active else element.indices - self.sealed(phase):
+                found.append(element.only(left))
+        return found
+
+    def sealed(self, phase: FrozenPhase) -> Indices:
+        """Return the elements of a phase that have a seal of their own; listed once after each question to a queue."""
+        if phase.name not in self._sealed:
+            artifact = self.run.artifact(phase)
+            self._sealed[phase.name] = Indices.of(artifact.sealed_elements() if artifact.fans_in else ())
+        return self._sealed[phase.name]
+
+    def last_words(self, phase: FrozenPhase) -> list[Outcome]:
+        """Return how the newest lives of all elements of a phase ended, of sealed ones too: their merging may have."""
+        newest = {(element, entry.submission) for entry, own in self._newest_jobs(phase) for element in own}
+        told = {(o.element, o.attempt): o for o in self.outcomes(phase.name)}
+        return [outcome for place, outcome in told.items() if place in newest]
+
+    def forget(self) -> None:
+        """Forget what was read of elements: a queue that was asked since may tell of some that ended meanwhile."""
+        self._elements.clear()
+        self._sealed.clear()
+        self._open_outcomes.clear()
 
     def seal(self, phase: FrozenPhase) -> Seal | None:
         """Return a phase's seal; None while a job of a later submission than the seal's goes on: that one decides."""
-        seal = self.run.seal(phase.name, phase.key)
-        if seal is None or any(
-            element.entry.submission > seal.submission and element.is_active
-            for element in self.elements(phase).values()
-        ):
-            return None
-        return seal
+        seal = self.whole_seal(phase)
+        return None if seal is None or self._goes_on_after(phase, seal) else seal
+
+    def whole_seal(self, phase: FrozenPhase) -> Seal | None:
+        """Return a phase's seal, whatever goes on; that of many elements is long, and read once."""
+        if phase.name not in self._seals:
+            seal = self.run.seal(phase.name, phase.key)
+            if seal is None:  # it may be sealed when it is asked for again
+                return None
+            self._seals[phase.name] = seal
+        return self._seals[phase.name]
+
+    def _goes_on_after(self, phase: FrozenPhase, seal: Seal) -> bool:
+        """Return whether a job of a later submission than a seal's waits, runs or leaves."""
+        return any(
+            task.state in ACTIVE_STATES and own & told
+            for entry, own in self._newest_jobs(phase)
+            if entry.submission > seal.submission
+            for told, task in self.states.of(entry.job)
+        )
 
     def not_needed(self, phase: FrozenPhase) -> str:
         """Return why a phase never has to run, "" if it may."""
@@ -121,30 +186,72 @@ class Look:
             self._frozen[number] = self.run.frozen(number)
         return self._frozen[number]
 
+    def first_start(self, name: str, attempt: int) -> float | None:
+        """Return when the first element of an attempt at a phase began that ended by now; None where none did."""
+        outcomes, gathered = self.brief(name)
+        starts = [outcome.started for outcome in outcomes if outcome.attempt == attempt]
+        return min([*starts, *(some.started for some in gathered if some.attempt == attempt)], default=None)
+
+    def brief(self, name: str) -> tuple[list[Outcome], list[Gathered]]:
+        """Return what `RunFolder.outcomes_in_brief` does; read once."""
+        if name not in self._brief:
+            whole = self._outcomes.get(name)
+            self._brief[name] = (whole, []) if whole is not None else self.run.outcomes_in_brief(name)
+        return self._brief[name]
+
+    def _outcomes_of_open(self, phase: FrozenPhase) -> list[Outcome]:
+        """Return what `outcomes` does, but of sealed elements those of the first and last few alone."""
+        if phase.name in self._outcomes:
+            return self._outcomes[phase.name]
+        if phase.name not in self._open_outcomes:
+            _, others = self.sealed(phase).apart(SEALED_READ)
+            but, _ = others.apart(max(0, len(others) - SEALED_READ))
+            self._open_outcomes[phase.name] = self.run.outcomes(phase.name, but=but)
+        return self._open_outcomes[phase.name]
+
     def outcomes(self, name: str) -> list[Outcome]:
         """Return how all attempts at a phase ended, oldest first; read once."""
         if name not in self._outcomes:
             self._outcomes[name] = self.run.outcomes(name)
         return self._outcomes[name]
 
+    def _newest_jobs(self, phase: FrozenPhase) -> list[tuple[JobEntry, Indices]]:
+        """Return (job, those elements of a phase, under its key, that no later job carries)."""
+        if phase.name not in self._newest:
+            found, carried = [], Indices()
+            for entry in reversed(self.entries):
+                if (entry.phase, entry.key) != (phase.name, phase.key):
+                    continue
+                if own := Indices.of(entry.elements) - carried:
+                    found.append((entry, own))
+                    carried = carried | own
+            self._newest[phase.name] = found
+        return self._newest[phase.name]
+
     def _read_elements(self, phase: FrozenPhase) -> Iterator[Element]:
         """Yield what `elements` returns, without what accounting says."""
-        newest: dict[int, JobEntry] = {}
-        for entry in reversed(self.entries):
-            if len(newest) == phase.elements:  # jobs of before carried them all once more
-                break
-            if (entry.phase, entry.key) == (phase.name, phase.key):
-                newest = dict.fromkeys(entry.elements, entry) | newest
-        if not newest:
+        jobs = self._newest_jobs(phase)
+        if not jobs:
             return
-        outcomes = {(outcome.element, outcome.attempt): outcome for outcome in self.outcomes(phase.name)}
-        leases = sorted(lease_times(self.run.artifact(phase).folder))
+        outcomes = {(outcome.element, outcome.attempt): outcome for outcome in self._outcomes_of_open(phase)}
+        leases = sorted(lease_times(self.run.artifact(phase).folder)) if outcomes else []
         restarts = {(element, attempt): restart for element, attempt, restart in leases}  # the newest of each attempt
-        for i, entry in sorted(newest.items()):
-            outcome = outcomes.get((i, entry.submission))
-            if outcome is not None and restarts.get((i, entry.submission), 0) > outcome.restart:
-                outcome = None  # it tells of the life before a requeue
-            yield Element(i, entry, self.states.get((entry.job, i)), outcome)
+        ended: dict[int, dict[int, Outcome]] = {}  # attempt -> element -> how its newest life ended
+        for (i, attempt), outcome in outcomes.items():
+            if restarts.get((i, attempt), 0) <= outcome.restart:  # else it tells of the life before a requeue
+                ended.setdefault(attempt, {})[i] = outcome
+        for entry, own in jobs:
+            told = ended.get(entry.submission, {})
+            alone = own & Indices.of(told)
+            for i in alone:
+                yield Element(i, entry, self.states.get(entry.job, i), told[i])
+            left = own - alone
+            for listed, task in self.states.of(entry.job):
+                if those := left & listed:
+                    left = left - those
+                    yield Element(those[0], entry, task, None, alike=those if len(those) > 1 else None)
+            if left:
+                yield Element(left[0], entry, None, None, alike=left if len(left) > 1 else None)
 
 
 def look_at(run: RunFolder) -> Look:
@@ -160,7 +267,7 @@ def look_at(run: RunFolder) -> Look:
         for entry in ledger.jobs()
         if entry.scripted not in copied or run.whole_seal(entry.phase, entry.key) is not None
     ]
-    look = Look(run, number, phases=run.frozen(number), entries=entries, states={})
+    look = Look(run, number, phases=run.frozen(number), entries=entries, states=States())
     asked: set[str] = set()
     for choice in choices_of(run):
         try:
@@ -175,8 +282,10 @@ def _going_on_besides(look: Look) -> list[str]:
     """Return which jobs go on of phases that the newest submission does not have: a plan without them leaves them."""
     going_on: dict[str, list[str]] = {}
     for entry in look.entries:
-        states = [look.states.get((entry.job, index)) for index in entry.elements]
-        if entry.phase in look.phases or not any(task and task.state in ACTIVE_STATES for task in states):
+        if entry.phase in look.phases:
+            continue
+        carried = Indices.of(entry.elements)
+        if not any(task.state in ACTIVE_STATES and carried & told for told, task in look.states.of(entry.job)):
             continue
         seal = look.run.whole_seal(entry.phase, entry.key)
         if seal is None or seal.submission < entry.submission:  # a later seal: it only has to leave
@@ -210,11 +319,12 @@ def _ask(look: Look, choice: str, asked: set[str]) -> None:
         return
     tasks = backend.states(look.entries)
     asked.add(cluster)
-    look.states |= {(task.job, task.index): task for task in tasks}
+    look.states.add(tasks)
+    look.forget()
     if slurm is not None:
         jobs = {entry.job for entry in _slurm_entries(look)}
         look.slurms |= dict.fromkeys(jobs, slurm)
-        look.accounting |= _accounting(look, slurm, jobs)
+        look.accounting |= _accounting(look, slurm, jobs)  # a job is one cluster's
 
 
 def _leave_open(look: Look, choice: str, error: UserMistake | SlurmError) -> None:
@@ -222,11 +332,11 @@ def _leave_open(look: Look, choice: str, error: UserMistake | SlurmError) -> Non
     look.unasked.append(error if isinstance(error, UserMistake) else SlurmUnavailable(str(error)))
     reason = "its cluster is not this one" if isinstance(error, OtherCluster) else "its cluster does not answer"
     for entry in _slurm_entries(look, choice):
-        for index in entry.elements:
-            look.states[entry.job, index] = TaskState(entry.job, index, NO_ANSWER, reason)
+        elements = Indices.of(entry.elements)
+        look.states.add([TaskState(entry.job, elements[0], NO_ANSWER, reason, alike=elements)])
 
 
-def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int], AccountingRow]:
+def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> Accounts:
     """Return what slurmdbd says of unsealed elements whose end neither the queue nor their worker tells."""
     wanted = {
         element.entry.job
@@ -242,13 +352,13 @@ def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int
         look.notes.append(f"accounting was not asked: {error.message}")
         return {}
     entries = {entry.job: entry for entry in look.entries}
-    told: dict[tuple[str, int], AccountingRow] = {}
+    told: Accounts = {}
     for row in rows or []:
         job, _, tasks = row.job_id.partition("_")
         if row.name != entries[job].name:  # a controller that lost its last seconds gave the id to another job
             continue
-        for task in parse_indices(tasks.strip("[]")) if tasks else [None]:
-            told |= {(job, i): row for i in entries[job].elements_of(task)}
+        elements = entries[job].elements_of(read_indices(tasks.strip("[]")) if tasks else None)
+        told.setdefault(job, []).insert(0, (elements, row))  # of several the last one counts
     return told
 
 
@@ -256,9 +366,5 @@ def _untold(look: Look, phase: FrozenPhase) -> list[Element]:
     """Return the unsealed elements of a phase of which neither the queue nor their worker tells how they ended."""
     if look.seal(phase) is not None:
         return []
-    sealed = look.run.artifact(phase).sealed_elements()
-    return [
-        element
-        for element in look.elements(phase).values()
-        if element.index not in sealed and element.outcome is None and not element.is_active
-    ]
+    untold = [element for element in look.elements(phase) if element.outcome is None and not element.is_active]
+    return [element for element in untold if element.indices - look.sealed(phase)]

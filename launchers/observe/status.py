@@ -159,7 +159,7 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     )
     seal = look.seal(phase)
     if seal is None:
-        status.sealed = len(artifact.sealed_elements())
+        status.sealed = len(look.sealed(phase))
         status.reason = look.not_needed(phase)
         elements = look.elements(phase)
         if status.reason:
@@ -169,7 +169,7 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
             # It may have been sealed since we looked.
             seal = look.seal(phase) if not open_elements else None
             if seal is None:
-                _tell_open(status, phase, elements, open_elements)
+                _tell_open(status, look, phase, elements=elements, open_elements=open_elements)
     if seal is not None:
         _tell_sealed(status, look, phase, seal)
     return status
@@ -177,10 +177,9 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
 
 def _tell_sealed(status: PhaseStatus, look: Look, phase: FrozenPhase, seal: Seal) -> None:
     """Fill in the status of a phase from its seal."""
-    began = min(
-        (o.started for o in look.outcomes(phase.name) if o.attempt == seal.content["submission"]),
-        default=seal.content["started_at"],
-    )
+    began = look.first_start(phase.name, seal.content["submission"])
+    if began is None:
+        began = seal.content["started_at"]
     status.state, status.sealed, status.job = COMPLETED, phase.elements, seal.content["job"]
     status.seconds = max(0.0, seal.content["sealed_at"] - began)  # two hosts' clocks, for eyes only
     status.facts, status.folder, status.written_before = seal.facts, str(seal.folder), not seal.has_sum
@@ -190,22 +189,19 @@ def _tell_sealed(status: PhaseStatus, look: Look, phase: FrozenPhase, seal: Seal
 
 
 def _tell_open(
-    status: PhaseStatus, phase: FrozenPhase, elements: dict[int, Element], open_elements: dict[int, Element]
+    status: PhaseStatus, look: Look, phase: FrozenPhase, *, elements: list[Element], open_elements: list[Element]
 ) -> None:
     """Fill in the status of a phase without a seal that was submitted."""
-    tasks = {i: element.state() for i, element in open_elements.items()}
-    worst = _worst(list(tasks.values()))
-    newest = max(elements.values(), key=lambda element: element.entry.submission).entry
+    tasks = [(element.state(), element) for element in open_elements]
+    worst, speaks = _worst(tasks)
+    newest = max(elements, key=lambda element: element.entry.submission).entry
     status.job = worst.job or newest.job
     status.state, status.reason, status.exit_code = worst.state, worst.reason, worst.exit_code
-    outcomes = [element.outcome for element in elements.values() if element.outcome is not None]
-    if worst.index in open_elements:
-        outcome = open_elements[worst.index].outcome
-    else:
-        outcome = _fan_in_outcome(outcomes)
+    outcomes = [element.outcome for element in elements if element.outcome is not None]
+    outcome = speaks.outcome if speaks is not None else _fan_in_outcome(look.last_words(phase))
     if outcome is not None and outcome.state != "sealed" and not status.active:
         status.message, status.exit_code = outcome.message, outcome.exit_code
-    running = [i for i, task in tasks.items() if task.state == RUNNING]
+    running = [i for task, element in tasks if task.state == RUNNING for i in element.indices]
     status.progress = _progress(Path(status.folder), phase, running)
     if outcomes:
         status.seconds = max(0.0, max(o.ended for o in outcomes) - min(o.started for o in outcomes))
@@ -217,13 +213,13 @@ def _fan_in_outcome(outcomes: list[Outcome]) -> Outcome | None:
     return max(mistakes, key=lambda outcome: (outcome.attempt, outcome.restart), default=None)
 
 
-def _worst(open_tasks: list[TaskState]) -> TaskState:
+def _worst(open_tasks: list[tuple[TaskState, Element]]) -> tuple[TaskState, Element | None]:
     """Return the element that speaks for the phase: one that goes on, else one that failed, else a cancelled one."""
     order = {FAILED: 0, UNKNOWN: 1, RUNNING: 3, PENDING: 4, CANCELLED: 5}
     if not open_tasks:
-        return TaskState("", -1, FAILED, "all elements are sealed, their fan-in is not; submit again")
-    going_on = [task for task in open_tasks if is_active(task.state, task.reason)]
-    return min(going_on or open_tasks, key=lambda task: order.get(task.state, 2))
+        return TaskState("", -1, FAILED, "all elements are sealed, their fan-in is not; submit again"), None
+    going_on = [(task, element) for task, element in open_tasks if is_active(task.state, task.reason)]
+    return min(going_on or open_tasks, key=lambda told: order.get(told[0].state, 2))
 
 
 def _progress(folder: Path, phase: FrozenPhase, running: list[int]) -> Progress:

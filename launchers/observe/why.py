@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
-from jobs.artifacts.layout import log_name
-from jobs.artifacts.run_folder import FrozenPhase, RunFolder
+from jobs.artifacts.layout import indices_of_logs, log_name
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.retry import Cause
 from jobs.schema.pipeline import NEED_SEALS
 from launchers.causes.diagnosis import classify
@@ -38,7 +39,7 @@ class Finding:
     """One diagnosis, and the elements of a phase that it holds for."""
 
     phase: str
-    elements: list[int]
+    elements: Indices
     job: str
     diagnosis: Diagnosis
     log: str
@@ -54,7 +55,7 @@ class Finding:
     def as_json(self) -> dict[str, Any]:
         return {
             "phase": self.phase,
-            "elements": self.elements,
+            "elements": list(self.elements),
             "job": self.job,
             "log": self.log,
             **asdict(self.diagnosis),
@@ -120,8 +121,8 @@ def why_of(look: Look, phase: str | None = None) -> Report:
     if phase is not None and phase not in look.phases:
         raise no_phase(run, phase, list(look.phases))
     named = [frozen for name, frozen in look.phases.items() if phase in (None, name)]
-    chosen = [frozen for frozen in named if run.seal(frozen.name, frozen.key) or not look.not_needed(frozen)]
-    unsealed = [frozen for frozen in chosen if run.seal(frozen.name, frozen.key) is None]
+    chosen = [frozen for frozen in named if look.whole_seal(frozen) or not look.not_needed(frozen)]
+    unsealed = [frozen for frozen in chosen if look.whole_seal(frozen) is None]
     if look.unasked and unsealed:
         raise look.unasked[0]
     cancels = _cancel_times(run)
@@ -164,21 +165,20 @@ def _name_contact(findings: list[Finding], run: RunFolder, number: int) -> None:
 def _findings(look: Look, phase: FrozenPhase, cancels: dict[str, float]) -> list[Finding]:
     """Return what is wrong with a phase's elements that are not sealed; elements alike share a finding."""
     examination = Examination(look, phase, cancels)
-    for element in look.open_elements(phase).values():
+    for element in look.open_elements(phase):
         examination.examine(element)
     findings = examination.findings()
-    if not findings and look.run.seal(phase.name, phase.key) is None and look.elements(phase):
-        diagnosis = _diagnose_fan_in(phase, look.elements(phase).values())
-        return [Finding(phase.name, [], job="", diagnosis=diagnosis, log="")]
+    if not findings and look.whole_seal(phase) is None and look.elements(phase):
+        diagnosis = _diagnose_fan_in(phase, look.last_words(phase))
+        return [Finding(phase.name, Indices(), job="", diagnosis=diagnosis, log="")]
     return findings
 
 
-def _diagnose_fan_in(phase: FrozenPhase, elements: Iterable[Element]) -> Diagnosis:
+def _diagnose_fan_in(phase: FrozenPhase, outcomes: Iterable[Outcome]) -> Diagnosis:
     """Say why a phase is not sealed whose elements all are.
 
     The fan-in ran in one of the elements' tasks; its complaint stands in that one's name.
     """
-    outcomes = [element.outcome for element in elements if element.outcome is not None]
     complaints = [outcome for outcome in outcomes if outcome.state != "sealed"]
     if not complaints:
         what = "has all its elements sealed, but their fan-in is not"
@@ -192,7 +192,7 @@ class Alike:
     """Elements that cannot be told apart without their logs."""
 
     findings: Counter[tuple] = field(default_factory=Counter)  # where those belong that were looked at one by one
-    rest: list[int] = field(default_factory=list)  # those that were not
+    rest: list[Indices] = field(default_factory=list)  # those that were not
 
 
 class Examination:
@@ -205,25 +205,39 @@ class Examination:
         self.asked = 0  # of scontrol
         self._options: dict[int, dict[str, str]] = {}  # of the script of a submission
         folder = look.run.logs_folder(phase.name)
-        self._logs = frozenset(os.listdir(folder)) if folder.is_dir() else None
+        self._has_log_folder = folder.is_dir()
+        self._logs = indices_of_logs(os.listdir(folder)) if self._has_log_folder else {}
+        self._found: defaultdict[tuple, list[Indices]] = defaultdict(list)  # of groups: their elements
 
     @cached_property
     def upstream(self) -> tuple[str, ...]:
         return _unsealed_needs(self.look, self.phase)
 
     def examine(self, element: Element) -> None:
-        """Diagnose one element, or count it among those that are like others."""
+        """Diagnose one element, or several of which the same is known; or count them among those like others."""
+        logged = self._logged(element) if element.state().state != RUNNING else Indices()
+        for indices in (logged, element.indices - logged):
+            if indices:
+                self._examine(element.only(indices), has_log=indices is logged)
+
+    def _examine(self, element: Element, has_log: bool) -> None:
         state, outcome, row = element.state(), element.outcome, element.accounting
-        has_log = state.state != RUNNING and self._has_log(element)
         may_ask = element.entry.job in self.look.slurms and state.state not in ACTIVE_STATES
         message = _without_numbers(outcome.message) if outcome else ""
         ended = (outcome.state, outcome.exit_code, message, outcome.cause, outcome.node) if outcome else None
         said = (row.state, row.exit_code, row.exit_signal, row.nodelist) if row else None
         looks = (element.entry.job, state.state, state.reason, state.exit_code, ended, said, has_log)
         alike = self.alike[looks]
-        if alike.findings.total() >= (SAMPLED if has_log or may_ask else 1):
-            alike.rest.append(element.index)
-            return
+        sampled = SAMPLED if has_log or may_ask else 1
+        left = element.indices
+        while left and alike.findings.total() < sampled:
+            own, left = left.apart(1 if has_log or may_ask else len(left))
+            self._diagnose(element.only(own), has_log, alike)
+        if left:
+            alike.rest.append(left)
+
+    def _diagnose(self, element: Element, has_log: bool, alike: Alike) -> None:
+        """Put an element into the group of those that ended as it did."""
         evidence = self.gather(element, has_log)
         diagnosis = classify(evidence)
         # Elements alike share a sentence: same cause and, but for numbers, the same words.
@@ -231,11 +245,11 @@ class Examination:
         alike.findings[key] += 1
         if key not in self.groups:
             self.groups[key] = self._finding(diagnosis, element.entry.job, evidence.log_path)
-        self.groups[key].elements.append(element.index)
+        self._found[key].append(element.indices)
 
     def _finding(self, diagnosis: Diagnosis, job: str, log: str) -> Finding:
         is_array = self.phase.array is not None
-        return Finding(self.phase.name, [], job=job, diagnosis=diagnosis, log=log, is_array=is_array)
+        return Finding(self.phase.name, Indices(), job=job, diagnosis=diagnosis, log=log, is_array=is_array)
 
     def findings(self) -> list[Finding]:
         """Return a finding for each kind of trouble; each element is in one."""
@@ -243,12 +257,14 @@ class Examination:
         for looks, alike in self.alike.items():
             if not alike.rest:
                 continue
-            unread += len(alike.rest) if looks[-1] else 0
+            unread += sum(map(len, alike.rest)) if looks[-1] else 0
             key = next(iter(alike.findings))
             if len(alike.findings) > 1:
                 key = (*key, "not looked at", looks)
                 self.groups[key] = self._of_rest(alike)
-            self.groups[key].elements = sorted([*self.groups[key].elements, *alike.rest])
+            self._found[key] += alike.rest
+        for key, finding in self.groups.items():
+            finding.elements = Indices.of_spans(span for indices in self._found[key] for span in indices.spans)
         if unread:
             self.look.notes.append(
                 f"{self.phase.name}: of elements that look alike {SAMPLED} logs were read, {unread:,} others were not"
@@ -267,13 +283,13 @@ class Examination:
         diagnosis = Diagnosis(causes.most_common(1)[0][0], "ended like others", evidence, remedy, certain=False)
         return self._finding(diagnosis, like.job, log="")
 
-    def _has_log(self, element: Element) -> bool:
-        """Return whether an element has a log, of its own or of the task that it shares, by the listing of all."""
-        if not self._logs:
-            return False
+    def _logged(self, element: Element) -> Indices:
+        """Return which elements have a log, of their own or of the task that they share, by the listing of all."""
         entry = element.entry
-        own = log_name(entry.scripted, element.index)
-        return own in self._logs or (entry.batch > 1 and log_name(entry.scripted, _task(element)) in self._logs)
+        logs = self._logs.get((entry.scripted, False), Indices())
+        if shared := self._logs.get((entry.scripted, True)):
+            logs = logs | Indices.of_spans((first * entry.batch, end * entry.batch) for first, end in shared.spans)
+        return element.indices & logs
 
     def gather(self, element: Element, has_log: bool) -> Evidence:
         """Collect what is known of one element: files, and scontrol where they and accounting do not tell its end."""
@@ -303,7 +319,7 @@ class Examination:
             outcome=outcome,
             log=log_tail(path, phase.name, element.index) + _shared_log(path, element) if has_log else "",
             log_path=str(path),
-            log_folder_exists=self._logs is not None,
+            log_folder_exists=self._has_log_folder,
             row=row,
             on_slurm=slurm is not None,
             upstream=self.upstream,

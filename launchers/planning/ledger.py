@@ -16,16 +16,17 @@ import functools
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
 from jobs.artifacts.layout import RunLayout
 from launchers.planning.chain import last_link
-from slurm.printed import format_indices, parse_indices
+from slurm.printed import format_indices, read_indices
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class JobEntry:
     phase: str
     key: str
     job: str
-    elements: list[int]
+    elements: Sequence[int]
     is_array: bool
     name: str = ""
     waits: dict[str, str] = field(default_factory=dict)  # phase -> job it waits on
@@ -50,13 +51,14 @@ class JobEntry:
         """The job, or the last link of a chain, that dependents wait on."""
         return last_link(self.job, self.links)
 
-    def elements_of(self, task: int | None) -> list[int]:
-        """Return the elements that an array task (None: a job that is no array) works on."""
-        if task is None or self.links:
-            return self.elements
+    def elements_of(self, tasks: Indices | None) -> Indices:
+        """Return the elements that some array tasks (None: a job that is no array) work on."""
+        if tasks is None or self.links:
+            return Indices.of(self.elements)
         if self.batch == 1:
-            return [task]
-        return [i for i in self.elements if i // self.batch == task]
+            return tasks
+        spans = ((first * self.batch, end * self.batch) for first, end in tasks.spans)
+        return Indices.of_spans(spans) & Indices.of(self.elements)
 
 
 SENT_LINE = re.compile(  # of what submit.sh of a bundle notes (launchers/submission/bundle_script.py)
@@ -79,14 +81,11 @@ def told_elements(elements: Iterable[int]) -> str:
     return format_indices(elements)
 
 
-def read_elements(told: str | list[int]) -> list[int]:
+def read_elements(told: str | list[int]) -> Indices:
     """Return the elements that a file names, in ranges or, in one of before, one by one."""
-    return _elements_of(told) if isinstance(told, str) else told
-
-
-@functools.lru_cache(maxsize=64)
-def _elements_of(ranges: str) -> list[int]:
-    return parse_indices(ranges) if ranges else []
+    if isinstance(told, str):
+        return read_indices(told) if told else Indices()
+    return Indices.of(told)
 
 
 @functools.lru_cache(maxsize=4)

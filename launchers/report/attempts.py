@@ -150,11 +150,14 @@ def _add_what_waits(
         return
     seals = _Needs(look, phase, {})
     begun = {(n, span.life.element) for n, each in attempts.items() for span in each.spans if span.life is not None}
-    for index, element in look.open_elements(phase).items():
+    for element in look.open_elements(phase):
         state, number = element.state(), element.entry.submission
-        if state.state == PENDING and not is_failed(state.state, state.reason) and (number, index) not in begun:
-            since = max(sent_at.get((number, index), now), seals.met(index, now))
-            attempts[number].waits.append(Waited(min(since, now), now, over=False))
+        if state.state != PENDING or is_failed(state.state, state.reason):
+            continue
+        for index in element.indices:
+            if (number, index) not in begun:
+                since = max(sent_at.get((number, index), now), seals.met(index, now))
+                attempts[number].waits.append(Waited(min(since, now), now, over=False))
 
 
 class _Needs:

@@ -4,9 +4,10 @@ A waiting job keeps its place in the queue: where what it waits on changed, or i
 whose script would be another now is replaced, since no key holds what it asks Slurm for; one that has begun stays.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
 from launchers.backends.contract import request_of
 from launchers.planning.plan import Plan, PlannedPhase
@@ -24,7 +25,7 @@ class Queue:
     can_rewire: bool  # whether a job that waits can be changed
 
 
-def decide(plan: Plan, queue: Queue, fresh: Mapping[str, list[int]], name_of: Callable[[str], str]) -> Journal:
+def decide(plan: Plan, queue: Queue, fresh: Mapping[str, Sequence[int]], name_of: Callable[[str], str]) -> Journal:
     """Return the steps that bring a run to its plan.
 
     Args:
@@ -49,7 +50,7 @@ class _Decider:
 
     plan: Plan
     queue: Queue
-    fresh: Mapping[str, list[int]]
+    fresh: Mapping[str, Sequence[int]]
     name_of: Callable[[str], str]
     steps: list[Step] = field(default_factory=list)
     cancels: list[Step] = field(default_factory=list)  # come last, when what replaces them is in the queue
@@ -105,7 +106,7 @@ class _Decider:
         same_key = entry.key == planned.frozen.key
         would_do = same_key or (live.waits and (self.fresh or live.dead_elements))
         # A job that waits has to carry just the elements that are to run now.
-        fits = set(planned.missing) == set(entry.elements) or not live.waits
+        fits = Indices.of(planned.missing) == Indices.of(entry.elements) or not live.waits
         if self.queue.can_rewire and not differs and fits and would_do:
             self._rewire(planned, live, needs)
             return True
@@ -143,7 +144,7 @@ class _Decider:
         entry, frozen = live.entry, planned.frozen
         self.kept[planned.name] = entry.awaited
         self.batches[planned.name] = entry.batch
-        elements = [i for i in planned.missing if i not in live.tasks]
+        elements: Sequence[int] = Indices.of(planned.missing) - live.elements
         can_grow = entry.key == frozen.key and self.queue.can_rewire
         links = max(0, frozen.links - live.links_left) if can_grow else 0
         if links and not live.waits:  # a chain that proved too short goes on behind its last link
@@ -151,17 +152,17 @@ class _Decider:
         if elements:
             self._submit(planned, elements, needs, links)
 
-    def _cancel_elements(self, planned: PlannedPhase, live: LiveJob, elements: list[int]) -> None:
+    def _cancel_elements(self, planned: PlannedPhase, live: LiveJob, elements: Sequence[int]) -> None:
         """Cancel a live job of which `elements` are sent anew, or those of its tasks that carry them."""
-        entry = live.entry
-        if set(live.tasks) <= set(elements):
+        entry, anew = live.entry, Indices.of(elements)
+        if not live.elements - anew:
             self.cancels.append(Cancel(planned.name, entry.job))
             return
-        tasks = sorted({i // entry.batch for i in elements if i in live.tasks})
+        tasks = sorted({i // entry.batch for i in anew & live.elements})
         self.cancels += [Cancel(planned.name, f"{entry.job}_{task}") for task in tasks]
         self.kept[planned.name] = entry.awaited
 
-    def _submit(self, planned: PlannedPhase, elements: list[int], needs: dict[str, str], links: int) -> None:
+    def _submit(self, planned: PlannedPhase, elements: Sequence[int], needs: dict[str, str], links: int) -> None:
         name, frozen = planned.name, planned.frozen
         self.steps.append(
             Submit(

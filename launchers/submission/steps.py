@@ -7,7 +7,7 @@ anything twice. A rewiring or a cancelling is simply done once more; a job is lo
 
 import abc
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -79,7 +79,7 @@ class Submit(Step):
 
     key: str
     name: str  # of the job: carries run, phase, attempt and a token that no other job's name has
-    elements: list[int]
+    elements: Sequence[int]
     is_array: bool = False
     needs: dict[str, str] = field(default_factory=dict)  # phase without a seal -> dependency type
     request: str = ""  # a digest of what the script asks Slurm for

@@ -9,7 +9,6 @@ torch 1.6: a zip archive of uncompressed records NAME/data.pkl, NAME/byteorder a
 """
 
 import io
-import mmap
 import pickle
 import zipfile
 from argparse import Namespace
@@ -245,7 +244,7 @@ class _Archive:
         order = self.bytes("byteorder", NAME_BYTES) if "byteorder" in self._entries else b"little"
         if order != b"little":
             raise Refused(f"its bytes are in {order[:20]!r} order: save it again on a little-endian machine")
-        self._mapped: mmap.mmap | None = None
+        self._mapped: Any = None  # uint8[bytes of the file]
 
     def place(self, name: str) -> tuple[int, int]:
         """Return (start in the file, bytes) of a record."""
@@ -280,11 +279,11 @@ class _Archive:
             raise Refused(f"its record {name!r} has {length:,} bytes, {size:,} are needed")
         if size == 0:
             return torch.empty(0, dtype=torch.uint8)
-        base = self._start - self._start % mmap.ALLOCATIONGRANULARITY
         if self._mapped is None:
-            whole = self._start - base + self._length
-            self._mapped = mmap.mmap(self._file.fileno(), whole, access=mmap.ACCESS_COPY, offset=base)
-        return torch.frombuffer(self._mapped, dtype=torch.uint8, offset=first - base, count=size)
+            # Not by Python's mmap, which keeps the file open: a checkpoint may have thousands, all mapped at once.
+            place, whole = f"/proc/self/fd/{self._file.fileno()}", self._start + self._length
+            self._mapped = torch.from_file(place, shared=False, size=whole, dtype=torch.uint8).numpy()
+        return torch.frombuffer(self._mapped, dtype=torch.uint8, offset=first, count=size)
 
 
 class _Tensors:

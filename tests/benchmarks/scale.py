@@ -1,18 +1,21 @@
 """What the control plane costs as arrays grow: CPU seconds and memory of the verbs, files and opens of an element.
 
-    python -m tests.benchmarks.scale [--sizes 200 2000 20000] [--phases 10] [--peer-elements 2000]
+    python -m tests.benchmarks.scale [--sizes 200 2000 20000 100000] [--phases 10] [--peer-elements 2000]
 
 Ten dependent phases of E elements each on a dev cluster whose nodes are all drained; each verb runs in a process of its
 own, as one types it, and its time is CPU time with its children's. `resubmit` sends the first phase anew and rewires
-the others. The start of an element is counted in this process, among E others that have left their leases, work and
-half of the seals. Growth is the exponent between the two largest sizes: 1 is linear. The peer is submitit's map_array,
-which writes a pickle an element; the ratio is its CPU time of 1,000 elements over that of our plan and submit.
+the others. `status later` and the like are of a planted run all of whose phases but the last are sealed, and that one
+half done, a tenth of it failed: 1.7 small files an element of it, so that the largest size takes minutes. The start of
+an element is counted in this process, among E others that have left their leases, work and half of the seals. Growth is
+the exponent between the two largest sizes: 1 is linear. The peer is submitit's map_array, which writes a pickle an
+element; the ratio is its CPU time of 1,000 elements over that of our plan and submit.
 """
 
 import argparse
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -23,10 +26,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from slurm.dev import cluster as devcluster
 
 VERBS = ("plan", "submit", "status", "why", "resubmit", "ls")
+MEASURED = (*VERBS, "status later", "why later", "ls later")
+LATER = ("status", "why", "ls")  # measured again of a run that is half done
 
 
 def pipeline_text(phases: int, elements: int) -> str:
@@ -74,6 +80,19 @@ def measured(words: list[str]) -> dict[str, float]:
     return told
 
 
+def half_done(folder: Path, phases: int, elements: int) -> dict[str, dict[str, float]]:
+    """Return what verbs cost of a run whose phases but the last are sealed."""
+    from tests.launchers.planted_run import many
+
+    run = folder / "run"
+    planting = multiprocessing.get_context("spawn").Process(target=many, args=(run, phases, elements))
+    planting.start()  # a process of its own: what this one holds, its children seem to
+    planting.join()
+    assert planting.exitcode == 0
+    words = {"status": ["status", str(run)], "why": ["why", str(run)], "ls": ["ls", str(folder)]}
+    return {f"{verb} later": measured(words[verb]) for verb in LATER}
+
+
 def element_start(folder: Path, elements: int) -> dict[str, int]:
     """Return opens, stats and names listed of one element's life among `elements`."""
     from jobs.artifacts.artifact import Artifact
@@ -92,16 +111,15 @@ def element_start(folder: Path, elements: int) -> dict[str, int]:
 
 
 def files_an_element(folder: Path) -> float:
-    """Return how many inodes a run of local processes has more for each element of a phase; on Slurm it is the same."""
-    counts = []
-    for elements in (2, 6):
-        place = folder / str(elements)
-        place.mkdir(parents=True)
-        (place / "scale.yaml").write_text(pipeline_text(1, elements))
-        command = [sys.executable, "-m", "launchers.cli", "run", str(place / "scale.yaml"), "--run", str(place / "run")]
-        subprocess.run([*command, "cluster=local"], check=True, capture_output=True)
-        counts.append(sum(1 for _ in (place / "run" / "p0").rglob("*")))
-    return (counts[1] - counts[0]) / 4
+    """Return the inodes of a phase of 1,000 elements for each of them, once it is sealed."""
+    from tests.jobs.test_inodes import Leaves, numbers
+
+    folder.mkdir(parents=True)
+    leaves = Leaves(folder / "run", *numbers(folder), elements=1000)
+    with mock.patch("os.fsync"):  # files are counted, not timed
+        for element in range(1000):
+            leaves.element(element)
+    return leaves.inodes().total() / 1000
 
 
 def submitit_cpu_s(folder: Path, elements: int) -> float:
@@ -140,7 +158,7 @@ def growth(small: float, large: float, sizes: list[int]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[200, 2000, 20_000])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[200, 2000, 20_000, 100_000])
     parser.add_argument("--phases", type=int, default=10)
     parser.add_argument("--peer-elements", type=int, default=2000)
     parser.add_argument("--verb", type=json.loads, help=argparse.SUPPRESS)
@@ -157,10 +175,11 @@ def main() -> None:
                 place.mkdir()
                 (place / "scale.yaml").write_text(pipeline_text(args.phases, elements))
                 costs[elements] = {verb: measured(words_of(verb, place)) for verb in VERBS}
+                costs[elements] |= half_done(place / "later", args.phases, elements)
                 costs[elements]["start"] = element_start(place, elements)
                 told = ", ".join(
                     f"{verb} {costs[elements][verb]['cpu_s']:.2f} CPU s {costs[elements][verb]['peak_mib']:.0f} MiB"
-                    for verb in VERBS
+                    for verb in MEASURED
                 )
                 print(f"{args.phases} × {elements:,}: {told}; a start {costs[elements]['start']}", flush=True)
             peer_s = submitit_cpu_s(folder, args.peer_elements) / args.peer_elements * 1000
@@ -169,7 +188,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     largest = costs[args.sizes[-1]]
     before = costs[args.sizes[-2]] if len(args.sizes) > 1 else largest
-    exponents = {verb: growth(before[verb]["cpu_s"], largest[verb]["cpu_s"], args.sizes) for verb in VERBS}
+    exponents = {verb: growth(before[verb]["cpu_s"], largest[verb]["cpu_s"], args.sizes) for verb in MEASURED}
     exponents |= {
         name: growth(before["start"][name], largest["start"][name], args.sizes) for name in ("opens", "stats")
     }
@@ -186,7 +205,9 @@ def main() -> None:
                 "unit": "CPU s per 1,000 elements",
                 "inodes": files,
                 "growth": {name: round(value, 3) for name, value in exponents.items()},
-                "largest": {verb: {name: round(value, 3) for name, value in largest[verb].items()} for verb in VERBS},
+                "largest": {
+                    verb: {name: round(value, 3) for name, value in largest[verb].items()} for verb in MEASURED
+                },
                 "start": {size: costs[size]["start"] for size in args.sizes},
             }
         )

@@ -12,7 +12,7 @@ from data_tools.base import declared
 from data_tools.base.durable import write_json
 from data_tools.mistake import UserMistake
 from data_tools.packs.pack import Config, check, pack
-from data_tools.packs.plan import PADDING_SLOT, Pack, PackReader
+from data_tools.packs.plan import PADDING_SLOT, Pack, PackReader, read_plan
 from data_tools.packs.store import Provenance, Store, StoreWriter, row_text
 from data_tools.records.balance import Balance, SourceBalance
 
@@ -214,6 +214,23 @@ def test_a_damaged_plan_or_another_store_is_a_mistake_that_names_it(tmp_path: Pa
         PackReader(store, plan)
     with pytest.raises(UserMistake, match="no pack plan"):
         PackReader(store, tmp_path)
+
+
+def test_a_plan_is_read_block_by_block_and_its_numbers_are_those_of_all_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(tmp_path / "store", [(3, 1 + row % 5) for row in range(40)])
+    folder = pack_to(tmp_path / "plan", store=str(store), pack_length=16)
+    facts, plan = read_plan(folder)
+    length = plan.pieces.length.astype(np.float64)
+    wanted = np.add.reduceat(0.3 * length + 0.7 * length * length, plan.pack_ptr[:-1])
+    for block in (1, 7, 1 << 20):
+        monkeypatch.setattr("data_tools.packs.plan._BLOCK", block)
+        assert plan.costs(0.3, 0.7).tobytes() == wanted.tobytes() and plan.digest() == facts["plan"]
+    assert not plan.pieces.doc.flags.owndata  # it lies in the file
+    facts.pop("crc32")  # as plans of before
+    (folder / "plan.json").write_text(json.dumps(facts))
+    assert read_plan(folder)[1].digest() == plan.digest()
 
 
 def tokens_of(reader: PackReader) -> Counter[int]:

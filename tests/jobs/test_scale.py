@@ -132,6 +132,16 @@ def test_an_element_that_failed_reads_its_own_outcomes_alone(tmp_path: Path, cou
     assert opens[0] == opens[1]
 
 
+def test_the_values_of_an_array_stand_in_the_plan_of_a_submission_once(tmp_path: Path) -> None:
+    planted = PlantedRun(tmp_path, {"p": "materialize"}, 3)
+    phase = planted.phases["p"]
+    phase.array = ["first", "second", "third"]
+    phase.material = {"settings": {}, "array": phase.array}
+    planted.run.freeze(1, "planted", [phase])
+    assert planted.run.plan_path(1).read_text().count("second") == 1
+    assert planted.run.frozen(1)["p"] == phase
+
+
 def test_the_values_of_an_array_stand_in_the_seal_of_the_phase_alone() -> None:
     def record(values: int, whole: bool) -> str:
         array = list(range(values))

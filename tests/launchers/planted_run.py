@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.indices import Indices
 from data_tools.base.tables import write_table
 from data_tools.records.balance import Balance, SourceBalance
-from jobs.artifacts.layout import METRICS
+from jobs.artifacts.gathered import Gathered, gathered_line
+from jobs.artifacts.layout import GROUP, METRICS, LeaseName
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.artifacts.seal import FORMAT, manifest, read_seal
@@ -50,7 +52,7 @@ class PlantedRun:
         for place, name in enumerate(names):
             phase = self.phases[name]
             self._tell(minute, event="job", submission=number, phase=name, key=phase.key, job=f"{number}.{place}",
-                       elements=list(range(phase.elements)), is_array=phase.elements > 1, name="", waits={}, request="",
+                       elements=f"0-{phase.elements - 1}", is_array=phase.elements > 1, name="", waits={}, request="",
                        batch=1, links=0, needs=phase.needs)  # fmt: skip
         self._tell(minute, event="released", submission=number)
 
@@ -93,7 +95,7 @@ class PlantedRun:
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.write_checked(path, {"driver": Owner.me(attempt, 0).__dict__, "tasks": self.tasks})
 
-    def seal(self, name: str, minute: float, files: Mapping[str, str] = {}, **facts: Any) -> None:
+    def seal(self, name: str, minute: float, files: Mapping[str, str] = {}, parts: int = 0, **facts: Any) -> None:
         """Plant the seal of a phase; its content is what `files` say, and what it read the seals of its needs."""
         phase = self.phases[name]
         artifact = self.run.artifact(phase)
@@ -106,6 +108,7 @@ class PlantedRun:
         seal = {"format": FORMAT, "key": KEY, "material": {}, "root": "work/0000.a1.r0.g0", "files": manifest(root),
                 "facts": facts, "upstream": upstream, "submission": 1, "restart": 0, "job": "",
                 "started_at": START, "sealed_at": START + minute * MINUTE}  # fmt: skip
+        seal |= {"parts": ["0" * 64] * parts} if parts else {}
         artifact.seal_path.write_text(durable.canonical_json(durable.with_sum(seal)))
         assert read_seal(artifact.seal_path)
 
@@ -120,6 +123,55 @@ class PlantedRun:
         path = self.run.artifact(self.phases[name]).folder / "samples" / f"step_{step:06d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps({"step": step, **line}) + "\n" for line in lines))
+
+
+def many(path: Path, phases: int, elements: int) -> PlantedRun:
+    """Plant a run of large arrays: all phases but the last are sealed and consolidated, and that one is half done.
+
+    Of each ten elements of it five are sealed, one failed with a log, and of the others there is no word. Large arrays
+    leave 100,000 small files: they are made without a thought of the disk.
+    """
+    names = {f"p{n}": "tests.toy.numbers" for n in range(phases)}
+    planted = PlantedRun(path, names, elements=elements)
+    for phase in planted.phases.values():
+        phase.array = elements
+    planted.run.freeze(1, "planted", list(planted.phases.values()))
+    *sealed, last = planted.phases.values()
+    for place, phase in enumerate(sealed):
+        planted.seal(phase.name, 60.0 * place + 59, parts=elements)
+        lines = [json.dumps(_outcome_of(element, place, "sealed")) + "\n" for element in range(elements)]  # no sums
+        folder = planted.run.outcomes_folder(phase.name)
+        folder.mkdir(parents=True)
+        whole = Gathered(1, Indices.of(range(elements)), START + 60 * MINUTE * place, seconds=60.0 * elements)
+        text = "".join([gathered_line([whole], others=0), *lines])
+        planted.run.gathered_outcomes_path(phase.name, KEY, 1).write_text(text)
+    artifact, owner = planted.run.artifact(last), LeaseName(1, 0, 0)
+    for folder in (artifact.seals_folder, planted.run.outcomes_folder(last.name), planted.run.logs_folder(last.name)):
+        folder.mkdir(parents=True)
+    for element in range(0, elements):
+        kind = element % 10
+        if kind > 5:
+            continue
+        lease = artifact.lease_path(element, owner)
+        if element % GROUP == 0:
+            lease.parent.mkdir(parents=True, exist_ok=True)
+        lease.touch()
+        told = durable.with_sum(_outcome_of(element, phases - 1, "failed" if kind == 5 else "sealed"))
+        planted.run.outcome_path(last.name, (element, 1, 0), is_twin=False).write_text(json.dumps(told))
+        if kind < 5:
+            artifact.element_seal_path(element).touch()
+        else:
+            planted.run.log_path(last.name, 1, element).write_text("ValueError: x\n")
+    return planted
+
+
+def _outcome_of(element: int, place: int, state: str) -> dict[str, Any]:
+    began, message = START + 60 * MINUTE * place, "" if state == "sealed" else "ValueError: x"
+    outcome = Outcome(
+        element, 1, 0, state, exit_code=int(state != "sealed"), message=message, host="n1", job="", started=began,
+        ended=began + MINUTE, key=KEY,
+    )  # fmt: skip
+    return vars(outcome)
 
 
 def balance_file(**dropped: int) -> dict[str, str]:

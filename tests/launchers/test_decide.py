@@ -7,7 +7,7 @@ import pytest
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import RunFolder
-from launchers.backends.contract import TaskState
+from launchers.backends.contract import States, TaskState
 from launchers.causes.states import PENDING, RUNNING
 from launchers.planning.ledger import JobEntry
 from launchers.submission import decide as deciding
@@ -31,7 +31,7 @@ def phase(name, needs=(), elements=1, key="new", links=0):
 
 def live(name, job, states=(PENDING,), key="new", waits=()):
     entry = JobEntry(1, name, key, job, list(range(len(states))), len(states) > 1, waits=dict(waits), scripted=1)
-    return LiveJob(entry, {i: TaskState(job, i, state) for i, state in enumerate(states)})
+    return LiveJob(entry, States(TaskState(job, i, state) for i, state in enumerate(states)).of(job))
 
 
 def decided(phases, jobs=(), differs=(), fresh=(), can_rewire=True):

@@ -296,6 +296,15 @@ def test_an_element_without_a_partner_is_refused_by_plan(tmp_path):
     assert "phases.pair.needs.first" in refused and "pair has 5 elements, first 3" in refused
 
 
+def what_is_gathered_is_read_as_a_line(run, outcomes):
+    """Of elements with one life the sum is read; the others tell their own."""
+    few, gathered = run.outcomes_in_brief("first")
+    assert [list(some.elements) for some in gathered] == [[0]]
+    assert gathered[0].started == min(outcome.started for outcome in outcomes if outcome.element == 0)
+    told = [(outcome.element, outcome.restart, outcome.state) for outcome in few]
+    assert sorted(told) == [(1, 0, "failed"), (1, 1, "sealed"), (2, 0, "sealed")]
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_what_a_large_array_leaves_is_gathered_once_it_is_sealed_and_reads_as_before(tmp_path, monkeypatch, killed):
     """Killed: before the files that were gathered are removed."""
@@ -322,5 +331,6 @@ def test_what_a_large_array_leaves_is_gathered_once_it_is_sealed_and_reads_as_be
     assert run.run.outcomes("first", attempt=2) == [] and run.actions()["first"] == "reuse"
     run.run.record_outcome("first", Outcome(0, 1, 0, "failed", 1, "another rank, later", "host", "", 1.0))
     assert [outcome.state for outcome in run.run.outcomes("first", element=0)] == ["sealed"]
+    what_is_gathered_is_read_as_a_line(run.run, outcomes)
     for element in range(3):
         assert ended(run.start("first", element)) == EXIT_SEALED  # there is nothing to do for a late start

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
-from launchers.backends.contract import TaskState
+from launchers.backends.contract import States, TaskState
 from launchers.observe.gpu_hours import Span, gpu_hours, spans
 from launchers.observe.look import Look, _going_on_besides
 from launchers.observe.show import format_seconds
@@ -68,7 +68,7 @@ class Planted:
             JobEntry(n, "sft", KEY, job=str(10 + n), elements=[0], is_array=False, scripted=n)
             for n in range(1, submissions + 1)
         ]
-        self.states = {}
+        self.states = States()
 
     def _file(self, path, hour):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def test_a_killed_attempt_ends_with_its_log_or_its_successor(tmp_path):
 def test_what_runs_is_used_so_far_and_not_lost(tmp_path):
     planted = Planted(tmp_path, submissions=1)
     planted.lease(1, time.time() / HOUR - 2)
-    planted.states["11", 0] = TaskState("11", 0, "RUNNING")
+    planted.states.add([TaskState("11", 0, "RUNNING")])
     used, lost = planted.hours()
     assert used == pytest.approx(32, rel=1e-2) and lost == 0
 
@@ -174,7 +174,7 @@ def test_a_job_of_a_phase_that_the_newest_submission_leaves_out_is_told_while_it
     planted = Planted(tmp_path)
     look = planted.look()
     look.phases = {"data": frozen(name="data")}
-    look.states = {("11", 0): TaskState("11", 0, state)} if state else {}
+    look.states = States([TaskState("11", 0, state)] if state else [])
     said = f"phase sft is none of submission 2's, and goes on as job 11; `afterok cancel {tmp_path} sft` ends that"
     assert _going_on_besides(look) == ([said] if goes_on else [])
     assert _going_on_besides(planted.look()) == []  # it is one of the submission's, and status tells of it

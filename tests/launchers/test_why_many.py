@@ -6,7 +6,9 @@ import pytest
 
 from jobs.retry import Cause
 from launchers.observe import why as whys
-from launchers.observe.why import Report, why
+from launchers.observe.look import look_at
+from launchers.observe.status import status_of
+from launchers.observe.why import Report, why, why_of
 from tests.jobs.test_scale import COUNT
 from tests.launchers.planted_run import PlantedRun
 
@@ -74,3 +76,20 @@ def test_what_waits_costs_no_file_an_element(tmp_path: Path, monkeypatch: pytest
         report = why(planted.run)
         assert report.healthy and elements_of(report) == sorted([*range(elements)] * 2), report
     assert opens[1] == opens[2]
+
+
+def test_a_hundred_thousand_elements_that_wait_are_known_as_one(tmp_path: Path) -> None:
+    elements = 100_000
+    planted = PlantedRun(tmp_path, {"p": "materialize"}, elements)
+    planted.phases["p"].array = elements
+    planted.run.freeze(1, "planted", list(planted.phases.values()))
+    told = {"phase": "p", "job": "1.0", "elements": f"0-{elements - 1}", "state": "PENDING", "reason": "Resources"}
+    planted.tasks.append({**told, "exit_code": None})
+    planted.going("p", element=7)  # the last word about it
+    look = look_at(planted.run)
+    alike = look.elements(planted.phases["p"])
+    assert [(len(each.indices), each.state().state) for each in alike] == [(elements - 1, "PENDING"), (1, "RUNNING")]
+    assert status_of(look).phases[0].state == "RUNNING"
+    waits, runs = sorted(why_of(look).findings, key=lambda finding: -len(finding.elements))
+    assert waits.elements.spans == ((0, 7), (8, elements)) and runs.elements == [7]
+    assert "p[0-6,8-99999] waits" in waits.sentence
