@@ -1,9 +1,14 @@
-"""JSON text read strictly (an object that has a key twice is refused, since it leaves open what it says), and written
-as the lines of JSON Lines."""
+"""JSON text read strictly (an object that has a key twice is refused, since it leaves open what it says, and so is what
+is nested deeper than whoever goes through it could go), and written as the lines of JSON Lines."""
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
+
+from data_tools.base.bounds import JSON_DEPTH
+
+_DIGITS = "integer string conversion"  # what Python says of an integer with too many of them
 
 
 class RepeatedKey(ValueError):
@@ -11,13 +16,34 @@ class RepeatedKey(ValueError):
 
 
 def json_value(text: str) -> Any:
-    """Return the value of a JSON text. Raise ValueError with the reason where there is none, or a key stands twice."""
+    """Return the value of a JSON text. Raise ValueError with the reason where there is none, where a key stands twice,
+    and where it is nested deeper, or has an integer of more digits, than is read."""
+    most = JSON_DEPTH.most
     try:
-        return _DECODER.decode(text)
+        value = _DECODER.decode(text)
     except RepeatedKey:
         raise
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError(f"not read: {JSON_DEPTH.exceeded()}") from None
+    except ValueError as error:
+        if _DIGITS in str(error):
+            most_digits = f"more than {sys.get_int_max_str_digits():,} digits in an integer, the most that is read"
+            raise ValueError(f"not read: {most_digits}; PYTHONINTMAXSTRDIGITS raises it") from None
         raise ValueError(f"not JSON: {error}") from None
+    if text.count("[") + text.count("{") > most and is_deeper(value, most):
+        raise ValueError(f"not read: {JSON_DEPTH.exceeded()}")
+    return value
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Return whether lists and mappings lie deeper within each other than so many levels."""
+    layer = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(levels):
+        inner = [item for each in layer for item in (each.values() if isinstance(each, dict) else each)]
+        layer = [item for item in inner if isinstance(item, (dict, list))]
+        if not layer:
+            return False
+    return bool(layer)
 
 
 def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> str:
