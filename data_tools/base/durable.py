@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import bounds
+from data_tools.base.json_text import RepeatedKey, json_value
 from data_tools.mistake import UserMistake
-from data_tools.records.json_text import RepeatedKey, json_value
 
 CHUNK = 1 << 20
 TAIL = 1 << 16  # bytes looked at for the last whole line of a file
@@ -271,7 +271,7 @@ def sha256_bytes(data: bytes | str) -> str:
 
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with bounds.open_regular(path) as file:
         while block := file.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()

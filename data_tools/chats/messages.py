@@ -20,8 +20,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from data_tools.base.json_text import RepeatedKey, json_value
 from data_tools.mistake import nearest
-from data_tools.records.json_text import RepeatedKey, json_value
 
 ROLES = {
     "system": "system", "developer": "system",

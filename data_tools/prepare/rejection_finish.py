@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools.base.durable import fsync_tree, read_json
+from data_tools.base.json_text import json_line
 from data_tools.base.tables import ShownTable
 from data_tools.mistake import UserMistake
 from data_tools.prepare.rejection import Band, Config
 from data_tools.prepare.rejection_element import LEFT, ORIGINS, PROMPTS
 from data_tools.progress import Progress, silent
 from data_tools.records.balance import Balance
-from data_tools.records.json_text import json_line
 from data_tools.records.merge_sorted import merged
 
 CHAT = "chat.jsonl"

@@ -4,6 +4,8 @@ Other columns keep their text. Numbers are written so that reading gives the sam
 """
 
 import csv
+import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.base.bounds import CSV as CSV_BOUND
+from data_tools.base.bounds import LINE, NoFile, open_regular
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.records.inputs import CSV, files_of
 
 PROMPT = "prompt"
-csv.field_size_limit(1 << 30)  # of characters; Python's own limit refuses prompts from 131,073 on
 _MOST_PROBLEMS = 20  # told of one file
 
 
@@ -72,9 +75,13 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Raise UserMistake for a file that is absent, empty, not UTF-8 or has a row of another width than its header."""
+    """Raise UserMistake for a file that is absent, empty, too large, not UTF-8 or has a row of another width than its
+    header."""
+    csv.field_size_limit(LINE.most)  # of characters; Python's own limit refuses prompts from 131,073 on
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_regular(path) as raw, io.TextIOWrapper(raw, newline="", encoding="utf-8-sig") as file:
+            if os.fstat(raw.fileno()).st_size > CSV_BOUND.most:
+                raise UserMistake(Problem(str(path), f"has {CSV_BOUND.exceeded()}; or write it as JSON Lines"))
             reader = csv.reader(file, strict=True)
             columns = next(reader, [])
             rows, lines, line = [], [], reader.line_num + 1
@@ -85,10 +92,13 @@ def read_table(path: Path) -> Table:
                 line = reader.line_num + 1
     except FileNotFoundError:
         raise UserMistake(Problem(str(path), "no such file")) from None
+    except NoFile as error:
+        raise UserMistake(Problem(str(path), str(error.strerror))) from None
     except UnicodeDecodeError as error:
         raise UserMistake(Problem(str(path), f"not UTF-8 at byte {error.start}: {error.reason}")) from None
     except csv.Error as error:
-        raise UserMistake(Problem(f"{path}:{reader.line_num}", f"not CSV: {error}")) from None
+        why = f"has {LINE.exceeded()}" if "field limit" in str(error) else f"not CSV: {error}"
+        raise UserMistake(Problem(f"{path}:{reader.line_num}", why)) from None
     if not columns:
         raise UserMistake(Problem(str(path), "is empty; a CSV file with a header was expected"))
     problems = [

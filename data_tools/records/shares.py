@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, Protocol
 
 from data_tools.base.bounds import JSON, LINE, NoFile, open_regular
 from data_tools.base.durable import CHUNK
+from data_tools.base.json_text import json_value
 from data_tools.mistake import Problem, UserMistake
 from data_tools.records.blend_file import refuse_blend
 from data_tools.records.csv_tables import read_table
-from data_tools.records.json_text import json_value
 from data_tools.records.parquet_share import ParquetShare
 from data_tools.records.unpacking import BLOCK, unpack
 

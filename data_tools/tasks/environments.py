@@ -5,7 +5,7 @@ from typing import Any, TypedDict
 
 import yaml
 
-from data_tools.base.yaml_loaders import read_values
+from data_tools.base.yaml_loaders import read_file, read_values
 from data_tools.mistake import Problem, UserMistake, nearest
 
 _AGENTS = {"DAPOAgent": "dapo_math", "AIMEAgent": "aime", "GSM8KAgent": "gsm8k"}
@@ -31,7 +31,7 @@ def read_environments(path: Path) -> dict[str, Environment]:
     Their prompts come from the hub. Raise UserMistake for everything that has no counterpart here.
     """
     try:
-        given = read_values(path.read_text())
+        given = read_values(read_file(path))
     except OSError as error:
         raise UserMistake(Problem(str(path), error.strerror or str(error))) from None
     except yaml.YAMLError as error:
