@@ -19,6 +19,7 @@ from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.records.inputs import CSV, files_of
 
 PROMPT = "prompt"
+_NUMBER = "(0|[1-9][0-9]{0,8})"  # of a column; others are columns of their own
 _MOST_PROBLEMS = 20  # told of one file
 
 
@@ -41,13 +42,13 @@ class Table:
     def numbered(self, prefix: str) -> list[str]:
         """Return the columns PREFIX0, PREFIX1, … in that order. Raise UserMistake when there are fewer than two or one
         is left out."""
-        numbers = {int(m[1]) for name in self.columns if (m := re.fullmatch(re.escape(prefix) + r"(\d+)", name))}
+        numbers = {int(m[1]) for name in self.columns if (m := re.fullmatch(re.escape(prefix) + _NUMBER, name))}
         if len(numbers) < 2:
             columns = ", ".join(self.columns)
             raise UserMistake(Problem(str(self.path), f"needs columns {prefix}0, {prefix}1, …; it has {columns}"))
-        missing = sorted(set(range(max(numbers) + 1)) - numbers)
-        if missing:
-            raise UserMistake(Problem(str(self.path), f"has {prefix}{max(numbers)} but no {prefix}{missing[0]}"))
+        if max(numbers) >= len(numbers):
+            missing = next(number for number in range(len(numbers)) if number not in numbers)
+            raise UserMistake(Problem(str(self.path), f"has {prefix}{max(numbers)} but no {prefix}{missing}"))
         return [f"{prefix}{number}" for number in sorted(numbers)]
 
     def floats(self, names: Sequence[str]) -> np.ndarray:

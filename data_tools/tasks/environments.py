@@ -1,5 +1,6 @@
 """Megatron-LM's YAML files of environments for reinforcement learning, as the settings of a mix that they stand for."""
 
+import re
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,6 +13,9 @@ _AGENTS = {"DAPOAgent": "dapo_math", "AIMEAgent": "aime", "GSM8KAgent": "gsm8k"}
 _ARGUMENTS = ("format_reward", "answer_format", "chat_mode")
 _WITHOUT_COUNTERPART = {  # argument → the one value that asks for nothing
     "negative_reward": 0.0, "partial_end_reward": 0.0, "assistant_suffix": "Assistant: "}  # fmt: skip
+_LARGEST = 1e12  # of a weight or a reward
+# Megatron-LM's own: in another's module an agent of the same name may be any.
+_MODULE = re.compile(r"|examples\.rl\.environments\.math\.(?:dapo|aime|gsm8k)_agent")
 _ENVIRONMENT_KEYS = ("agent_type", "agent_args", "weight", "evaluation_only")
 
 
@@ -60,21 +64,27 @@ def _environment(given: Any) -> Environment | str:
         return "has no agent_type"
     if unknown := [key for key in given if key not in _ENVIRONMENT_KEYS]:
         return f"unknown key {unknown[0]!r}{nearest(str(unknown[0]), _ENVIRONMENT_KEYS)}"
-    agent, arguments = given["agent_type"].rpartition(".")[2], given.get("agent_args") or {}
-    if agent not in _AGENTS:
-        return f"agent {given['agent_type']} has no task here{nearest(agent, list(_AGENTS))}"
+    arguments = {} if given.get("agent_args") is None else given["agent_args"]
+    module, _, agent = given["agent_type"].rpartition(".")
+    if agent not in _AGENTS or not _MODULE.fullmatch(module):
+        return f"agent {given['agent_type']!r} has no task here{nearest(agent, list(_AGENTS))}"
+    if not isinstance(arguments, dict):
+        return f"agent_args: {arguments!r:.60} is no mapping"
     for key, value in arguments.items():
         if key in _WITHOUT_COUNTERPART and value != _WITHOUT_COUNTERPART[key]:
             return f"agent_args.{key}: {value!r} has no counterpart; write the task as a module of your own"
         if key not in _WITHOUT_COUNTERPART and key not in _ARGUMENTS:
-            return f"agent_args.{key} has no counterpart{nearest(key, _ARGUMENTS)}"
+            return f"agent_args.{key} has no counterpart{nearest(str(key), _ARGUMENTS)}"
     weight, only = given.get("weight", 1.0), given.get("evaluation_only", False)
-    if not isinstance(weight, (int, float)) or not isinstance(only, bool):
+    if not _is_number(weight) or not isinstance(only, bool):
         return "weight is a number and evaluation_only true or false"
-    options = {"answer_format": arguments.get("answer_format", "tagged")}
+    form, reward = arguments.get("answer_format", "tagged"), arguments.get("format_reward", 0.0)
+    if not isinstance(form, str) or not isinstance(arguments.get("chat_mode", False), bool) or not _is_number(reward):
+        return "agent_args: answer_format is a text, format_reward a number and chat_mode true or false"
+    options: dict[str, Any] = {"answer_format": form}
     if "chat_mode" in arguments:
         options["chat"] = arguments["chat_mode"]
-    rewards = {"format": float(arguments["format_reward"])} if "format_reward" in arguments else {}
+    rewards = {"format": float(reward)} if "format_reward" in arguments else {}
     return {
         "task": _AGENTS[agent],
         "options": options,
@@ -82,3 +92,7 @@ def _environment(given: Any) -> Environment | str:
         "rewards": rewards,
         "evaluation_only": only,
     }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -120,7 +120,7 @@ def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
 def parse_config(config: Any, where: str) -> tuple[Family | None, Any, list[Problem]]:
     """Read family and dimensions of a parsed config.json that will lie at `where`, or the problems with it."""
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), list(MODEL_TYPES)))]
     family = Family(MODEL_TYPES[kind])
     dims, problems = family.config.read(config, where)

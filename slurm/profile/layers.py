@@ -108,7 +108,8 @@ def read_values(path: Path, problems: list[Problem]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problems.append(Problem(f"{path}{line}", f"not readable as YAML: {getattr(error, 'problem', None) or error}"))
+        told = str(getattr(error, "problem", None) or error)
+        problems.append(Problem(f"{path}{line}", f"not readable as YAML: {' '.join(told.split())}"))
         return {}
     except NoFile as error:
         problems.append(Problem(str(path), str(error.strerror)))
