@@ -32,6 +32,18 @@ class _Strict:
 
     _depth = 0
 
+    # PyYAML looks through all levels at each token: what is too deep is refused where it is met.
+
+    def fetch_flow_collection_start(self, token: type) -> None:
+        scanner: Any = self
+        _check_depth(scanner.flow_level, scanner.get_mark())
+        yaml.scanner.Scanner.fetch_flow_collection_start(self, token)
+
+    def add_indent(self, column: int) -> bool:
+        scanner: Any = self
+        _check_depth(len(scanner.indents), scanner.get_mark())
+        return yaml.scanner.Scanner.add_indent(self, column)
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         if self._depth > bounds.YAML_DEPTH.most:
             raise yaml.composer.ComposerError(
@@ -78,6 +90,11 @@ class _Strict:
                 for pair in self._pairs(one):
                     merged.add(*pair)
         return [pair for pair in merged.pairs if not own.has(pair[0])] + own.pairs
+
+
+def _check_depth(levels: int, mark: Any) -> None:
+    if levels > bounds.YAML_DEPTH.most:
+        raise yaml.scanner.ScannerError(None, None, bounds.YAML_DEPTH.exceeded(), mark)
 
 
 def _values(node: yaml.Node, around: tuple[yaml.Node, ...], counted: dict[yaml.Node, int]) -> int:
@@ -193,7 +210,7 @@ def read_typed(text: str, loader: type = ValueLoader) -> Any:
     there, and a line break without quotes, which becomes a space.
     """
     end = 0
-    for token in yaml.scan(text):
+    for token in yaml.scan(text, loader):
         is_comment = "#" in text[end : token.start_mark.index]
         end = max(end, token.end_mark.index)
         folded = isinstance(token, yaml.ScalarToken) and "\n" in text[token.start_mark.index : end].rstrip()

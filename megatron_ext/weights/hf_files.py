@@ -70,9 +70,7 @@ class HfTensors:
         lost = [(name, file) for name, file in places.items() if name not in held[file]]
         if lost:
             name, file = lost[0]
-            said = (
-                f"{len(lost)} of {len(places)} tensors are not in the files that it names, such as {name!r} in {file}"
-            )
+            said = f"{len(lost)} of {len(places)} tensors are not in the files that it names: {name!r:.200} in {file}"
             raise UserMistake(Problem(str(index), f"{said}: copy or download the folder again"))
 
     def _add(self, name: str, file: str) -> None:

@@ -56,6 +56,8 @@ def as_yaml(loader):
                 return ["mapping", *sorted(([plain(key), plain(value)] for key, value in node.value), key=repr)]
             if isinstance(node, yaml.SequenceNode):
                 return [plain(item) for item in node.value]
+            if node.tag.rpartition(":")[2] in ("int", "float"):  # 2e-3 and 2E-3 are one
+                return [node.tag, yaml.load(node.value, loader)]
             return [node.tag, re.sub(r"\$\{\s*([\w.]+)\s*\}", r"${\1}", node.value)]
 
         text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
