@@ -45,8 +45,9 @@ from data_tools.tasks.task import Prompt, Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
+from megatron_ext.rollout import memory
 from megatron_ext.rollout.room import check_room
-from megatron_ext.rollout.settings import RolloutSettings, Sampling, check_recording, check_rollouts
+from megatron_ext.rollout.settings import RolloutSettings, Sampling, check_alone, check_recording, check_rollouts
 
 if TYPE_CHECKING:
     from megatron_ext.model_folders.model_folder import ModelFolder
@@ -128,7 +129,21 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     new, where = config.max_new_tokens, "max_new_tokens"
     problems += check_room(config, training.shape, dtype=training.dtype, new=new, where=where)
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
-    return problems + facts.check_forward(config, site)
+    work = _work(config)
+    problems += facts.check_forward(config, site) + check_alone(config, compares=work.compares)
+    return problems + memory.check(config, work, site)
+
+
+def _work(config: Config) -> memory.Forward:
+    """Return what is sampled, and whether choices are compared."""
+    try:
+        entries = entries_of(config.mix) if of_mix(config) else {config.task: _entry(config)}
+        choices = compared(entries)
+    except UserMistake:  # which check told
+        return memory.Forward(())
+    sampled = {name: entry for name, entry in entries.items() if name not in choices}
+    ways = _ways(config, sampled) if sampled else []
+    return memory.Forward(tuple(generate.draws_of(way) for way in ways), bool(choices))
 
 
 def _check_tasks(config: Config) -> list[Problem]:

@@ -29,8 +29,9 @@ from data_tools.tasks.outcome import graded, is_unjudged
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.rl.settings import GenerateSettings
+from megatron_ext.rollout import memory
 from megatron_ext.rollout.room import check_room
-from megatron_ext.rollout.settings import check_recording, check_rollouts
+from megatron_ext.rollout.settings import check_alone, check_recording, check_rollouts
 from megatron_ext.training import options
 
 if TYPE_CHECKING:
@@ -52,7 +53,16 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_recording(config, training.shape)
     problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
-    return problems + facts.check_forward(config, site)
+    problems += facts.check_forward(config, site) + check_alone(config, compares=False)
+    return problems + memory.check(config, memory.Forward((draws_of(config),)), site)
+
+
+def draws_of(config: Config) -> memory.Draws:
+    """Return what is sampled at a time: a chunk of prompts, or all where the entries say how many these are."""
+    limits = [entry.limit for entry in config.mix.entries.values()]
+    known = all(limits) and limits and not config.mix.environments
+    prompts = min(config.chunk, sum(limits)) if known else config.chunk
+    return memory.Draws(config.sampling, ((prompts, config.samples),))
 
 
 def run(

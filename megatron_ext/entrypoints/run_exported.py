@@ -31,7 +31,7 @@ from megatron_ext.entrypoints import evaluate, export_gguf
 from megatron_ext.parallel.plan import Site
 from megatron_ext.parallel.settings import DTYPES
 from megatron_ext.rollout.settings import Sampling
-from megatron_ext.serving import llama_cpp
+from megatron_ext.serving import gguf_vocabulary, llama_cpp
 
 Sampled = tuple[list[int], str]  # a completion's tokens, and "stop" or "length"
 
@@ -204,6 +204,8 @@ class _Gguf:
         for key, path in {"gguf": model, "gguf_adapter": adapter}.items():
             if getattr(config, key) and not path.is_file():
                 raise UserMistake(Problem(key, f"{path.parent} has no {path.name}; export_gguf makes one"))
+        if problems := gguf_vocabulary.check(model, tokenizer, str(folder)):
+            raise UserMistake(problems)
         stops = stop_ids(folder, tokenizer)
         self._model = llama_cpp.LlamaCpp(model, adapter if config.gguf_adapter else None, positions, stops)
         self._config, self._tokenizer = config, tokenizer

@@ -247,6 +247,9 @@ def experts_are_reduced_over_tensor_ranks(p: ParallelPlan, w: Workload) -> str:
     return f"{numbers} gives wrong expert gradients without an error" if wrong else ""
 
 
+OF_TRAINING = (experts_need_sequence_parallel, experts_are_reduced_over_tensor_ranks)
+
+
 @rule("expert_tensor", "expert")
 def gloo_gathers_even_parts_only(p: ParallelPlan, w: Workload) -> str:
     wrong = w.gpus is False and p.expert > 1 and p.expert_tensor > 1
@@ -414,12 +417,11 @@ def check(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> li
 
 
 def check_forward(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
-    """Check a phase that trains nothing: of the rules about the model's shape it asks those of its layers' parts."""
+    """Check a phase that trains nothing, of which the rules about training are not asked."""
     if problems := declared.check(plan, where):
         return problems
-    whole = replace(workload, shape=None)
-    others = [found for found in broken_rules(plan, whole) if found[0] not in OF_PARTS]
-    return _problems(others, plan, whole, where) + check_parts(plan, workload, where)
+    asked = [found for found in broken_rules(plan, workload) if found[0].broken not in OF_TRAINING]
+    return _problems(asked, plan, workload, where)
 
 
 def check_parts(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:

@@ -189,6 +189,16 @@ def weight_bytes(plan: ParallelPlan, t: Training, stage: Stage) -> float:
     return weight * (stage.parameters.total + adapters) - (weight - PACKED_BYTES) * packed
 
 
+def dequantised_bytes(plan: ParallelPlan, t: Training, stage: Stage) -> float:
+    """Return the bytes of the one expert's matrix that is multiplied with, and of its making, where a rank of a stage
+    holds experts as MXFP4."""
+    if not packed_values(plan, t.workload, stage):
+        return 0.0
+    shape, weight = t.known_shape, 4 if t.dtype == "float32" else 2
+    largest = (shape.mlp_matrices - 1) * shape.expert_ffn * shape.hidden // plan.expert_tensor
+    return weight * largest + TILE_BYTES * TILE
+
+
 def exchange_bytes(plan: ParallelPlan, shape: ModelShape) -> float:
     """Return the bytes for each token that are on their way to experts of other ranks and back."""
     return 2 * 2 * shape.top_k * shape.hidden / plan.tensor if plan.expert > 1 else 0.0
@@ -199,7 +209,7 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     w, shape = t.workload, t.known_shape
     learned = trained(plan, t, stage)
     dense, expert = learned.sharded + learned.replicated, learned.expert
-    weight, moments = (4, 8) if t.dtype == "float32" else (2, 12)
+    moments = 8 if t.dtype == "float32" else 12
     tokens = t.pack_length * plan.micro_batch / plan.context
     held, on_top = layer_activations(plan, t, stage)
     logits = 0.0
@@ -207,8 +217,6 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
         logits = loss_head_bytes(plan, shape, tokens * t.supervised, frozen=t.lora.rank > 0)
         logits += 2 * tokens * shape.hidden * plan.sequence_parallel  # the head gathers all tokens
     sharing = plan.data(w.ranks) * plan.context  # ranks that share the optimizer's state of dense weights
-    packed = packed_values(plan, w, stage)
-    largest = (shape.mlp_matrices - 1) * shape.expert_ffn * shape.hidden // plan.expert_tensor
     return Memory(
         weights=weight_bytes(plan, t, stage),
         gradients=4 * (dense + expert),
@@ -216,7 +224,7 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
         activations=tokens * (held * in_flight(plan, stage, micro_batches(plan, w)) + on_top),
         logits=logits,
         exchange=tokens * exchange_bytes(plan, shape),
-        dequantised=min(weight, 4) * largest + TILE_BYTES * TILE if packed else 0.0,
+        dequantised=dequantised_bytes(plan, t, stage),
     )
 
 
@@ -231,4 +239,7 @@ def divides(plan: ParallelPlan, w: Workload) -> bool:
         return False
     if w.shape is None:
         return False
-    return sum(plan.pipeline_layers) == len(w.shape.layers) or len(w.shape.layers) % plan.stages == 0
+    counts, layers = plan.pipeline_layers, len(w.shape.layers)
+    if counts:
+        return len(counts) == plan.stages and sum(counts) == layers and min(counts) > 0
+    return layers % plan.stages == 0

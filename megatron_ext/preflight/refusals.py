@@ -13,10 +13,19 @@ from megatron_ext.preflight.search import offer_text
 
 def check(plan: ParallelPlan, t: Training, site: Site) -> list[Problem]:
     """Return every broken rule, and whether the plan does not fit the GPUs, where memory and packs are known."""
-    problems = rules.check(plan, t.workload) + environment_problems(plan, site.environment)
+    problems = rules.check(plan, t.workload) + environment_problems(plan, site.environment) + check_gpus(site)
     if t.workload.pack_length and is_reckoned(plan, t, site):
         problems += over(memory(plan, t), t, lambda: offer_text(plan, t))
     return problems
+
+
+def check_gpus(site: Site) -> list[Problem]:
+    """Refuse ranks that would share GPUs, which ranks.py refuses once they have started."""
+    ranks, gpus = -(-site.ranks // site.nodes), site.gpus_per_node or 0
+    if not gpus or ranks <= gpus:
+        return []
+    said = f"{ranks} ranks of a node have {gpus} GPU{'s' if gpus > 1 else ''}, and each needs its own"
+    return [Problem("parallel", f"{said}: set resources.gpus_per_node {ranks}, or ranks_per_node {gpus}")]
 
 
 def is_reckoned(plan: ParallelPlan, t: Training, site: Site) -> bool:

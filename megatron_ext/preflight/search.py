@@ -109,14 +109,22 @@ def with_align(plan: ParallelPlan, w: Workload) -> str:
     return f"; align {unit} in pack" if w.align and w.align % unit else ""
 
 
-def offer_text(plan: ParallelPlan, t: Training, needs_of: MemoryOf = memory) -> str:
-    """Return the words of a refusal that say which plan would fit, or that none does."""
-    best_fit = offer(plan, t, needs_of)
+def offer_text(
+    plan: ParallelPlan, t: Training, needs_of: MemoryOf = memory, lean: MemoryOf | None = None, words: str = ""
+) -> str:
+    """Return the words of a refusal that say which plan would fit, or that none does.
+
+    `lean` is what a plan needs with the settings that `words` spell, which are asked for where they take fewer GPUs.
+    """
+    best_fit, besides = offer(plan, t, needs_of), ""
+    leaner = offer(plan, t, lean) if lean else None
+    if leaner and (best_fit is None or leaner[0] < best_fit[0]):
+        best_fit, besides = leaner, f"{words} and "
     if best_fit is None:
         what = "packs" if t.workload.pack_length else "samples"
         return f"nothing fits up to {t.workload.ranks * MOST_GROWTH} GPUs: shorten the {what}"
     ranks, best = best_fit
-    text = f"use {spell_plan(best.plan)}{with_align(best.plan, t.workload)} on {ranks} GPUs"
+    text = f"use {besides}{spell_plan(best.plan)}{with_align(best.plan, t.workload)} on {ranks} GPUs"
     return f"{text} ({best.memory.total / GIB:.1f} GiB)"
 
 

@@ -7,6 +7,7 @@ from data_tools.base.declared import setting
 from data_tools.chats.tokenizer import NEVER
 from data_tools.mistake import Problem
 from data_tools.tasks.mix import MixConfig, check_mix, check_verdicts
+from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.settings import ModelSettings
 from megatron_ext.parallel.shape import MAMBA, MOE, ModelShape, count_blocks
 
@@ -103,6 +104,24 @@ def check_rollouts(config: RolloutSettings, sampling: Sampling) -> list[Problem]
         problems += check_verdicts(config.mix, config.verify_limit_s)
     if config.parallel.virtual > 1:
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
+    if config.parallel.micro_batch > 1:
+        number = config.parallel.micro_batch
+        message = f"{number}: there are no packs to join: use 1, and row_tokens or engine.token_budget for longer rows"
+        problems.append(Problem("parallel.micro_batch", message))
+    return problems
+
+
+def check_alone(config: RolloutSettings, compares: bool) -> list[Problem]:
+    """Refuse parallel settings that are about training, in a phase that trains nothing; `compares`: choices, which are
+    computed in packed rows."""
+    plan, plain = config.parallel, ParallelPlan()
+    problems = []
+    if plan.recompute != plain.recompute:
+        message = f"{plan.recompute}: nothing is trained, so that no activations are kept: use {plain.recompute}"
+        problems.append(Problem("parallel.recompute", message))
+    if plan.context_comm != plain.context_comm and not compares:
+        message = f"{plan.context_comm}: context ranks sample by themselves, and exchange nothing: use "
+        problems.append(Problem("parallel.context_comm", message + plain.context_comm))
     return problems
 
 

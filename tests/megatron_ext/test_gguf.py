@@ -3,6 +3,7 @@
 The converter is llama.cpp's own. It runs in this process, which has torch and transformers already, but once."""
 
 import json
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from megatron_ext.entrypoints import export_gguf
 from megatron_ext.layers.mxfp4 import dequantised, quantised
 from megatron_ext.models.gpt_oss.config import hf_config
 from megatron_ext.models.registry import Family
-from megatron_ext.serving import converter, gguf_limits, guarded_converter
+from megatron_ext.serving import converter, gguf_limits, gguf_vocabulary, guarded_converter
 from tests.megatron_ext import tiny
 from tests.megatron_ext.byte_bpe import byte_bpe
 
@@ -133,6 +135,7 @@ def test_a_models_gguf_has_its_tensors_to_the_bit(name, mxfp4, here, tmp_path):
     source = folder(tmp_path / "hf", dims, mxfp4=mxfp4)
     (tmp_path / "out").mkdir()
     facts = export_gguf.run(export_gguf.Config(str(source)), tmp_path / "out", tmp_path)
+    assert gguf_vocabulary.check(tmp_path / "out" / "model.gguf", load_tokenizer(str(source)), "hf") == []
     hf, made = load_file(source / "model.safetensors"), read(tmp_path / "out" / "model.gguf")
     assert facts["outtype"] == {"float32": "f32", "bfloat16": "bf16"}[dims.dtype]
     for tensor, value in wanted(dims, hf).items():
@@ -227,6 +230,65 @@ def test_the_words_of_a_vocabulary_of_ones_own_are_known_by_their_rule():
 def test_a_tokenizer_without_a_counterpart_is_refused(tokenizer, said):
     with pytest.raises(guarded_converter.NoCounterpart, match=said):
         guarded_converter.words_of(tokenizer)
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def gguf_of(tokens: list[str], version: int = 3) -> bytes:
+    """The head of a GGUF file: what lies before its tokens, of each kind, and these."""
+    numbers = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    before = [string(f"number.{kind}") + struct.pack(f"<I{of}", kind, 1) for kind, of in numbers.items()]
+    before.append(string("general.name") + struct.pack("<I", 8) + string("größer"))
+    before.append(string("numbers") + struct.pack("<IIQ3f", 9, 6, 3, 1, 2, 3))
+    before.append(string("lists") + struct.pack("<IIQ", 9, 9, 1) + struct.pack("<IQ", 8, 1) + string("inner"))
+    own = string("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, len(tokens)) + b"".join(map(string, tokens))
+    return b"GGUF" + struct.pack("<IQQ", version, 0, len(before) + 1) + b"".join(before) + own
+
+
+def test_a_file_of_another_vocabulary_is_refused_with_the_first_difference(tmp_path):
+    byte_bpe(tmp_path, TEXTS, SPECIALS, eos="<|return|>", pad="<|endoftext|>", vocabulary=280)
+    tokenizer, file = load_tokenizer(str(tmp_path)), tmp_path / "model.gguf"
+    own = {number: text for text, number in tokenizer.fast.get_vocab().items()}
+    words = [own[number] for number in range(len(own))]
+    more = [*words, *(f"[PAD{number}]" for number in range(len(words), ROWS))]
+
+    def said(tokens: list[str]) -> list[str]:
+        file.write_bytes(gguf_of(tokens))
+        return [str(problem) for problem in gguf_vocabulary.check(file, tokenizer, "hf")]
+
+    assert said(words) == said(more) == []
+    swapped = [*words[:20], words[21], words[20], *words[22:]]
+    assert said(swapped) == [
+        f"gguf: {file} has another vocabulary than hf: its token 20 is {words[21]!r}, and the tokenizer's is "
+        f"{words[20]!r}; give the folder that the file was made of"
+    ]
+    last = len(words) - 1
+    assert f"it has {last} tokens, and the tokenizer has {words[last]!r} as token {last}; " in said(words[:-1])[0]
+    assert f"its token {last + 1} is 'more', and the tokenizer has none of that number" in said([*words, "more"])[0]
+
+
+def test_a_file_that_is_no_gguf_or_cut_short_is_refused_in_one_line(tmp_path):
+    file, whole = tmp_path / "model.gguf", gguf_of(["a", "b"])
+    begun, most = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("a"), 2**63
+    huge = [begun + end for end in (
+        struct.pack("<IQ", 8, most), struct.pack("<IIQ", 9, 4, most), struct.pack("<IIQ", 9, 8, most),
+        struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, struct.pack("<I", 99),
+    )]  # fmt: skip
+    for content in (
+        b"",
+        b"safetensors",
+        gguf_of(["a"], version=1),
+        *huge,
+        *(whole[:length] for length in range(len(whole))),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserMistake) as caught:
+            gguf_vocabulary.tokens(file)
+        assert "export_gguf makes one" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    file.write_bytes(whole)
+    assert gguf_vocabulary.tokens(file) == ["a", "b"]
 
 
 def test_a_converter_that_is_not_there_is_refused_with_the_remedy(tmp_path, monkeypatch):

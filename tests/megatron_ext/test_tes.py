@@ -186,8 +186,10 @@ def _check_completions(kept: Path) -> None:
 
 
 @pytest.mark.soak
-# Gains on 2026-11-30, of the adapter and of the exported model: seed 1 0.299 ± 0.057 and 0.321 ± 0.046, seed 3
-# 0.221 ± 0.045 and 0.270 ± 0.056; seed 2 passed too, its gains were not written down.
+# Expected reward on 2026-11-30: before, of the adapter, of the exported model. The gains are paired by prompt:
+# seed 1  -0.237 ± 0.020   0.095 ± 0.038   0.073 ± 0.036   gains 0.332 ± 0.041 and 0.310 ± 0.046
+# seed 2  -0.322 ± 0.019   0.059 ± 0.042   0.021 ± 0.042   gains 0.381 ± 0.047 and 0.343 ± 0.054
+# seed 3  -0.240 ± 0.016  -0.073 ± 0.022  -0.011 ± 0.032   gains 0.167 ± 0.027 and 0.228 ± 0.038
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released, tmp_path, seed):
     # Half of what this model says names no action. Masked, or worth 0 where a reward is 0.1 on average, that teaches no
@@ -200,9 +202,12 @@ def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released
         "grpo.with.rewarding.mask_truncated=false",
     ]
     made = run(words, tmp_path / "run")
+    for tested in ("base_tested", "test_adapter", "run_exported"):
+        facts = made[tested][0]
+        print(f"seed {seed}: {tested} {facts['sampled_reward']:.3f} ± {facts['sampled_reward_error']:.3f}")
     for tested in ("test_adapter", "run_exported"):
         facts = made[tested][0]
-        print(f"seed {seed}: {tested} {facts['reward_gain']:.3f} ± {facts['reward_gain_error']:.3f}")
+        print(f"seed {seed}: {tested} gains {facts['reward_gain']:.3f} ± {facts['reward_gain_error']:.3f}")
         assert facts["reward_gain"] > 2 * facts["reward_gain_error"], facts
 
 

@@ -22,6 +22,7 @@ from megatron_ext.preflight.facts import Documents, Training
 from megatron_ext.preflight.memory import Memory
 from megatron_ext.rl import memory
 from megatron_ext.rl.settings import Evaluation, GrpoSettings, Loss
+from megatron_ext.rollout.memory import DRAWN_BYTES, FILTERED_BYTES
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from tests.megatron_ext import adapted, tiny
 from tests.megatron_ext.shapes import GPT_OSS_20B, GPT_OSS_20B_CONFIG, NANO, QWEN_32B
@@ -161,23 +162,30 @@ def _followed(said: str, config: GrpoSettings, t: Training):
     if said.startswith("nothing fits"):
         return
     if plan:
-        words = [part.partition(" ") for part in plan[1].split(", ") if part != "all degrees 1"]
+        besides, _, degrees_ = plan[1].rpartition(" and ")
+        config = _with(config, besides)
+        words = [part.partition(" ") for part in degrees_.split(", ") if part != "all degrees 1"]
         degrees: dict[str, Any] = {word: int(value) if value.isdigit() else value for word, _, value in words}
         degrees["sequence_parallel"] = "sequence_parallel" in degrees
-        on = replace(t, workload=replace(t.workload, ranks=int(plan[2])))
+        on = replace(t, workload=replace(t.workload, ranks=int(plan[2]), base=config.base))
         yield replace(config, parallel=ParallelPlan(**degrees)), on
         return
     for choice in said.removeprefix("use ").split(" or "):
-        words = re.fullmatch(r"(.*?)(?: together)? \([\d.]+ GiB\)", choice)[1].split(", ")
-        changed = config
-        for name, value in (word.split() for word in words):
-            if name == "parallel.recompute":
-                changed = replace(changed, parallel=replace(changed.parallel, recompute=value))
-            elif name == "engine.kv_gib":
-                changed = replace(changed, engine=replace(changed.engine, kv_gib=float(value)))
-            else:
-                changed = replace(changed, **{name: {"true": True, "mxfp4": "mxfp4"}.get(value) or int(value)})
+        changed = _with(config, re.fullmatch(r"(.*?)(?: together)? \([\d.]+ GiB\)", choice)[1])
         yield changed, replace(t, workload=replace(t.workload, base=changed.base))
+
+
+def _with(config: GrpoSettings, words: str) -> GrpoSettings:
+    """The config with "offload true, engine.kv_gib 1"."""
+    for name, value in (word.split() for word in words.split(", ") if word):
+        above, _, name = name.rpartition(".")
+        read = {"true": True, "mxfp4": "mxfp4", "full": "full"}.get(value) or (float if name == "kv_gib" else int)(
+            value
+        )
+        config = replace(
+            config, **({above: replace(getattr(config, above), **{name: read})} if above else {name: read})
+        )
+    return config
 
 
 def test_plan_refuses_gpt_oss_20b_on_48_gb_and_takes_it_with_its_experts_as_blocks():
@@ -298,10 +306,10 @@ class Alive(TorchDispatchMode):
 @pytest.mark.parametrize(
     "sampling, each",
     [
-        (Sampling(), memory.DRAWN_BYTES),
-        (Sampling(temperature=0.7), memory.DRAWN_BYTES),
-        (Sampling(temperature=0.0), memory.DRAWN_BYTES),
-        (Sampling(top_p=0.9, top_k=50), memory.FILTERED_BYTES),
+        (Sampling(), DRAWN_BYTES),
+        (Sampling(temperature=0.7), DRAWN_BYTES),
+        (Sampling(temperature=0.0), DRAWN_BYTES),
+        (Sampling(top_p=0.9, top_k=50), FILTERED_BYTES),
     ],
 )
 def test_drawing_takes_no_more_a_logit_than_is_counted(sampling, each):
