@@ -168,7 +168,7 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
     backend.no_truncation()  # as transformers does, whatever the file was saved with
     backend.no_padding()
 
-    tokens = {
+    tokens: dict[str, Any] = {
         key: token.get("content") if isinstance(token, dict) else token
         for key, token in config.items()
         if key in _SPECIAL_TOKENS and token

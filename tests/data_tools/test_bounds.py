@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -156,3 +157,12 @@ def test_the_time_of_a_line_is_linear_and_its_memory_bounded(mib, name, tmp_path
         assert os.waitpid(child, 0)[1] == 0, (tmp_path / "told").read_text()
     print((tmp_path / "told").read_text())
     path.unlink()
+
+
+def test_the_manual_has_each_bound_with_its_default():
+    manual = (Path(bounds.__file__).parents[1] / "README.md").read_text()
+    rows = [line.split("|")[1:3] for line in manual.splitlines() if line.startswith("| `AFTEROK_")]
+    told = {
+        name.strip(" `"): int(most) for names, most in rows for name, most in zip(names.split(","), most.split(","))
+    }
+    assert told == {bound.variable: bound.default for bound in bounds.BOUNDS}
