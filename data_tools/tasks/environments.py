@@ -67,7 +67,7 @@ def _environment(given: Any) -> Environment | str:
     arguments = {} if given.get("agent_args") is None else given["agent_args"]
     module, _, agent = given["agent_type"].rpartition(".")
     if agent not in _AGENTS or not _MODULE.fullmatch(module):
-        return f"agent {given['agent_type']!r} has no task here{nearest(agent, list(_AGENTS))}"
+        return f"agent {' '.join(given['agent_type'].split())} has no task here{nearest(agent, list(_AGENTS))}"
     if not isinstance(arguments, dict):
         return f"agent_args: {arguments!r:.60} is no mapping"
     for key, value in arguments.items():
