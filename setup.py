@@ -34,7 +34,7 @@ setup(
     install_requires=[
         "submitit>=1.5.4,<1.6",
         "torch==2.13.*",
-        "megatron-core==0.16.1",  # megatron_ext/device.py patches this version only
+        "megatron-core>=0.16.1,<=0.19.2",  # those of megatron_ext/versions.py; from 0.17 on they want Python 3.12
         "transformers>=5.10,<5.24",
         "omegaconf>=2.3",
         "numpy>=2",

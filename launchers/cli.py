@@ -287,7 +287,11 @@ def _add_looking_verbs(verb: AddVerb) -> None:
         "inspect", runs.do_inspect, "show a phase's token store or packs with the loss mask, or what it sampled"
     )
     inspect.add_argument("run", nargs="?", help=RUN_HELP)
-    inspect.add_argument("phase", metavar="PHASE", help="a materialize, pack, grpo, generate or reject_filter phase")
+    inspect.add_argument(
+        "phase",
+        metavar="PHASE",
+        help="a phase of tokens (materialize, pack) or of samples (grpo, generate, evaluate …)",
+    )
     inspect.add_argument(
         "--step", type=int, metavar="N", help="of a grpo phase: its samples of this step (default: last)"
     )
@@ -334,7 +338,8 @@ def _add_result_verbs(verb: AddVerb) -> None:
         action="append",
         default=[],
         metavar="KIND",
-        help="attempts, settings, milestones, journals, retired, code or leftovers; may be said again (default: all)",
+        help="attempts, settings, milestones, journals, retired, code or leftovers (default: all of these), "
+        "or superseded: sealed results under settings of before, which only goes by name",
     )
 
     path = verb("path", results.do_path, "print where the sealed result of a phase lies, such as a model")

@@ -30,8 +30,11 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         adam_w_mode: bool = True,
         weight_decay: float = 0.0,
+        capturable: bool = False,  # as a CUDA graph; said by megatron-core from 0.17 on
         **unsupported: Any,
     ):
+        if capturable:
+            unsupported["capturable"] = capturable
         if unsupported:
             raise NotImplementedError(f"this FusedAdam has no {sorted(unsupported)}")
         super().__init__(

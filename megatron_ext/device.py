@@ -1,9 +1,10 @@
 """CPU or GPU: decided here, and the only file that changes megatron-core.
 
-`init_device()` picks the GPU of this rank, or makes megatron-core 0.16.1 run on a CPU build of torch:
+`init_device()` picks the GPU of this rank, or makes a megatron-core of versions.py run on a CPU build of torch:
 
 * the functions of PATCHES, each with the reason, before megatron-core is imported (some it takes at import);
-* one TorchFunctionMode that reads the literal "cuda" in megatron-core's calls as "cpu".
+* one TorchFunctionMode that reads the literal "cuda" in megatron-core's calls as "cpu";
+* where a release imports Triton without asking, that import alone (absent_triton.py).
 
 On a machine with CUDA nothing is patched but the router's product and, where Transformer Engine and Apex are not
 installed, the optimizer, whose checkpoints can then be loaded (`WITHOUT_FUSED`).
@@ -20,16 +21,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from data_tools.mistake import UserMistake
-from megatron_ext import adam
+from megatron_ext import absent_triton, adam, versions
 
-MEGATRON_CORE = "0.16.1"
 CPU = torch.device("cpu")
 
 _ready = False
@@ -237,8 +236,16 @@ class LiteralCudaIsCpu(TorchFunctionMode):
 _METHODS = {torch.Tensor.type, torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.pin_memory}
 
 
-def _without_rng_noise(record: logging.LogRecord) -> bool:
-    return "CPU RNG state changed" not in record.getMessage()
+# What megatron-core logs at each start about what it means to do with itself; by logger below megatron.core.
+LOG_NOISE = {
+    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "distributed.distributed_data_parallel": "full_param_layout not provided",
+}
+
+
+def _quiet(noise: str, record: logging.LogRecord) -> bool:
+    return noise not in record.getMessage()
 
 
 # Warnings of torch 2.13 about megatron-core's calls, and its own about missing extras: nothing a user can act on.
@@ -256,24 +263,12 @@ NOISE = (
 )
 
 
-def check_version() -> None:
-    """Raise RuntimeError unless the one megatron-core that was measured is installed."""
-    try:
-        installed = version("megatron-core")
-    except PackageNotFoundError:
-        installed = "none"
-    if installed != MEGATRON_CORE:
-        raise RuntimeError(
-            f"megatron-core {installed} is installed, but megatron_ext/device.py is written for {MEGATRON_CORE}: "
-            f"pip install megatron-core=={MEGATRON_CORE}"
-        )
-
-
 def _patch(patches: Mapping[str, Patch]) -> None:
     for path, patch in patches.items():
         module, name = _resolve(path)
         if not hasattr(module, name) and path != _ROUTER:
-            raise RuntimeError(f"{path} does not exist in megatron-core {MEGATRON_CORE} with torch {torch.__version__}")
+            have = f"megatron-core {versions.installed()} with torch {torch.__version__}"
+            raise RuntimeError(f"{path} does not exist in {have}")
         _originals[path] = getattr(module, name, _nothing)
         setattr(module, name, patch.replacement())
 
@@ -314,9 +309,11 @@ def init_device() -> None:
     global _ready, _mode
     if _ready:
         return
-    check_version()
+    release = versions.release()
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
+    for name, noise in LOG_NOISE.items():
+        logging.getLogger(f"megatron.core.{name}").addFilter(functools.partial(_quiet, noise))
     if torch.cuda.is_available():
         torch.cuda.set_device(own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
         # NCCL's monitor asks the store every second for a trace (ProcessGroupNCCL.cpp, HeartbeatMonitor::runLoop). Ours
@@ -335,9 +332,9 @@ def init_device() -> None:
             "megatron.core was imported before init_device(): on CPU its functions are now compiled at first use. "
             "Call megatron_ext.device.init_device() first"
         )
+    logging.getLogger(_RANDOM).addFilter(functools.partial(_quiet, "CPU RNG state changed"))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
-    logging.getLogger(_RANDOM).addFilter(_without_rng_noise)
-    with _without_trackers():
+    with _without_trackers(), absent_triton.allowed(release.needs_triton):
         _patch(PATCHES)
     _mode = LiteralCudaIsCpu()
     _mode.__enter__()

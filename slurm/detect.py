@@ -2,7 +2,7 @@
 
 `auto` never falls back: a Slurm that is configured and does not answer is an error, since a training that was meant for
 the cluster must not start on the login node. Installed binaries alone are no Slurm, and a dev cluster counts only
-where it was asked for: inside `afterok cluster exec`, or by the name `dev`.
+where it was asked for: inside `afterok cluster exec` and its jobs, or by the name `dev`.
 """
 
 import os
@@ -226,12 +226,16 @@ def _dev(cluster: devcluster.DevCluster, on_top: Layer | None) -> Cluster:
 
 
 def _cluster_around(env: Mapping[str, str]) -> devcluster.DevCluster | None:
-    """Return the dev cluster whose `cluster exec` this process runs in: its mark and its configuration, both."""
+    """Return the dev cluster whose `cluster exec` this process runs in, by its mark and its configuration, both; or one
+    of whose jobs it is, whatever of the mark was exported with that: a profile is the same by every door."""
+    configuration = env.get("SLURM_CONF", "")
     mark = env.get(devcluster.MARK_VARIABLE)
+    if mark is None and env.get("SLURM_JOB_ID"):
+        mark = str(devcluster.prefix_of(Path(configuration)) or "")
     if not mark:
         return None
     cluster = devcluster.DevCluster(Path(mark))
-    return cluster if env.get("SLURM_CONF") == str(cluster.conf) else None
+    return cluster if configuration == str(cluster.conf) else None
 
 
 def _slurm_is_configured(env: Mapping[str, str]) -> bool:

@@ -29,7 +29,7 @@ def json_value(text: str) -> Any:
         if _DIGITS in str(error):
             most_digits = f"more than {sys.get_int_max_str_digits():,} digits in an integer, the most that is read"
             raise ValueError(f"not read: {most_digits}; PYTHONINTMAXSTRDIGITS raises it") from None
-        raise ValueError(f"not JSON: {error}") from None
+        raise ValueError(f"not JSON: {_told(error) if isinstance(error, json.JSONDecodeError) else error}") from None
     if text.count("[") + text.count("{") > most and is_deeper(value, most):
         raise ValueError(f"not read: {JSON_DEPTH.exceeded()}")
     return value
@@ -44,6 +44,16 @@ def is_deeper(value: Any, levels: int) -> bool:
         if not layer:
             return False
     return bool(layer)
+
+
+def _told(error: json.JSONDecodeError) -> str:
+    """Return what is wrong and where: the line of a text of several, of one line the column alone, since whoever read
+    that line knows its number in the file."""
+    text = error.doc.rstrip()
+    place = min(error.pos, len(text))
+    column = place - (text.rfind("\n", 0, place) + 1) + 1
+    line = f"line {text.count(chr(10), 0, place) + 1}, " if "\n" in text else ""
+    return f"{error.msg} at {line}column {column}"
 
 
 def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> str:

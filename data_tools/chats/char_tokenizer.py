@@ -10,10 +10,11 @@ row, so that what reject_filter keeps of a task's samples is trained as it was s
 
 from pathlib import Path
 
-from data_tools.base.durable import write_file, write_json
+from data_tools.base.durable import read_json, write_file, write_json
 from data_tools.mistake import UserMistake
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+_MOST_BYTES = 1 << 22  # of a tokenizer.json that may be one of these
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -49,3 +50,17 @@ def write_char_tokenizer(folder: Path, alphabet: str, chat_template: str = "") -
         **({"chat_template": chat_template} if chat_template else {}),
     }
     write_json(folder / "tokenizer_config.json", config)
+
+
+def characters_of(folder: Path) -> str | None:
+    """Return every character that the tokenizer of a folder knows; None where it is not one of these, or not there."""
+    file = folder / "tokenizer.json"
+    try:
+        if not file.is_file() or file.stat().st_size > _MOST_BYTES:
+            return None
+        model = read_json(file)["model"]
+        vocabulary = model["vocab"] if model["type"] == "WordLevel" else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    known = [token for token in vocabulary if token not in (PAD, EOS, UNK)]
+    return "".join(known) if known and all(len(token) == 1 for token in known) else None

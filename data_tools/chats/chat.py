@@ -21,6 +21,7 @@ from data_tools.base.declared import setting
 from data_tools.chats.conversation import SCHEMAS, BadRecord, Conversation, RenderedChunk, own_variables, read_record
 from data_tools.chats.encoder import Encoder
 from data_tools.chats.fields import LOSABLE, Fields, inline_reasoning
+from data_tools.chats.spans import Rendered, Span, Unclear
 from data_tools.chats.template import ChatTemplate, TemplateError
 from data_tools.chats.tokenizer import Tokenizer
 from data_tools.chats.turn_parts import (
@@ -32,7 +33,7 @@ from data_tools.chats.turn_parts import (
     written_calls,
     written_thinking,
 )
-from data_tools.chats.turns import Rendered, Span, Turns, Unclear
+from data_tools.chats.turns import Turns
 from data_tools.mistake import Problem, UserMistake
 
 TURNS = ("all", "last", "each")
@@ -145,7 +146,8 @@ class ChatRows:
 
     def _result(self, item: "Conversation | list[RenderedChunk]") -> Result:
         try:
-            item, (text, spans) = (item, _join(item)) if isinstance(item, list) else self._render(item)
+            item, rendered = (item, _join(item)) if isinstance(item, list) else self._render(item)
+            text, spans = rendered.text, rendered.spans
             turns = [span for span in spans if self._is_trained(span.message, item) and span.start < span.stop]
             trained = self._pieces(text, turns, item)
             if not trained:
@@ -160,9 +162,10 @@ class ChatRows:
         unknown = None if self.encoder.is_byte_level else self.tokenizer.unk_id
         if unknown is not None and (ids == unknown).any():
             return Refused("unknown_character", len(ids))
-        self._seen += 1
-        if self._seen % _VERIFY_EVERY == 1 and isinstance(item, Conversation):
-            self._verify(text, trained, ids=ids, mask=mask, item=item)
+        if fault := self._padding_fault(ids, mask):
+            return Refused("padding_token", len(ids), reason=fault)
+        if isinstance(item, Conversation) and (fault := self._mask_fault(rendered, trained, ids, mask, item=item)):
+            return Refused("turn_unclear", len(ids), reason=fault)
         start, turns_trained = spans[0].start, len({span.message for span in trained})
         return Encoded(ids, mask, prompt=text[:start], answer=text[start:], turns=turns_trained)
 
@@ -237,8 +240,34 @@ class ChatRows:
         thinking = [] if self.config.train_thinking else written_thinking(text, turn)
         return thinking + ([] if self.config.train_tool_calls else written_calls(text, turn))
 
-    def _verify(self, text: str, trained: list[Span], ids: np.ndarray, mask: np.ndarray, item: Conversation) -> None:
-        """Raise UserMistake unless what is in the loss reads as the assistants' turns, each with its stop token."""
+    def _padding_fault(self, ids: np.ndarray, mask: np.ndarray) -> str:
+        """Return what is wrong where an answer holds the padding token's text; "" where that token ends turns."""
+        pad = self.tokenizer.pad_id
+        if pad is None or pad == self.tokenizer.eos_id or not (ids[mask == 1] == pad).any():
+            return ""
+        text = self.tokenizer.decode([pad])
+        stops = self.turns.stop_texts if self.turns else ()
+        return "" if text in stops else f"what is learned holds the padding token {text!r}"
+
+    def _mask_fault(
+        self, rendered: Rendered, trained: list[Span], ids: np.ndarray, mask: np.ndarray, *, item: Conversation
+    ) -> str:
+        """Return what is wrong with the mask of a row whose turns prefixes told, each of which is looked at; "" if
+        nothing. Of other rows one in so many is, and raises UserMistake: their template's turns are told wrong."""
+        self._seen += 1
+        if not rendered.by_prefixes and self._seen % _VERIFY_EVERY != 1:
+            return ""
+        faults = self._faults(rendered.text, trained, ids=ids, mask=mask, item=item)
+        said = f"the loss mask is wrong: {'; '.join(faults)}"
+        if faults and not rendered.by_prefixes:
+            remedy = "give a chat template with {% generation %} blocks, or name chat.header"
+            raise UserMistake(f"{said}; {remedy}")
+        return said if faults else ""
+
+    def _faults(
+        self, text: str, trained: list[Span], ids: np.ndarray, mask: np.ndarray, item: Conversation
+    ) -> list[str]:
+        """Return what of the loss does not read as the assistants' turns, each with its stop token."""
         edges = np.flatnonzero(np.diff(mask, prepend=0, append=0)).reshape(-1, 2)
         learnt = _letters("".join(self.tokenizer.decode(ids[start:stop].tolist()) for start, stop in edges))
         problems = [
@@ -265,13 +294,7 @@ class ChatRows:
             heard = _letters(message["content"])
             if message["role"] != "assistant" and len(heard) > _QUOTE and heard in learnt and heard not in said:
                 problems.append(f"message {number + 1}, of role {message['role']}, is in the loss")
-        if self.tokenizer.pad_id is not None and (ids[mask == 1] == self.tokenizer.pad_id).any():
-            problems.append("the padding token is in the loss")
-        if problems:
-            raise UserMistake(
-                "the loss mask is wrong: " + "; ".join(problems) + "; give a chat template with "
-                "{% generation %} blocks, or name chat.header"
-            )
+        return problems
 
 
 def _letters(text: str) -> str:
@@ -300,7 +323,7 @@ def _join(chunks: list[RenderedChunk]) -> Rendered:
 def encode_row(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
     """Return (ids int32[n], mask uint8[n]) of prompt + answer + end token; the prompt's mask is 0, the rest is 1.
 
-    Raise UserMistake when the tokenizer has no end token or pads with it.
+    Raise UserMistake when the tokenizer has no end token.
     """
     tokenizer.check_end()
     prompt_ids, answer_ids = tokenizer.encode_opened(prompt), tokenizer.encode(answer)

@@ -8,6 +8,7 @@
     gsm8k              question, answer                                GSM8K
     prompt_completion  prompt, completion (texts, or messages)         TRL
     query_response     query, response                                 ms-swift
+    dolly              instruction, context, response                  Dolly
     openthoughts       problem, deepseek_reasoning, deepseek_solution  OpenThoughts' metadata
     rendered           messages of text that a template wrote          OpenResearcher's materialize.py and pack.py
 
@@ -92,6 +93,7 @@ _PAIRS = {
     "gsm8k": _Pair("question", "answer"),
     "prompt_completion": _Pair("prompt", "completion"),
     "query_response": _Pair("query", "response"),
+    "dolly": _Pair("instruction", "response", more="context"),
     "openthoughts": _Pair("problem", "deepseek_solution", reasoning="deepseek_reasoning"),
 }
 

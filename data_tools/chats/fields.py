@@ -21,15 +21,16 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from data_tools.chats.conversation import BadRecord, Conversation
+from data_tools.chats.spans import Rendered
 from data_tools.chats.template import ChatTemplate, TemplateError
-from data_tools.chats.turns import Rendered
 
 LOSABLE = ("reasoning", "tools", "name")  # what a template may leave out, where chat.may_lose says so
-REMEDIES = {  # of what is counted: what keeps such rows
+REMEDIES = {  # of what is counted: what keeps such rows; of rows of a task, too
     "reasoning_lost": "chat.inline_reasoning: true writes it into the content between <think> tags, chat.may_lose: "
                       "[reasoning] trains without it",
     "tools_lost": "chat.may_lose: [tools] trains without them",
     "name_lost": "chat.may_lose: [name] trains without it",
+    "unknown_character": "take a tokenizer that knows its characters, as init_model's with `alphabet: bytes` does",
 }  # fmt: skip
 
 _MARK = "xQ7mArK7Qx"  # as JSON and HTML write it too

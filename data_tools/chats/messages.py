@@ -5,7 +5,7 @@ content, of a tool call and of what wraps a tool is carried over, or means nothi
 makes a `BadRecord` that names the key, its place and the remedy. A key whose value is null is absent: Parquet spells so
 what is not there. A text that is absent is refused; only a turn of tool calls or reasoning may do without.
 
-    who, text      role, content │ from, value                       a tool's content may be an object: its JSON
+    who, text      role, content │ from, value                       a tool's content may be any value: its JSON
     reasoning      reasoning_content, thinking, reasoning, and parts of these types
     tool calls     tool_calls │ function_call │ function_calls (JSON, or Python calls: Dolci) │ parts of type
                    tool_call │ the text of a message of role function_call or tool_call
@@ -231,7 +231,7 @@ def _content(place: str, role: str, content: Any) -> _Said:
     """Read a text, a list of typed parts, or what a tool gave as an object."""
     if isinstance(content, str):
         return _thoughts(place, content) if role == "assistant" and _MARKERS.search(content) else _Said(content)
-    if isinstance(content, dict) and role == "tool":
+    if role == "tool" and not _is_parts(content):
         return _Said(_json_of(place, content))
     if not isinstance(content, list) or not content:
         raise BadRecord(f"{place}: its content is {kind(content)}, neither a text nor parts")
@@ -245,6 +245,15 @@ def _content(place: str, role: str, content: Any) -> _Said:
         last = _PART_ORDER.index(name)
         said[name].append(value)
     return _Said("".join(said["text"]), "".join(said["reasoning"]), said["tool_call"])
+
+
+def _is_parts(content: Any) -> bool:
+    """Return whether a tool's content is a list of texts and typed parts, and not a value that it gave."""
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(part, str) or isinstance(part, dict) and "type" in part for part in content)
+    )
 
 
 def _json_of(place: str, value: Any) -> str:

@@ -20,10 +20,10 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import Context, LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from data_tools.chats.conversation import Conversation
+from data_tools.chats.template_bounds import MOST_SOURCE, BoundedSandbox, OverBound
 from data_tools.mistake import UserMistake
 
 LOOP_END, OPEN, CLOSE = "end", "open", "close"  # marks; any other is the number of a message
@@ -35,6 +35,11 @@ _SENTINELS = [chr(code) for code in range(0xE000, 0xE100)]  # private use; the f
 
 class TemplateError(ValueError):
     """Raised where the template refuses a conversation; str() is one line."""
+
+
+class Overdone(TemplateError):
+    """Raised where rendering a conversation would take more than a template may (data_tools/chats/template_bounds.py);
+    str() is one line."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +68,29 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str], arguments: Mapping[str, Any], day: date):
         self._variables = {**special_tokens, **arguments}
         self._environment = _environment(day)
+        if len(source) > MOST_SOURCE:
+            raise UserMistake(f"chat template: {len(source):,} characters long; the most is {MOST_SOURCE:,}")
         try:
-            tree = self._environment.parse(source)
+            self._compile(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserMistake(f"chat template, line {error.lineno}: {error.message}; mend the template") from None
-        self.has_blocks = any(node.name == _MARK for node in tree.find_all(nodes.Filter))
-        self.has_loop = bool(_instrument(tree, self._environment))
-        code = self._environment.compile(tree)
-        self._template = jinja2.Template.from_code(self._environment, code, self._environment.make_globals(None))
+        except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
+            reason = "is nested too deep" if isinstance(error, (RecursionError, MemoryError)) else _one_line(error)
+            raise UserMistake(f"chat template: cannot be compiled ({reason}); mend the template") from None
         self.form = Form()
         self.probe_tools: list[dict[str, Any]] | None = None  # tools without which it refuses any conversation
-        self._find_form()
+        try:
+            self._find_form()
+        except Overdone as error:
+            raise UserMistake(f"chat template: {error}; mend the template") from None
+
+    def _compile(self, source: str) -> None:
+        tree = self._environment.parse(source)
+        self.has_blocks = any(node.name == _MARK for node in tree.find_all(nodes.Filter))
+        self.has_loop = bool(_instrument(tree, self._environment))
+        self._environment.count(tree)
+        code = self._environment.compile(tree)
+        self._template = jinja2.Template.from_code(self._environment, code, self._environment.make_globals(None))
 
     def token(self, name: str) -> str:
         """Return the text of a special token, such as bos_token; "" where there is none."""
@@ -98,10 +115,13 @@ class ChatTemplate:
         for sentinel in _SENTINELS:
             writer = _MarkWriter(sentinel, numbers)
             self._environment.marks = writer
+            self._environment.begin()
             try:
                 rendered = self._template.render(
                     messages=messages, tools=conversation.tools, documents=None, **variables
                 )
+            except OverBound as error:
+                raise Overdone(str(error)) from None
             except Exception as error:  # whatever a template does with data it does not expect
                 raise TemplateError(_one_line(error)) from None
             parts = rendered.split(sentinel)
@@ -142,6 +162,8 @@ class ChatTemplate:
     def _writes(self, messages: list[dict[str, Any]], *wanted: str) -> bool:
         try:
             text = self.text(self.probe(*messages))
+        except Overdone:
+            raise
         except TemplateError:
             return False
         return all(part in text for part in wanted)
@@ -278,7 +300,7 @@ class _Generation(Extension):
         return scope
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
+class _Sandbox(BoundedSandbox):
     """Asks less than Jinja's sandbox, which asks a dozen questions before it gives `message.role`; here plain data's
     keys and texts' methods are given at once."""
 
@@ -296,6 +318,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, as Jinja's own
         if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str and __obj.__name__ in _TEXT_NAMES:
+            __self.ask(__obj, args, kwargs)
             return __obj(*args, **{name: value for name, value in kwargs.items() if name not in _SCOPES})
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -309,10 +332,10 @@ _SCOPES = ("_loop_vars", "_block_vars")  # which compiled templates give to ever
 def _environment(day: date) -> _Sandbox:
     """Return what templates are written for (transformers.utils.chat_template_utils), with a day that stands still."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
+    environment.add_filter("tojson", _to_json)
     environment.filters[_MARK] = jinja2.pass_context(lambda _, item: environment.marks(item))  # hence not folded away
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = day.strftime
+    environment.globals["strftime_now"] = environment.date(day)
     return environment
 
 

@@ -64,14 +64,10 @@ class Tokenizer:
         return fast
 
     def check_end(self) -> None:
-        """Raise UserMistake unless there is an end token that padding cannot be mistaken for."""
+        """Raise UserMistake unless there is an end token. It may be the padding token too, as it is in many a base
+        model: a pack's padding is never in the loss, whatever its id."""
         if self.eos_id is None:
             raise UserMistake(f"tokenizer {self.name} has no eos token; name one in its tokenizer_config.json")
-        if self.eos_id == self.pad_id:
-            raise UserMistake(
-                f"tokenizer {self.name}: pad and eos are both token {self.eos_id}, so the loss would train on padding "
-                "or never on the end; name another pad_token in its tokenizer_config.json"
-            )
 
 
 def told_opening(tokenizer: Tokenizer, bos: str) -> dict[str, str]:

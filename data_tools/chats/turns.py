@@ -6,8 +6,9 @@ There are three ways to tell where a turn lies, of which a template gets the fir
     loop       what one pass through the template's loop over messages wrote; one render a conversation, and right where
                a template writes a message differently once another follows it (stock Qwen3 and gpt-oss do)
     prefixes   the conversation is rendered up to the turn, with the generation prompt, and up to its end: a template
-               that loops over numbers, or writes the last turn apart, needs two renders a turn, and turns that are
-               written differently once another follows cannot be told
+               that loops over numbers, or writes the last turn apart, needs two renders a turn. A turn that is written
+               differently once another follows is told by marks around its content, if it has no tool calls. Each row
+               is looked at afterwards (data_tools/chats/chat.py), not one in so many
 
 A span is what the model itself has to write, so nothing that follows the stop token (ChatML's line feed) is in it.
 What begins and ends a turn is probed with small conversations when the template is loaded:
@@ -21,44 +22,21 @@ What begins and ends a turn is probed with small conversations when the template
 
 import os
 import re
-from bisect import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_tools.chats.conversation import Conversation
-from data_tools.chats.template import ANSWER, ASK, CALL, CLOSE, LOOP_END, OPEN, RESULT, ChatTemplate, TemplateError
+from data_tools.chats.spans import Rendered, Span, Stop, Unclear, block_spans, common, loop_pieces
+from data_tools.chats.template import ANSWER, ASK, CALL, RESULT, ChatTemplate, TemplateError
 from data_tools.mistake import UserMistake
 
 _TAG = re.compile(r"<[^<>\s]+>")  # as special tokens are written
 _TAGS = re.compile(r"(?:\s|<[^<>]*>|\[[^\[\]]*\])*")
 _THINKING = re.compile(r"[<\[][^<>\[\]]*think[^<>\[\]]*[>\]]", re.IGNORECASE)
+_MARK = "xQ7mArK7Qx"  # as JSON and HTML write it too
 _SYSTEM = {"role": "system", "content": "Go on."}
-
-
-class Span(NamedTuple):
-    """Says that text[start:stop] is what the assistant wrote in message `message`, its stop token included."""
-
-    message: int
-    start: int
-    stop: int
-
-
-class Rendered(NamedTuple):
-    text: str
-    spans: list[Span]
-
-
-class Stop(NamedTuple):
-    """Says what ends a turn, and what the template writes behind it up to the last character that is no space."""
-
-    text: str
-    rest: str
-
-
-class Unclear(TemplateError):
-    """Raised where a turn's beginning or end cannot be told in this way; str() is one line."""
 
 
 class Turns:
@@ -99,6 +77,7 @@ class Turns:
 
     def _render(self, cut: "Cut", conversation: Conversation, wanted: AbstractSet[int]) -> Rendered:
         text, pieces = cut(conversation, wanted)
+        by_prefixes = cut == self._by_prefixes
         if self.template.has_blocks:
             return Rendered(text, self._blocks_through_stop(text, pieces, conversation, wanted))
         spans = []
@@ -111,7 +90,7 @@ class Turns:
             if piece.message in wanted:
                 text, piece = self._through_stop(text, piece, conversation)
             spans.append(piece._replace(stop=max(piece.start, piece.stop)))
-        return Rendered(text, spans)
+        return Rendered(text, spans, by_prefixes)
 
     def _without_header(self, text: str, piece: Span, conversation: Conversation) -> Span:
         """Raise Unclear where the turn does not begin as a generation prompt ends."""
@@ -180,12 +159,12 @@ class Turns:
     def _by_blocks(self, conversation: Conversation, wanted: AbstractSet[int]) -> tuple[str, list[Span]]:
         text, marks = self.template.marked(conversation)
         roles = [message["role"] for message in conversation.messages]
-        return text, _block_spans(marks, list(_pieces(marks, len(text), roles)), roles)
+        return text, block_spans(marks, list(loop_pieces(marks, len(text), roles)), roles)
 
     def _by_loop(self, conversation: Conversation, wanted: AbstractSet[int]) -> tuple[str, list[Span]]:
         text, marks = self.template.marked(conversation)
         roles = [message["role"] for message in conversation.messages]
-        return text, [piece for piece in _pieces(marks, len(text), roles) if roles[piece.message] == "assistant"]
+        return text, [piece for piece in loop_pieces(marks, len(text), roles) if roles[piece.message] == "assistant"]
 
     def _by_prefixes(self, conversation: Conversation, wanted: AbstractSet[int]) -> tuple[str, list[Span]]:
         """Return the pieces of wanted turns; of any other the place where it begins, where that can be told."""
@@ -197,11 +176,13 @@ class Turns:
             try:
                 start = self._start_by_prefix(text, conversation, number)
                 stop = self._stop_by_prefix(text, conversation, number) if number in wanted else start
+                piece: Span | None = Span(number, start, stop)
             except TemplateError:
-                if number in wanted:
+                piece = self._by_content(text, conversation, number)
+                if piece is None and number in wanted:
                     raise
-                continue
-            pieces.append(Span(number, start, stop))
+            if piece is not None:
+                pieces.append(piece)
         return text, pieces
 
     def _start_by_prefix(self, text: str, conversation: Conversation, number: int) -> int:
@@ -215,10 +196,11 @@ class Turns:
         raise Unclear(f"message {number + 1} is not written behind its generation prompt")
 
     def _stop_by_prefix(self, text: str, conversation: Conversation, number: int) -> int:
-        if number == len(conversation.messages) - 1:
-            return len(text)
+        if number == len(conversation.messages) - 1:  # some write the next header behind every conversation
+            following = next((header for header in self.headers.values() if header and text.endswith(header)), "")
+            return len(text) - len(following)
         alone = self.template.text(replace(conversation, messages=conversation.messages[: number + 1]))
-        place = _common(alone, text)
+        place = common(alone, text)
         rest, after = alone[place:].strip(), place + len(text[place:]) - len(text[place:].lstrip())
         for stop in self.stops:  # behind other spaces
             if rest.startswith(stop.text) and text.startswith(stop.text, after):
@@ -226,6 +208,36 @@ class Turns:
         if rest in ("", self.template.token("eos_token")):
             return place
         raise Unclear(f"message {number + 1} is written in another way once a message follows; set chat.turns: each")
+
+    def _by_content(self, text: str, conversation: Conversation, number: int) -> Span | None:
+        """Return a turn by where its content stands, which marks in it show; None where that does not tell it, or its
+        generation prompt does not give its header.
+
+        Between header and content may be what generation prompts have there, between content and stop token spaces.
+        """
+        message = conversation.messages[number]
+        thought, tag, said = message["content"].rpartition("</think>")
+        content = said.strip()
+        if message.get("tool_calls") or not content:
+            return None
+        before, after = said.split(content)[0], said.rpartition(content)[2]
+        marked = {**message, "content": f"{thought}{tag}{before}{_MARK}{content}{_MARK}{after}"}
+        messages = [*conversation.messages[:number], marked, *conversation.messages[number + 1 :]]
+        try:
+            opening, *rest = self.template.text(replace(conversation, messages=messages)).split(_MARK)
+            prompt = self.template.prompt(replace(conversation, messages=conversation.messages[:number]))
+        except TemplateError:
+            return None
+        if len(rest) != 2 or "".join([opening, *rest]) != text:
+            return None
+        following = rest[1].lstrip()
+        stop = next((stop.text for stop in self.stops if following.startswith(stop.text)), None)
+        for header in self._headers_of(conversation, number) if stop else ():
+            start, asked = (text.rfind(header) if header else -1 for text in (opening, prompt))
+            asides = opening[start + len(header) :], prompt[asked + len(header) :]
+            if start >= 0 and asked >= 0 and all(map(self._is_aside, asides)):
+                return Span(number, start, len(text) - len(following) + len(stop or ""))
+        return None
 
     # -- probes --------------------------------------------------------------------------------------------------
 
@@ -286,11 +298,11 @@ class Turns:
         else:
             text, start = (
                 self.template.text(conversation),
-                _common(self.template.text(self.template.probe(*context)), prompt),
+                common(self.template.text(self.template.probe(*context)), prompt),
             )
         if start is None or not prompt.startswith(text[:start]):
             return None
-        header = _THINKING.split(prompt[start : _common(prompt, text)], maxsplit=1)[0]
+        header = _THINKING.split(prompt[start : common(prompt, text)], maxsplit=1)[0]
         is_bare = prompt == text[:start] and text[start:].lstrip().startswith(ANSWER["content"])
         aside = prompt[start + len(header) :]
         if text.startswith(ANSWER["content"], start + len(header)):
@@ -365,7 +377,8 @@ class Turns:
                     "would learn to make results up; give a template with {% generation %} blocks"
                 )
             turns.append(turn.rstrip())
-        if "tool" in self.closings or not all(turns) or self._stop_before(turns[0], 0, len(turns[0])):
+        is_told = "tool" in self.closings or self._stop_before(turns[0], 0, len(turns[0]))
+        if is_told or not all(turns) or turns[0] == turns[1]:  # or it writes no calls
             return
         tags = _TAG.findall(os.path.commonprefix([turn[::-1] for turn in turns])[::-1])
         if tags and turns[0].endswith(tags[-1]):
@@ -380,7 +393,8 @@ class Turns:
             except TemplateError:
                 continue
             stop = next((piece.stop for piece in pieces if piece.message == 1), len(text))
-            tag = _TAG.match(text[stop:].partition(message["content"])[0])
+            following, is_written, _ = text[stop:].partition(message["content"])
+            tag = _TAG.match(following) if is_written else None
             tags[message["role"]] = tag.group() if tag else ""
         if not tags.get("user"):
             raise UserMistake(
@@ -391,47 +405,3 @@ class Turns:
 
 
 Cut = Callable[[Conversation, AbstractSet[int]], tuple[str, list[Span]]]
-
-
-def _common(one: str, other: str) -> int:
-    """Return how many characters the texts begin with alike, but none of a tag that they do not share."""
-    length = len(os.path.commonprefix([one, other]))
-    if length in (len(one), len(other)):
-        return length
-    for opening, closing in ("<>", "[]"):
-        begun = one.rfind(opening, 0, length)
-        if begun >= 0 and one.find(closing, begun, length) < 0 and not re.search(r"\s", one[begun:length]):
-            length = begun
-    return length
-
-
-def _pieces(marks: list[tuple[int, str]], end: int, roles: list[str]) -> Iterator[Span]:
-    """Yield what each message's pass through the loop wrote; several loops may pass over a message, most write
-    nothing."""
-    bounds = [(place, mark) for place, mark in marks if mark not in (OPEN, CLOSE)]
-    written: dict[int, Span] = {}
-    for (start, mark), (stop, _) in zip(bounds, [*bounds[1:], (end, LOOP_END)]):
-        if mark == LOOP_END or start == stop:
-            continue
-        message = int(mark)
-        if message in written and roles[message] == "assistant":
-            raise Unclear(f"it writes message {message + 1} twice")
-        written[message] = Span(message, start, stop)
-    yield from sorted(written.values(), key=lambda span: span.start)
-
-
-def _block_spans(marks: list[tuple[int, str]], pieces: list[Span], roles: list[str]) -> list[Span]:
-    """Return the generation blocks, each with the last turn that began before it; without a loop the turns in their
-    order."""
-    opens = [place for place, mark in marks if mark == OPEN]
-    closes = [place for place, mark in marks if mark == CLOSE]
-    turns = [number for number, role in enumerate(roles) if role == "assistant"]
-    begun = [piece for piece in pieces if roles[piece.message] == "assistant"]
-    if begun:
-        starts = [piece.start for piece in begun]
-        if opens and opens[0] < starts[0]:
-            raise TemplateError("a generation block begins before the first assistant's turn")
-        turns = [begun[bisect(starts, place) - 1].message for place in opens]
-    if len(turns) != len(opens):
-        raise TemplateError(f"{len(opens)} generation blocks for {len(turns)} assistant turns")
-    return [Span(*span) for span in zip(turns, opens, closes)]

@@ -75,7 +75,8 @@ def join(
     if writer.rows == 0:
         buckets = balance.total().dropped + balance.total().lines_dropped
         advice = "; ".join(remedies(buckets)) or "check inputs and tokenizer"
-        raise UserMistake(f"no row is left of {balance.total().rows}: {_spell(buckets)}; {advice}")
+        listed = f"; {out / LEFT_OUT} lists each with line and reason" if (out / LEFT_OUT).exists() else ""
+        raise UserMistake(f"no row is left of {balance.total().rows}: {_spell(buckets)}{listed}; {advice}")
     return {**write_balance(balance, writer.close(), out), **held_out, **drawn}
 
 

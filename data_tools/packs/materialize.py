@@ -35,6 +35,7 @@ from data_tools.chats.encoder import ENCODERS, Encoder, check_encoder
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.join import join, write_balance
+from data_tools.packs.left_out import FILE as LIST
 from data_tools.packs.left_out import LeftOut
 from data_tools.packs.lines import Kept, Line, Malformed, SyntheticRow, Viewed
 from data_tools.packs.store import Provenance, StoreWriter, row_text
@@ -45,6 +46,7 @@ from data_tools.recipes.recipe import Files, Origin, Recipe
 from data_tools.records import readers, sources
 from data_tools.records.balance import Balance, SourceBalance
 from data_tools.records.hub import dataset_files
+from data_tools.records.inputs import missing, named_twice, records_of
 from data_tools.records.shares import FORMATS, Share, open_share
 from data_tools.tasks.task import (
     ChatTask,
@@ -175,7 +177,8 @@ def origins_of(config: Config) -> list[Origin]:
     if config.recipe:
         return recipes.origins(recipe_of(config), config.recipe_sources)
     names = config.source.inputs or [str(path) for spec in datasets(config) for path in dataset_files(spec)]
-    return [Origin(name, Path(name).expanduser()) for name in names]
+    named = [(name, Path(name).expanduser(), file) for name in names for file in records_of(name)]
+    return [Origin(name if file == path else str(file), file) for name, path, file in named]
 
 
 def forecast(config: Config) -> list[str] | None:
@@ -203,10 +206,9 @@ def _check_conversations(config: Config) -> list[Problem]:
 
 
 def _check_files(config: Config) -> Iterator[Problem]:
-    for place, origin in enumerate(origins_of(config)):
-        if not origin.path.is_file():
-            where = f"recipe_sources ({origin.name})" if config.recipe else f"source.inputs[{place}]"
-            yield Problem(where, f"no file {origin.path}; give files that exist")
+    where = "recipe_sources ({})" if config.recipe else "source.inputs"
+    named = [(where.format(origin.name), origin.path) for origin in origins_of(config)]
+    yield from missing(named) + ([] if config.recipe else named_twice(named))
     if is_path(config.tokenizer) and not Path(config.tokenizer).expanduser().is_dir():
         yield Problem("tokenizer", f"no folder {config.tokenizer}; give a tokenizer's folder or a hub name")
 
@@ -445,5 +447,5 @@ class _Element:
         """Raise UserMistake with the place, where the data is at fault and may not be, or the settings are."""
         if reason and (fatal or self.config.on_bad_row == "fail"):
             place = share.place(sheet.lines) if share else f"{sheet.name}, row {sheet.lines}"
-            remedy = "" if fatal else "; mend the record, or set on_bad_row: bucket"
+            remedy = "" if fatal else f"; mend the record, or set on_bad_row: bucket, which lists all such in {LIST}"
             raise UserMistake(Problem(place, f"{reason}{remedy}"))

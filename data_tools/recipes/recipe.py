@@ -33,6 +33,7 @@ from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.recipes.views import KINDS, View
 from data_tools.records import sources
 from data_tools.records.hub import dataset_files, is_dataset
+from data_tools.records.inputs import records_of
 
 FOLDER = Path(__file__).parent
 BY, SHORT, REST = ("rows", "tokens"), ("report", "fail"), "rest"
@@ -115,7 +116,7 @@ def origins(recipe: Recipe, given: Mapping[str, Files]) -> list[Origin]:
     problems: list[Problem] = []
     found: list[Origin] = []
     for number, source in enumerate(recipe.sources):
-        files = [Path(name).expanduser() for name in _given(source, given)]
+        files = [file for name in _given(source, given) for file in records_of(name)]
         if twice := sorted({str(file) for place, file in enumerate(files) if file in files[:place]}):
             where = f"recipe_sources.{source.name if source.name in given else source.files_of}.inputs"
             problem = Problem(where, f"{', '.join(twice)} is given twice; name each file once")

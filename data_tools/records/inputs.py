@@ -1,24 +1,61 @@
-"""THE way from what an input names, files and folders, to the files that are read of it."""
+"""THE way from what an input names, files, folders and patterns (data/*.jsonl), to the files that are read of it."""
 
-from collections.abc import Sequence
+import glob
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_tools.mistake import Problem, UserMistake
 
 CSV, PARQUET, JSONL = (".csv",), (".parquet",), (".jsonl", ".jsonl.gz", ".jsonl.zst")
+RECORDS, JSON = (*CSV, ".csv.gz", ".csv.zst", *PARQUET, *JSONL), (".json", ".json.gz", ".json.zst")
+
+
+def named_by(name: str, endings: Sequence[str]) -> list[Path]:
+    """Return the files of an input: a file of any name; what a pattern matches, where `**` is any folder below; of a
+    folder, such as a phase's, those with one of these endings in any case. Sorted.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    found = path.iterdir() if path.is_dir() else []
+    return sorted(file for file in found if file.is_file() and file.name.lower().endswith(tuple(endings))) or matching(
+        name
+    )
+
+
+def matching(pattern: str) -> list[Path]:
+    """Return the files that a pattern matches, sorted; none where it is no pattern."""
+    path = str(Path(pattern).expanduser())
+    found = map(Path, glob.glob(path, recursive=True)) if glob.has_magic(path) else []
+    return sorted(file for file in found if file.is_file())
+
+
+def records_of(name: str) -> list[Path]:
+    """Return the files of records of an input, or what it says where there is none: opening that tells.
+
+    JSON files of a folder are some where it has no others: phases write JSON of other kinds beside their records.
+    """
+    return named_by(name, RECORDS) or named_by(name, JSON) or [Path(name).expanduser()]
+
+
+def missing(named: Iterable[tuple[str, Path]]) -> list[Problem]:
+    """Refuse what is no file; each is (the setting that names it, path)."""
+    what = [(where, path, "file of records in" if path.is_dir() else "file") for where, path in named]
+    return [Problem(where, f"no {of} {path}; give files that exist") for where, path, of in what if not path.is_file()]
+
+
+def named_twice(named: Sequence[tuple[str, Path]]) -> list[Problem]:
+    """Refuse a file that a file, a folder or a pattern names again; each is (the setting that names it, path)."""
+    paths = [path for _, path in named]
+    again = [(where, path) for place, (where, path) in enumerate(named) if path in paths[:place]]
+    return [Problem(where, f"{path} is given twice; name each file once") for where, path in again]
 
 
 def files_of(inputs: Sequence[str], endings: Sequence[str], where: str = "inputs") -> list[Path]:
-    """Return the files that `inputs` names: files of any name, and of folders, such as a phase's, those with one of
-    these endings in any case, by name. Raise UserMistake for all that name none.
-    """
+    """Return the files that `inputs` names. Raise UserMistake for all that name none."""
     files, problems = list[Path](), list[Problem]()
     for name in inputs:
-        path = Path(name).expanduser()
-        inside = list(path.iterdir()) if path.is_dir() else []
-        named = sorted(file for file in inside if file.is_file() and file.name.lower().endswith(tuple(endings)))
-        if path.is_file():
-            named = [path]
+        named = named_by(name, endings)
         if not named:
             kinds = [ending.removeprefix(".") for ending in endings if ending.count(".") == 1]
             message = (

@@ -70,21 +70,15 @@ def _environment(given: Any) -> Environment | str:
         return f"agent {' '.join(given['agent_type'].split())} has no task here{nearest(agent, list(_AGENTS))}"
     if not isinstance(arguments, dict):
         return f"agent_args: {arguments!r:.60} is no mapping"
-    for key, value in arguments.items():
-        if key in _WITHOUT_COUNTERPART and value != _WITHOUT_COUNTERPART[key]:
-            return f"agent_args.{key}: {value!r} has no counterpart; write the task as a module of your own"
-        if key not in _WITHOUT_COUNTERPART and key not in _ARGUMENTS:
-            return f"agent_args.{key} has no counterpart{nearest(str(key), _ARGUMENTS)}"
     weight, only = given.get("weight", 1.0), given.get("evaluation_only", False)
     if not _is_number(weight) or not isinstance(only, bool):
         return "weight is a number and evaluation_only true or false"
-    form, reward = arguments.get("answer_format", "tagged"), arguments.get("format_reward", 0.0)
-    if not isinstance(form, str) or not isinstance(arguments.get("chat_mode", False), bool) or not _is_number(reward):
-        return "agent_args: answer_format is a text, format_reward a number and chat_mode true or false"
-    options: dict[str, Any] = {"answer_format": form}
+    if wrong := _wrong(arguments):
+        return wrong
+    options = {"answer_format": arguments.get("answer_format", "tagged")}
     if "chat_mode" in arguments:
         options["chat"] = arguments["chat_mode"]
-    rewards = {"format": float(reward)} if "format_reward" in arguments else {}
+    rewards = {"format": float(arguments["format_reward"])} if "format_reward" in arguments else {}
     return {
         "task": _AGENTS[agent],
         "options": options,
@@ -92,6 +86,19 @@ def _environment(given: Any) -> Environment | str:
         "rewards": rewards,
         "evaluation_only": only,
     }
+
+
+def _wrong(arguments: dict[Any, Any]) -> str:
+    """Return what of an agent's arguments has no counterpart, or is of another type."""
+    for key, value in arguments.items():
+        if key in _WITHOUT_COUNTERPART and value != _WITHOUT_COUNTERPART[key]:
+            return f"agent_args.{key}: {value!r} has no counterpart; write the task as a module of your own"
+        if key not in _WITHOUT_COUNTERPART and key not in _ARGUMENTS:
+            return f"agent_args.{key} has no counterpart{nearest(str(key), _ARGUMENTS)}"
+    form, reward = arguments.get("answer_format", "tagged"), arguments.get("format_reward", 0.0)
+    if not isinstance(form, str) or not isinstance(arguments.get("chat_mode", False), bool) or not _is_number(reward):
+        return "agent_args: answer_format is a text, format_reward a number and chat_mode true or false"
+    return ""
 
 
 def _is_number(value: Any) -> bool:

@@ -153,6 +153,11 @@ class RunLayout:
         return self.path / LEDGER
 
     @property
+    def cleaned(self) -> Path:
+        """The file of what `afterok clean` deleted, a line each time."""
+        return self.path / "cleaned.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

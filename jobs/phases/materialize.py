@@ -6,10 +6,11 @@ from typing import Any
 
 from data_tools.base.json_text import json_value
 from data_tools.base.tables import write_table
+from data_tools.chats.char_tokenizer import characters_of
 from data_tools.chats.fields import remedies
 from data_tools.chats.tokenizer import has_template
 from data_tools.mistake import Problem, UserMistake
-from data_tools.packs import materialize
+from data_tools.packs import first_rows, materialize
 from data_tools.packs.materialize import Config
 from data_tools.recipes import recipe as recipes
 from data_tools.records.blend_file import LARGEST_BLEND, refuse_blend
@@ -20,7 +21,27 @@ from jobs.task import Task
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     problems = [*materialize.check(config), *_check_template(config, placement), *_check_blends(config)]
-    return problems or _check_shares(config, placement)
+    return problems or _check_shares(config, placement) or _check_characters(config, placement)
+
+
+def _check_characters(config: Config, placement: Placement) -> list[Problem]:
+    """Refuse a tokenizer that can encode none of the first rows of a source."""
+    characters = _characters(config, placement)
+    if characters is None:
+        return []
+    remedy = "take one that knows them: that of a real model, or of init_model with `alphabet: bytes`, which knows any"
+    none = [source for source in first_rows.unknown(config, characters) if source.strange == source.rows]
+    return [Problem("tokenizer", f"knows {len(characters)} characters, and {source}; {remedy}") for source in none]
+
+
+def _characters(config: Config, placement: Placement) -> str | None:
+    """Return the characters that the tokenizer knows, or will know; None of one that may know any."""
+    folder = Path(config.tokenizer).expanduser()
+    known = characters_of(folder) or characters_of(folder / "hf")
+    for upstream, forecast in placement.forecasts.items():
+        if known is None and config.tokenizer in (upstream, f"{upstream}/hf"):
+            known = forecast.get("characters")
+    return known
 
 
 def _check_shares(config: Config, placement: Placement) -> list[Problem]:
@@ -68,11 +89,14 @@ def datasets(config: Config) -> list[str]:
 
 
 def remarks(config: Config, placement: Placement) -> list[str]:
-    """Say what the recipe came to; nothing of one that is refused."""
+    """Say what the recipe came to, nothing of one that is refused, and of which rows the tokenizer lacks characters."""
     try:
-        return recipes.told(materialize.recipe_of(config), config.recipe_sources) if config.recipe else []
+        said = recipes.told(materialize.recipe_of(config), config.recipe_sources) if config.recipe else []
     except UserMistake:
         return []
+    characters = _characters(config, placement)
+    unknown = first_rows.unknown(config, characters) if characters is not None else []
+    return said + [f"the tokenizer knows {len(characters or '')} characters: {source}" for source in unknown]
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -27,4 +27,5 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     if certificate := facts.get("certificate"):
         worst = max(certificate["loss"], certificate["gradient"])
         text += f"; layout equals one process within {worst:.0e} on {certificate['ranks']} ranks, documents isolated"
+        text += f" (megatron-core {certificate['versions']['megatron-core']})"
     return {"headline": text, **facts}

@@ -1,12 +1,12 @@
 """`afterok explain`: the phase kinds, and each setting of one with type, default, unit, range, example and meaning."""
 
 import dataclasses
+import json
 import re
 import shlex
+import textwrap
 from dataclasses import dataclass
 from typing import Any
-
-import yaml
 
 from data_tools.base.declared import NAME, Described, describe
 from data_tools.base.yaml_loaders import read_typed
@@ -15,6 +15,7 @@ from jobs.kind import PhaseKind, find_kind, kind_names
 from slurm.profile.schema import Request
 
 RESOURCES = "resources"  # what may be explained beside the kinds
+_PLAIN = re.compile(r"[\w./~][\w./~:+-]*[\w./~]|\w")  # text that needs no quotes in YAML, between braces neither
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,60 @@ class Explained:
             return ""
         return f"written as {shlex.quote(f'PHASE.{below}.{shown.key}={spelled(shown.example)}')}"
 
+    def lines(self, width: int) -> list[str]:
+        """Return the settings for people, wrapped at `width` columns: of each its key, type, default, unit and range;
+        what it means; and an example on one line, to be pasted below `with:` or `resources:`."""
+        below = "resources" if self.phase == RESOURCES else "with"
+        how = f"Of each setting the last line is an example, to be pasted below `{below}:` of a phase."
+        keys = "A setting with * does not change the phase's key, one with + does once it is set."
+        lines = _wrapped(f"{self.phase}: {self.about}" if self.about else self.phase, width, indent="")
+        lines += _wrapped(how if self.phase == RESOURCES else f"{how} {keys}", width, indent="")
+        for each in self.settings:
+            mark = "" if self.phase == RESOURCES else {True: "", False: " *", "if_set": " +"}[each.keyed]
+            told = [each.type, _default_of(each), each.unit and f"in {each.unit}", each.legal]
+            lines += [
+                "",
+                f"{each.key}{mark}",
+                *_wrapped(", ".join(filter(None, told)), width),
+                *_wrapped(each.help, width),
+            ]
+            lines += [] if each.example is None else [f"    {pasted(each.key, each.example)}"]
+        return lines
+
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "settings": [dataclasses.asdict(setting) for setting in self.settings]}
 
 
+def _wrapped(text: str, width: int, indent: str = "    ") -> list[str]:
+    return textwrap.wrap(text, max(width, 40), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _default_of(setting: Described) -> str:
+    if setting.needed:
+        return "required"
+    return "" if setting.type == "mapping" else f"default {spelled(setting.default)}"
+
+
 def spelled(value: Any) -> str:
-    """Return a value as YAML in one line, as an override has it."""
-    if isinstance(value, str) and read_typed(value) == value:
-        return value
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).split("\n")[0]
+    """Return a value as YAML in one line that reads the same in an override, a block and between braces."""
+    if isinstance(value, str):
+        return (
+            value if _PLAIN.fullmatch(value) and read_typed(value) == value else json.dumps(value, ensure_ascii=False)
+        )
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{spelled(key)}: {spelled(each)}' for key, each in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(spelled, value))}]"
+    return json.dumps(value, default=str)
+
+
+def pasted(key: str, value: Any) -> str:
+    """Return a setting with a value as one line of YAML: `lora: {rank: 8}` for lora.rank."""
+    first, *rest = re.findall(r"[^.\[\]]+|\[N\]", key)
+    text = spelled(value)
+    for part in reversed(rest):
+        text = f"[{text}]" if part == "[N]" else f"{{{part}: {text}}}"
+    return f"{first}: {text}"
 
 
 def kinds() -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from data_tools.packs.plan import PackReader, PlanFacts
 from data_tools.packs.store import Store, StoreFacts
 from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.references import substitute
-from launchers.observe.sealed import find_sealed
+from launchers.observe.sealed import find_sealed, run_hint
 
 KINDS = ("materialize", "pack")
 
@@ -65,7 +65,7 @@ def inspect(run: RunFolder, name: str, count: int, pack: int | None, seed: int, 
     """
     contents = Contents(run)
     if name not in contents.names:
-        known = nearest(name, contents.names)
+        known = nearest(name, contents.names) + run_hint(name)
         raise UserMistake(f"{name!r} is no phase of {run.path} that makes a token store or packs{known}")
     folder = contents.folder(name)
     if inspection.is_plan(folder):

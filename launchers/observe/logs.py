@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 from data_tools.base.printing import clean_log
-from data_tools.mistake import UserMistake, nearest
+from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import RunFolder
 from launchers.causes.states import NO_ANSWER
+from launchers.observe.sealed import no_phase
 from launchers.observe.status import run_status
 from launchers.planning.ledger import Ledger
 
@@ -25,7 +26,7 @@ def newest_log(run: RunFolder, phase: str, index: int | None) -> Path:
     entries = Ledger(run.ledger).jobs()
     phases = sorted({entry.phase for entry in entries})
     if phase not in phases:
-        raise UserMistake(f"{run.path} never submitted a phase {phase!r}{nearest(phase, phases)}")
+        raise no_phase(run, phase, phases)
     for entry in reversed([entry for entry in entries if entry.phase == phase]):
         for i in [index] if index is not None else entry.elements:
             path = run.log_path(phase, entry.scripted, i)

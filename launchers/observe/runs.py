@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.mistake import UserMistake
+from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.layout import CHANGING, is_run, runs_below
 from jobs.artifacts.run_folder import RunFolder
 from launchers.observe.status import run_status
@@ -19,11 +19,20 @@ def find_run(name: str | None) -> RunFolder:
         for path in (Path(name), Path("runs") / name):
             if is_run(path):
                 return RunFolder(path.absolute())
-        raise UserMistake(f"{name!r} is no run: neither {name}/ledger.jsonl nor runs/{name}/ledger.jsonl exists")
+        raise UserMistake(f"{_no_run(name)}{nearest(name, _names()) if _names() else '; there is no run below ./runs'}")
     runs = [RunFolder(path.absolute()) for path in runs_below(Path("runs"))]
     if not runs:
         raise UserMistake("no run below ./runs; name one: afterok status RUN")
     return max(runs, key=lambda run: run.ledger.stat().st_mtime)
+
+
+def _no_run(name: str) -> str:
+    return f"{name!r} is no run: neither {name}/ledger.jsonl nor runs/{name}/ledger.jsonl exists"
+
+
+def _names() -> list[str]:
+    """Return the names of the runs below ./runs."""
+    return [path.name for path in runs_below(Path("runs"))]
 
 
 def as_typed(path: Path) -> str:
@@ -35,16 +44,25 @@ def as_typed(path: Path) -> str:
 
 
 def run_and_phase(words: list[str]) -> tuple[RunFolder, str | None]:
-    """Return what RUN, PHASE, both or neither mean; one word that is no run is a phase of the run submitted last."""
+    """Return what RUN, PHASE, both or neither mean; one word that is no run is a phase of the run submitted last.
+
+    UserMistake where a run is not there, or the one word is neither.
+    """
     if len(words) > 2:
         raise UserMistake(f"{len(words)} words: {' '.join(words)}; write afterok why [RUN] [PHASE]")
     if len(words) == 1:
         try:
             return find_run(words[0]), None
         except UserMistake:
-            if "/" in words[0] or not runs_below(Path("runs")):
+            if "/" in words[0] or not _names():
                 raise
-            return find_run(None), words[0]
+            run = find_run(None)
+            phases = list(run.frozen(run.newest_submission()))
+            if words[0] in phases:
+                return run, words[0]
+            neither = f"and no phase of {as_typed(run.path)}, the run submitted last"
+            close = nearest(words[0], [*_names(), *phases])
+            raise UserMistake(f"{_no_run(words[0])}, {neither}{close}") from None
     return find_run(words[0] if words else None), words[1] if words else None
 
 

@@ -1,13 +1,14 @@
 """Reads what a run sampled, prompt by prompt: samples, rewards, and of GRPO advantages and who was masked and why.
 
 A training logs every sample of every step. `afterok report` shows some steps, and of each some prompts, and says what
-it leaves out; `afterok inspect` shows any step, and what generate and reject_filter made.
+it leaves out; `afterok inspect` shows any step, and what generate and reject_filter made (and an evaluation:
+evaluated.py).
 """
 
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -157,7 +158,7 @@ def inspect_samples(
         raise UserMistake(f"--step {step}: {phase.name} is a {phase.uses} phase, which has no steps")
     else:
         file = find_sealed(run, phase.name)[1].folder / SAMPLED[phase.uses]
-    lines = groupby(_lines(file, notes, _start(file, seed)), key=_prompt_of)
+    lines = groupby(lines_of_log(file, notes, draw_start(file, seed)), key=_prompt_of)
     masks = _masks_truncated(phase)
     first = 1 if seed else 0  # a draw begins within a group, which it leaves out
     groups = [_group(item, list(each), masks, characters) for item, each in islice(lines, first, first + count)]
@@ -166,7 +167,7 @@ def inspect_samples(
     return ShownSamples(phase.name, phase.uses, str(file), step=step, steps=steps, groups=groups, notes=notes)
 
 
-def _start(file: Path, seed: int) -> int:
+def draw_start(file: Path, seed: int) -> int:
     """Return the byte of a file from which a seed draws; 0 of seed 0."""
     if not seed or not file.is_file():
         return 0
@@ -186,7 +187,7 @@ def _masks_truncated(phase: FrozenPhase) -> bool:
 def _step(path: Path, mask_truncated: bool, notes: list[str]) -> tuple[list[Group], bool]:
     """Return the first groups of a step, and whether there are more."""
     groups: list[Group] = []
-    for item, lines in groupby(_lines(path, notes), key=_prompt_of):
+    for item, lines in groupby(lines_of_log(path, notes), key=_prompt_of):
         if len(groups) == GROUPS:
             return groups, True
         groups.append(_group(item, list(lines), mask_truncated))
@@ -223,8 +224,12 @@ def _up_to_damage(path: Path, notes: list[str]) -> Iterator[None]:
         notes.append(f"{path.name}: it is damaged, and what comes after that is left out ({error})")
 
 
-def _lines(path: Path, notes: list[str], start: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a log from a byte on, those of a prompt together; tell in `notes` what is no sample."""
+def lines_of_log(
+    path: Path, notes: list[str], start: int = 0, is_one: Callable[[Any], bool] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a log from a byte on, those of a prompt together; tell in `notes` what is no sample: by
+    `is_one`, or by what a log of samples has."""
+    is_one = is_one or _is_sample
     read, bad = 0, False
     with _up_to_damage(path, notes), _opened(path, start) as file:
         if start:
@@ -235,7 +240,7 @@ def _lines(path: Path, notes: list[str], start: int = 0) -> Iterator[dict[str, A
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 value = None
-            if _is_sample(value):
+            if is_one(value):
                 yield value
             elif not bad:
                 bad = True

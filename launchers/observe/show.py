@@ -1,6 +1,5 @@
 """Prints for people: tables, rich on a terminal and plain text in a log or pipe. Nothing is decided here."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.base.printing import clean, raw, size_text
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
-from launchers.observe.explain import spelled
 from launchers.observe.runs import RunLine, as_typed
 from launchers.observe.status import PhaseStatus, RunStatus
 from launchers.submission.superfluous import WHAT
@@ -19,7 +17,6 @@ if TYPE_CHECKING:  # imported where they are needed, so that a --json answer doe
     from rich.table import Table
 
     from jobs.artifacts.run_folder import RunFolder
-    from launchers.observe.explain import Explained
     from launchers.observe.foresee import Difference
     from launchers.observe.inspect import Inspection
     from launchers.observe.sampled import ShownSamples
@@ -147,28 +144,6 @@ def print_submitted(plan: "Plan", done: "Submitted") -> None:
         print(f"submission {done.number} of {run}; look with `afterok status {as_typed(run)}`")
 
 
-def settings_table(explained: "Explained") -> "Table":
-    """Return the settings of a phase kind as a table."""
-    keyed = {True: "yes", False: "no", "if_set": "if set"}
-    rows = [
-        [
-            each.key,
-            each.type,
-            "(required)" if each.needed else "" if each.type == "mapping" else json.dumps(each.default, default=str),
-            each.unit,
-            each.legal,
-            keyed[each.keyed],
-            "" if each.example is None else spelled(each.example),
-            each.help,
-        ]
-        for each in explained.settings
-    ]
-    columns = ["setting", "type", "default", "unit", "legal", "keyed", "example", "what it means"]
-    shown = table(columns, rows, f"{explained.phase}: {explained.about}" if explained.about else explained.phase)
-    shown.columns[0].no_wrap = True
-    return shown
-
-
 def progress_text(phase: PhaseStatus) -> str:
     """Return "120/400 steps  loss 2.1"; "" of a phase that tells of no progress."""
     p = phase.progress
@@ -212,9 +187,11 @@ def print_samples(shown: "ShownSamples") -> None:
     for group in shown.groups:
         out.print(f"\n{group.task} {group.name}", style="bold")
         out.print(group.prompt, soft_wrap=True)
-        rows = [[s.number, s.completion, *map(_short, (s.reward, s.advantage)), s.masked, s.tokens, s.finish, s.note]
-                for s in group.samples]  # fmt: skip
-        out.print(table(["", "completion", "reward", "advantage", "masked", "tokens", "ended", "note"], rows))
+        rows = [[s.number, s.completion, *map(_short, (s.reward, s.advantage)), s.masked, s.tokens or "", s.finish,
+                 s.note] for s in group.samples]  # fmt: skip
+        columns = ["", "completion", "reward", "advantage", "masked", "tokens", "ended", "note"]
+        told = [n for n in range(len(columns)) if n < 2 or any(row[n] != "" for row in rows)]
+        out.print(table([columns[n] for n in told], [[row[n] for n in told] for row in rows]))
         if group.left_out:
             out.print(f"{group.left_out:,} more samples")
     for note in shown.notes:
@@ -327,6 +304,8 @@ def summary(status: RunStatus) -> "Group":
     parts = [table(["phase", "state", "took", "result"], rows, f"summary of {status.run}")]
     for phase in status.phases:
         for written in phase.tables.values():
+            if not written["rows"]:  # which says nothing, such as the idle shares of fewer packs than a step has
+                continue
             cells = [
                 [
                     f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else cell or ""

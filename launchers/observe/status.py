@@ -26,6 +26,7 @@ from launchers.causes.states import (
 from launchers.causes.traces import keep_folder
 from launchers.observe.gpu_hours import gpu_hours
 from launchers.observe.look import Element, Look, look_at
+from launchers.planning import held
 from launchers.planning.ledger import Ledger
 from slurm.detect import NoDevCluster
 
@@ -81,6 +82,7 @@ class RunStatus:
     phases: list[PhaseStatus]
     notes: list[str] = field(default_factory=list)  # what could not be asked, and what the cluster refused
     where: str = ""  # which cluster it went to last, by which profile of which file
+    overrides: str = ""  # which are in force beside the pipeline file, since when, and the way back
     unasked: str = ""  # why a cluster of its jobs told nothing
     may_answer: bool = False  # that cluster, later
 
@@ -112,6 +114,7 @@ def status_of(look: Look) -> RunStatus:
         phases=[_phase_status(look, phase) for phase in look.phases.values()],
         notes=list(look.notes),
         where=_where(ledger.backend(look.number)),
+        overrides=held.told(look.run),
     )
     if look.unasked:
         status.unasked = look.unasked[0].problems[0].message

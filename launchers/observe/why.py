@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_tools.mistake import UserMistake, nearest
+from data_tools.mistake import UserMistake
 from jobs.artifacts.layout import log_name
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.retry import Cause
@@ -20,6 +20,7 @@ from launchers.causes.log_lines import ENVIRONMENT_LINE
 from launchers.causes.states import ACTIVE_STATES, LOST_NODE_STATES, RUNNING
 from launchers.causes.traces import log_tail, requested
 from launchers.observe.look import Element, Look, look_at
+from launchers.observe.sealed import no_phase
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm, SlurmError
 from slurm.printed import AccountingRow, format_indices
@@ -117,7 +118,7 @@ def why_of(look: Look, phase: str | None = None) -> Report:
     """Say what `why` says, as one look found the run."""
     run = look.run
     if phase is not None and phase not in look.phases:
-        raise UserMistake(f"{run.path} has no phase {phase!r}{nearest(phase, list(look.phases))}")
+        raise no_phase(run, phase, list(look.phases))
     named = [frozen for name, frozen in look.phases.items() if phase in (None, name)]
     chosen = [frozen for frozen in named if run.seal(frozen.name, frozen.key) or not look.not_needed(frozen)]
     unsealed = [frozen for frozen in chosen if run.seal(frozen.name, frozen.key) is None]

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.records.inputs import matching
 from jobs.artifacts import standing
 from jobs.artifacts.hash_cache import HashCache
 from jobs.artifacts.keys import content_digest, key_of
@@ -19,7 +20,7 @@ from jobs.artifacts.seal import Seal
 from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, user_modules, wrong_makers
 from jobs.schema.pipeline import Phase, Pipeline
 from jobs.schema.references import references, substitute
-from launchers.planning import limits, rehearsal
+from launchers.planning import held, limits, rehearsal
 from launchers.planning.hours import over_budget, planned_seconds
 from launchers.planning.ledger import Ledger
 from launchers.planning.plan import RUNS, Plan, PlannedPhase
@@ -144,7 +145,7 @@ class _Planner:
             raise UserMistake(other)
         if other := rehearsal.why_not_mixed(self.pipeline, self.run):
             raise UserMistake(other)
-        self.remarks += rehearsal.remarks(self.pipeline)
+        self.remarks += rehearsal.remarks(self.pipeline) + held.remarks(self.pipeline, self.run)
         if left_out := self.pipeline.left_out:
             self.remarks.append(f"left out, since `when` is false: {', '.join(left_out)}")
         if self.cluster.kind == "local" and self.cluster.profile.mail != Mail():
@@ -279,6 +280,9 @@ class _Planner:
             if path.exists():
                 files[str(path)] = content_digest(path, self.cache)
                 digests.setdefault(key, []).append(files[str(path)])
+            elif found := matching(str(path)):  # as if each stood there
+                files |= {str(file): content_digest(file, self.cache) for file in found}
+                digests.setdefault(key, []).extend(files[str(file)] for file in found)
             elif kind == "hub" and is_hub_name(str(entry)):
                 digests.setdefault(key, []).append(f"hub:{entry}")
             elif self.cluster.unasked:
@@ -405,19 +409,24 @@ def is_hub_name(text: str) -> bool:
 
 
 def _absolute_inputs(phase: Phase, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with the existing paths of input fields absolute: the worker runs in another folder."""
+    """Return the settings with the existing paths of input fields absolute, since the worker runs in another folder,
+    and the files of patterns in their place, since more may match by then."""
     fields = {key for key, _, _ in inputs(phase.kind.config, phase.config)}
 
-    def absolute(entry: Any) -> Any:
+    def absolute(entry: Any) -> list[Any]:
         path = Path(str(entry)).expanduser()
-        return str(path.absolute()) if not references(entry) and path.exists() else entry
+        if references(entry) or not (path.exists() or matching(str(path))):
+            return [entry]
+        return [str(file.absolute()) for file in ([path] if path.exists() else matching(str(path)))]
 
     def walk(value: Any, key: str) -> Any:
         if isinstance(value, dict):
             return {name: walk(item, f"{key}.{name}" if key else name) for name, item in value.items()}
         if key not in fields or not value:
             return value
-        return [absolute(entry) for entry in value] if isinstance(value, list) else absolute(value)
+        if isinstance(value, list):
+            return [path for entry in value for path in absolute(entry)]
+        return absolute(value)[0] if len(absolute(value)) == 1 else value
 
     return walk(settings, "")
 

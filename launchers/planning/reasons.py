@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data_tools.mistake import UserMistake
 from jobs.artifacts import standing
 from jobs.artifacts.layout import checkpoints_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
@@ -136,7 +137,8 @@ class Reasoner:
         reasons = []
         if old.get("uses") != new["uses"]:
             reasons.append(f"uses {old.get('uses')} → {new['uses']}")
-        reasons += changed_settings(frozen.name, old.get("settings", {}), new["settings"])
+        read = self._inputs_of(seal, frozen.name), frozen.inputs
+        reasons += changed_settings(frozen.name, old.get("settings", {}), new["settings"], read)
         if old.get("array") != new["array"]:
             reasons.append(f"{frozen.name}.array {old.get('array')} → {new['array']}")
         for name in sorted(old.get("upstream", {}).keys() | new["upstream"].keys()):
@@ -155,6 +157,14 @@ class Reasoner:
             reasons.append(f"image {_image(seal.content.get('image'))} → {_image(frozen.image)}")
         return reasons or ["its key differs from the last sealed one"]
 
+    def _inputs_of(self, seal: Seal, name: str) -> dict[str, str]:
+        """Return the files that a sealed phase read, by the plan of its submission; {} where that is not there."""
+        try:
+            phase = self.run.frozen(seal.content["submission"]).get(name)
+        except (OSError, UserMistake):
+            return {}
+        return phase.inputs if phase is not None and phase.key == seal.content["key"] else {}
+
     def _code_changes(self, seal: Seal, name: str) -> list[str]:
         """Return the files of a phase's code that changed since the submission that sealed it."""
         phase = self.pipeline.phases[name]
@@ -164,14 +174,54 @@ class Reasoner:
         )
 
 
-def changed_settings(phase: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return one line a setting of a phase that differs between two keys' materials, in the user's own words."""
+Inputs = Mapping[str, str]  # external file or folder -> SHA-256
+
+
+def changed_settings(
+    phase: str, old: dict[str, Any], new: dict[str, Any], files: tuple[Inputs, Inputs] = ({}, {})
+) -> list[str]:
+    """Return one line a setting of a phase that differs between two keys' materials, in the user's own words.
+
+    In a key an input stands as the digests of its content; `files`, the inputs before and now, tell which file that is.
+    """
     before, now = _flatten(old), _flatten(new)
-    return [
-        f"{phase}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        was, is_ = before.get(key), now.get(key)
+        if was != is_:
+            told = _changed_files(was, is_, files) if _are_digests(was) and _are_digests(is_) else ""
+            lines.append(f"{phase}.with.{key}{told or f' {_show(was)} → {_show(is_)}'}")
+    return lines
+
+
+def _are_digests(value: Any) -> bool:
+    """Return whether a value of a key's material is an input's: digests, or what stands for what is not here."""
+    if not isinstance(value, list):
+        return value is None or value == ""
+    return all(isinstance(each, str) for each in value)
+
+
+def _read_of(digests: Any, files: Inputs) -> dict[str, str] | None:
+    """Return the files that have these digests; None where one of them is no file's."""
+    wanted = set(digests or ())
+    found = {path: digest for path, digest in files.items() if digest in wanted}
+    return found if set(found.values()) == wanted else None
+
+
+def _changed_files(was: Any, now: Any, files: tuple[Inputs, Inputs]) -> str:
+    """Return which files of an input changed, came or went; "" where that is not known."""
+    old, new = (_read_of(digests, known) for digests, known in zip((was, now), files))
+    if old is None or new is None or not (old or new):
+        return ""
+    said = []
+    for words, paths in (
+        ("changed", [path for path in new if path in old and new[path] != old[path]]),
+        ("is new", [path for path in new if path not in old]),
+        ("is left out", [path for path in old if path not in new]),
+    ):
+        more = f" (and {len(paths) - SHOWN} more)" if len(paths) > SHOWN else ""
+        said += [f"{', '.join(paths[:SHOWN])}{more} {words}"] if paths else []
+    return f": {'; '.join(said) or 'the files are in another order'}"
 
 
 def _image(image: dict[str, str] | None) -> str:

@@ -6,6 +6,7 @@ the next clean deletes the rest. No seal names anything of it (superfluous.py), 
 
 import os
 import shutil
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
+from data_tools.records import readers
 from jobs.artifacts.layout import CLEANED, runs_below
 from jobs.artifacts.run_folder import RunFolder
 from launchers.backends.choose import backends_of
@@ -102,12 +104,37 @@ def _clean(cleaned: Cleaned, references: References, only: Iterable[str], delete
         cleaned.going = why_going(cleaned.run)  # it may have been submitted a moment ago
         _find(cleaned, references, only)
         found, cleaned.items, cleaned.deleted = cleaned.items, [], not cleaned.going
+        is_told = _write_down(cleaned.run, found)  # before: of a clean that is killed nobody wonders what became of it
         for item in found:
             try:
                 remove(item.path)
             except OSError as error:
                 raise UserMistake(f"{error.filename or item.path} cannot be deleted: {error.strerror}") from None
             cleaned.items.append(item)
+        if not is_told:  # the disk was full, which is why it was cleaned
+            _write_down(cleaned.run, found)
+
+
+def _write_down(run: RunFolder, items: Sequence[Item]) -> bool:
+    """Append to the run's own record what is deleted now: {time, items: [[phase, what], …]}. Return whether it is
+    there."""
+    kinds = sorted({(item.phase, item.what) for item in items})
+    try:
+        if kinds:
+            durable.append_line(run.cleaned, durable.canonical_json({"time": time.time(), "items": kinds}))
+    except OSError:
+        return False
+    return True
+
+
+def when_cleaned(run: RunFolder, phase: str, what: str) -> float | None:
+    """Return when `clean` last deleted things of a kind of a phase, in seconds since the epoch; None where it never
+    did."""
+    times = []
+    for record in readers.records(run.cleaned) if run.cleaned.is_file() else ():
+        if isinstance(record.value, dict) and [phase, what] in record.value.get("items", []):
+            times.append(float(record.value["time"]))
+    return max(times, default=None)
 
 
 def _others(runs: Sequence[RunFolder]) -> list[RunFolder]:

@@ -104,7 +104,9 @@ def _refuse_elements(plan: Plan, planned: PlannedPhase, elements: list[int]) -> 
     name, frozen, number = planned.name, planned.frozen, plan.run.newest_submission()
     before = plan.run.frozen(number).get(name)
     if before is not None and before.key != frozen.key:
-        changed = changed_settings(name, before.material["settings"], frozen.material["settings"])
+        changed = changed_settings(
+            name, before.material["settings"], frozen.material["settings"], (before.inputs, frozen.inputs)
+        )
         changes = "; ".join([*changed, f"key {before.key} → {frozen.key}"])
         raise UserMistake(
             f"--elements {format_indices(elements)}: {name} is no more what submission {number} runs "

@@ -28,7 +28,9 @@ WHAT = {
     "retired": "what `resubmit --again` set aside, of phases that are sealed again",
     "code": "code and scripts of submissions that no seal names",
     "leftovers": "what a clean that was killed had begun to delete",
+    "superseded": "sealed phases under settings that the newest submission, and the newest that ran, have no more",
 }
+BY_NAME_ONLY = ("superseded",)  # what may be wanted again, and goes only where --only names it
 LINK_DEPTH = 3  # folders down from a run's, in which links of its are seen
 
 
@@ -113,14 +115,14 @@ def _linked(run: RunFolder) -> Iterator[str]:
 
 
 def superfluous(run: RunFolder, references: References, only: Iterable[str] = ()) -> Found:
-    """Return what may go of a run of which no job is under way; with `only`, of these kinds.
+    """Return what may go of a run of which no job is under way: of the kinds `only`, else of all but BY_NAME_ONLY.
 
     Raises:
         UserMistake: nothing was submitted there, or a plan or the ledger is damaged.
     """
-    finder = _Finder(run, references)
+    asked = set(only) or set(WHAT) - set(BY_NAME_ONLY)
+    finder = _Finder(run, references, asked)
     finder.look()
-    asked = set(only) or set(WHAT)
     finder.found.items = [item for item in finder.found.items if item.what in asked]
     return finder.found
 
@@ -128,8 +130,8 @@ def superfluous(run: RunFolder, references: References, only: Iterable[str] = ()
 class _Finder:
     """Looks through one run, artifact by artifact."""
 
-    def __init__(self, run: RunFolder, references: References):
-        self.run, self.references, self.found = run, references, Found()
+    def __init__(self, run: RunFolder, references: References, asked: set[str]):
+        self.run, self.references, self.asked, self.found = run, references, asked, Found()
         self.newest = run.frozen(run.newest_submission())
         self.frozen = {  # as the newest submission that had the key
             (name, phase.key): phase for number in run.submissions() for name, phase in run.frozen(number).items()
@@ -184,12 +186,13 @@ class _Finder:
             self.found.kept[artifact.folder] = "a seal in it is damaged: nobody can tell what it names"
             return
         abandoned = (phase.name, phase.key) not in self.current
-        if abandoned and not any(artifact.all_seals()):
+        is_sealed = any(artifact.all_seals())
+        if abandoned and (not is_sealed or "superseded" in self.asked):
             at_work = next(filter(None, (self._why_at_work(lease, phase.name) for lease in artifact.all_leases())), "")
             if at_work:
                 self.found.kept[artifact.folder] = at_work
             else:
-                self._add("settings", phase.name, artifact.folder)
+                self._add("superseded" if is_sealed else "settings", phase.name, artifact.folder)
             return
         for folder, lease in [*artifact.all_work_folders(), *artifact.all_sealing_folders()]:
             if folder.name in roots:

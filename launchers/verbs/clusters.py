@@ -3,7 +3,7 @@
 import argparse
 import os
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_tools.mistake import UserMistake
 from launchers.verbs.said import print_json
@@ -48,9 +48,31 @@ def do_cluster_status(args: argparse.Namespace) -> int:
     status = _dev_cluster(args).status()
     if args.json:
         return print_json(status)
-    for key, value in status.items():
-        print(f"{key}: {value}")
+    print("\n".join(_told(status)))
     return 0
+
+
+def _told(status: dict[str, Any]) -> list[str]:
+    """Return the status of a rehearsal cluster in lines for people."""
+    lines = [f"{'up' if status['up'] else 'not up'}: {status['prefix']}"]
+    if not status["up"]:
+        lines[0] += "; start it with `afterok cluster up`"
+    if shape := status["shape"]:
+        size = f"{shape['cpus']} CPUs, {shape['memory_mib'] / 1024:,.0f} GiB and {shape['gpus_per_node']} fake GPUs"
+        accounting = ", with accounting" if shape["accounting"] else ""
+        lines.append(f"shape: {shape['nodes']} nodes, each of {size}{accounting}")
+    if status["settings"]:
+        lines.append(f"settings: {', '.join(f'{name}={value}' for name, value in status['settings'].items())}")
+    by_state: dict[str, list[str]] = {}
+    for node, state in status["nodes"].items():
+        by_state.setdefault(state, []).append(node)
+    if by_state:
+        lines.append(f"nodes: {'; '.join(f'{state}: ' + ', '.join(nodes) for state, nodes in by_state.items())}")
+    alive = [f"{name} ({told['pid']})" for name, told in status["daemons"].items() if told["alive"]]
+    gone = [name for name, told in status["daemons"].items() if not told["alive"]]
+    lines += [f"daemons (pid): {', '.join(alive)}"] if alive else []
+    lines += [f"daemons that ended: {', '.join(gone)}"] if gone else []
+    return [*lines, f"slurm.conf: {status['conf']}"]
 
 
 def do_cluster_exec(args: argparse.Namespace) -> int:

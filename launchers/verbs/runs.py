@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from launchers.submission.submit import Submitted
     from slurm.detect import Cluster
 
+MOST_COLUMNS = 120  # of text, which is read badly in longer lines
 CHARACTERS = 5  # of a text, that are shown for a token of --tokens
 EXIT_INTERRUPTED = 130
 
@@ -29,7 +32,7 @@ EXIT_INTERRUPTED = 130
 
 def do_explain(args: argparse.Namespace) -> int:
     from launchers.observe.explain import explain, kinds
-    from launchers.observe.show import console, settings_table, table
+    from launchers.observe.show import console, table
 
     if not args.phase:
         listed = kinds()
@@ -40,9 +43,9 @@ def do_explain(args: argparse.Namespace) -> int:
     explained = explain(args.phase, args.setting)
     if args.json:
         return print_json(explained.as_json())
-    console().print(settings_table(explained))
+    print("\n".join(explained.lines(min(shutil.get_terminal_size((MOST_COLUMNS, 24)).columns, MOST_COLUMNS))))
     if explained.how:
-        print(explained.how)
+        print(f"\nOn the command line a setting is {explained.how}")
     return 0
 
 
@@ -94,6 +97,7 @@ def _report_submitted(args: argparse.Namespace, plan: "Plan", done: "Submitted")
 
 def do_resubmit(args: argparse.Namespace) -> int:
     from launchers.observe.runs import find_run
+    from launchers.planning.held import told
     from launchers.planning.recorded import recorded_pipeline
     from launchers.submission.submit import resubmit
     from slurm.detect import find_cluster
@@ -110,7 +114,10 @@ def do_resubmit(args: argparse.Namespace) -> int:
         )
     plan = plan_here(args, pipeline, run, cluster, again=args.phase if args.again else "")
     announce(plan, quiet=args.json)
-    return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
+    code = _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
+    if not args.json and not args.dry_run and (line := told(run)):
+        print(line)
+    return code
 
 
 def _indices(text: str | None) -> list[int] | None:
@@ -221,6 +228,8 @@ def do_status(args: argparse.Namespace) -> int:
         print(line)
     if status.where:
         print(status.where)
+    if status.overrides:
+        print(status.overrides)
     for note in status.notes:
         tell(note)
     return code
@@ -265,9 +274,7 @@ def do_logs(args: argparse.Namespace) -> int:
     if index and not index.isdigit():
         raise UserMistake(f"{args.phase!r}: write PHASE or PHASE:INDEX with a number")
     if args.replay:
-        command = [sys.executable, "-m", "jobs.replay", str(find_run(args.run).path), phase, args.replay]
-        env = {**os.environ, **environment(os.environ)}
-        return subprocess.run(command, env=env).returncode  # a process of its own: it imports torch
+        return _replay(find_run(args.run), phase, args.replay)
     try:
         show_log(find_run(args.run), phase, int(index) if index else None, args.follow)
     except KeyboardInterrupt:
@@ -275,7 +282,21 @@ def do_logs(args: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(run: "RunFolder", phase: str, rollout: str) -> int:
+    """Draw a rollout again, in a process of its own, since it imports torch; where that cannot be and the journal was
+    cleaned, say so."""
+    from launchers.submission.clean import when_cleaned
+
+    command = [sys.executable, "-m", "jobs.replay", str(run.path), phase, rollout]
+    code = subprocess.run(command, env={**os.environ, **environment(os.environ)}).returncode
+    if code == EXIT_MISTAKE and (cleaned := when_cleaned(run, phase, "journals")) is not None:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(cleaned))
+        tell(f"`afterok clean` deleted what {phase} had recorded of its rollouts, the journals, at {when}")
+    return code
+
+
 def do_inspect(args: argparse.Namespace) -> int:
+    from launchers.observe.evaluated import KINDS
     from launchers.observe.inspect import inspect
     from launchers.observe.runs import find_run
     from launchers.observe.sampled import GRPO, SAMPLED
@@ -283,7 +304,7 @@ def do_inspect(args: argparse.Namespace) -> int:
 
     run = find_run(args.run)
     phase = run.frozen(run.newest_submission()).get(args.phase)
-    if phase is not None and phase.uses in (GRPO, *SAMPLED):
+    if phase is not None and phase.uses in (GRPO, *SAMPLED, *KINDS):
         return _inspect_samples(args, run, phase)
     if args.step is not None:
         raise UserMistake(f"--step {args.step}: only of a grpo phase")
@@ -303,13 +324,14 @@ def do_inspect(args: argparse.Namespace) -> int:
 
 def _inspect_samples(args: argparse.Namespace, run: "RunFolder", phase: "FrozenPhase") -> int:
     """Show what a phase sampled, prompt by prompt."""
+    from launchers.observe.evaluated import KINDS, inspect_evaluation
     from launchers.observe.sampled import inspect_samples
     from launchers.observe.show import print_samples
 
     if args.pack is not None:
         raise UserMistake(f"--pack {args.pack}: {args.phase} is a {phase.uses} phase, which has no packs")
     characters = CHARACTERS * max(args.tokens, 1)
-    shown = inspect_samples(
+    shown = (inspect_evaluation if phase.uses in KINDS else inspect_samples)(
         run, phase, step=args.step, count=max(args.documents, 0), seed=args.seed, characters=characters
     )
     if args.json:

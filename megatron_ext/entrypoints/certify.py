@@ -105,6 +105,10 @@ def _problem_of(config: Config) -> tuple[Family, Any, ParallelPlan, int]:
     return family, shrunk(dims, sum(plan.pipeline_layers) or 4), plan, world
 
 
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in VERSIONED}
+
+
 def _batch(plan: ParallelPlan, world: int) -> int:
     """Return the packs of an update: two rounds of the pipeline."""
     return 2 * plan.pipeline * plan.data(world) * plan.micro_batch
@@ -127,8 +131,8 @@ def check(config: Config, ranks: int) -> list[Problem]:
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
     """Measure on these ranks and, on rank 0, alone before. Rank 0 writes OUT/certificate.json.
 
-    Return the facts: holds, ranks, plan (degrees that are not 1), loss, gradient and norm (relative differences),
-    tensor (whose gradient differs most), isolation (gradients and changes by document).
+    Return the facts: holds, versions (of torch and megatron-core), ranks, plan (degrees that are not 1), loss, gradient
+    and norm (relative differences), tensor (whose gradient differs most), isolation (gradients, changes by document).
     """
     from megatron_ext.parallel import ranks
 
@@ -153,6 +157,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     difference, plain = certify.difference(together, serial), asdict(ParallelPlan())
     facts = {
         "holds": difference.largest <= TOLERANCE and alone.holds,
+        "versions": _versions(),
         "ranks": world,
         "plan": {name: value for name, value in asdict(plan).items() if value != plain[name]},
         **asdict(difference),
@@ -183,7 +188,7 @@ def key_of(config: Config) -> str:
     code = {str(path.relative_to(package)): durable.sha256_file(path) for path in sorted(package.rglob("*.py"))}
     material = {
         "family": family.name, "dims": repr(dims), "plan": asdict(plan), "ranks": world,
-        "versions": {name: version(name) for name in VERSIONED}, "code": code,
+        "versions": _versions(), "code": code,
     }  # fmt: skip
     return durable.sha256_bytes(durable.canonical_json(material))[:16]
 

@@ -67,7 +67,10 @@ class Config(RolloutSettings):
         example={"sums": ["gsm8k", "svamp"]}, free=True,
         keyed="if_set",
     )  # fmt: skip
-    max_new_tokens: int = setting(16, "new tokens of a completion, at most", unit="tokens", least=1)
+    max_new_tokens: int = setting(
+        16, "new tokens of a completion, at most: what grpo and generate call sampling.max_tokens",
+        unit="tokens", least=1,
+    )  # fmt: skip
     max_turns: int = setting(
         0, "turns of the model, at most, in tasks that reply; 0: as many as max_new_tokens leaves room for",
         unit="turns", least=0,

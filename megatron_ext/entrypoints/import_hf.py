@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.base import durable
 from data_tools.base.declared import setting
 from data_tools.base.inside import inside
+from data_tools.chats.char_tokenizer import characters_of
 from data_tools.chats.tokenizer import has_template
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
@@ -44,7 +45,10 @@ class Config:
     )
     dtype: str = setting("", 'type of the weights; "" keeps that of each tensor', choices=("", *DTYPES))
     megatron: str = setting(
-        "", "legacy Megatron checkpoint that has the weights", example="checkpoint/release", input=True
+        "",
+        "Megatron-LM's checkpoint that has the weights: legacy `torch`, or `torch_dist`",
+        example="checkpoint/release",
+        input=True,
     )
     model_tag: str = setting(
         "", "folder of nanochat's own checkpoint below `source`, such as d32", example="d32", free=True
@@ -105,7 +109,8 @@ def forecast(config: Config, forecasts: Mapping[str, Mapping[str, Any]]) -> dict
     file = Path(config.source) / "config.json"
     try:
         path = inside(file.parent, file.name) if file.is_file() else _cached(config.source, config.revision)
-        return {"hf_config": durable.read_json(path), "chat_template": template} if path else {}
+        known = {"chat_template": template, "characters": characters_of(file.parent)}
+        return {"hf_config": durable.read_json(path), **known} if path else {}
     except (OSError, ValueError, UserMistake):  # what is wrong with it, `check` says
         return {}
 
@@ -246,6 +251,7 @@ def _source(config: Config) -> Source:
     """Open the checkpoint that is imported. Raise UserMistake where it is not understood."""
     from megatron_ext.models.nanochat import checkpoint as nanochat
     from megatron_ext.models.registry import Family, read_config
+    from megatron_ext.weights import megatron_dist
     from megatron_ext.weights.hf_files import HfTensors
     from megatron_ext.weights.legacy import LegacyTensors
 
@@ -267,8 +273,9 @@ def _source(config: Config) -> Source:
     if problems or understood is None:
         raise UserMistake(problems)
     if config.megatron:
-        legacy = LegacyTensors(Path(config.megatron), understood.mapping.rules(dims), dims)
-        return Source(understood, dims, legacy, config.megatron, files=folder)
+        reader = megatron_dist.DistTensors if megatron_dist.is_one(Path(config.megatron)) else LegacyTensors
+        theirs = reader(Path(config.megatron), understood.mapping.rules(dims), dims)
+        return Source(understood, dims, theirs, config.megatron, files=folder)
     return Source(understood, dims, HfTensors(folder), str(folder), files=folder)
 
 

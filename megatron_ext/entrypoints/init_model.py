@@ -9,6 +9,7 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.models.registry import MODEL_TYPES, Family, parse_config
 from megatron_ext.parallel.settings import DTYPES
+
+ALPHABETS = ("", "bytes")
 
 
 @dataclass
@@ -41,6 +44,10 @@ class Config:
     )
     seed: int = setting(0, "draw of the weights", **SEEDS)
     alphabet_task: str = setting("", "task whose alphabet a character tokenizer gets", example="calculator", free=True)
+    alphabet: str = setting(
+        "", "or a tokenizer of bytes, which encodes any text and has a chat template with tools", choices=ALPHABETS,
+        keyed="if_set",
+    )  # fmt: skip
     chats: bool = setting(
         False, "the character tokenizer writes chats, too: messages one after the other, as a task's rows stand",
         keyed="if_set",
@@ -53,15 +60,18 @@ def check(config: Config, ranks: int) -> list[Problem]:
     from data_tools.tasks.task import load_row_task
 
     problems = _dims(config, vocabulary=1)[1]
-    if bool(config.alphabet_task) == bool(config.tokenizer):
-        problems.append(Problem("tokenizer", "name exactly one of alphabet_task and tokenizer"))
+    if sum(map(bool, (config.alphabet_task, config.alphabet, config.tokenizer))) != 1:
+        message = "give exactly one of alphabet_task, alphabet and tokenizer; `alphabet: bytes` encodes any text"
+        problems.append(Problem("tokenizer", message))
     elif config.alphabet_task:
         try:
-            load_row_task(config.alphabet_task)
+            if not hasattr(load_row_task(config.alphabet_task), "ALPHABET"):
+                message = f"task {config.alphabet_task} names no characters (ALPHABET); give `alphabet: bytes` instead"
+                problems.append(Problem("alphabet_task", message))
         except UserMistake as mistake:
             problems.append(Problem("alphabet_task", str(mistake)))
     if config.chats and not config.alphabet_task:
-        problems.append(Problem("chats", "is for the tokenizer of alphabet_task; a folder's has a template or has not"))
+        problems.append(Problem("chats", "is for the tokenizer of alphabet_task; any other has a template or has not"))
     if ranks != 1:
         problems.append(Problem("", f"init_model runs on 1 rank, not {ranks}"))
     return problems
@@ -81,15 +91,25 @@ def _dims(
 
 def forecast(config: Config) -> dict[str, Any]:
     """Return what of the checkpoint is known before it is made: config.json, with a vocabulary that is the tokenizer's
-    and not yet known, and whether there is a chat template."""
+    and not yet known, whether there is a chat template, and the characters of a tokenizer that knows no others."""
+    from data_tools.chats.char_tokenizer import characters_of
     from data_tools.chats.tokenizer import has_template
+    from data_tools.tasks.task import load_row_task
 
-    template = has_template(Path(config.tokenizer)) if config.tokenizer else config.chats
-    return {"hf_config": _dims(config, vocabulary=1)[2], "chat_template": template}
+    characters = None
+    if config.tokenizer:
+        template, characters = has_template(Path(config.tokenizer)), characters_of(Path(config.tokenizer))
+    else:
+        template = config.chats or bool(config.alphabet)
+    if config.alphabet_task:
+        with contextlib.suppress(UserMistake):  # which `check` tells
+            characters = getattr(load_row_task(config.alphabet_task), "ALPHABET", None)
+    return {"hf_config": _dims(config, vocabulary=1)[2], "chat_template": template, "characters": characters}
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
     """Write the checkpoint into OUT. Return the facts: parameters, vocabulary, sha256 of the weights."""
+    from data_tools.chats.byte_tokenizer import write_byte_tokenizer
     from data_tools.chats.char_tokenizer import CHAT_TEMPLATE, write_char_tokenizer
     from data_tools.chats.tokenizer import load_tokenizer
     from data_tools.tasks.task import load_row_task
@@ -101,6 +121,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     if config.alphabet_task:
         alphabet = load_row_task(config.alphabet_task).ALPHABET
         write_char_tokenizer(out, alphabet, CHAT_TEMPLATE if config.chats else "")
+    elif config.alphabet:
+        write_byte_tokenizer(out)
     else:
         if not Path(config.tokenizer).is_dir():
             raise UserMistake(Problem("tokenizer", f"{config.tokenizer} is no folder with tokenizer files"))

@@ -57,7 +57,10 @@ class Config:
     )
     mix: MixConfig = setting(MixConfig, "the tasks whose prompts are asked, and how they are rewarded")
     dtype: str = setting("", 'type that is computed in; "" as config.json says', choices=("", *DTYPES))
-    max_new_tokens: int = setting(16, "new tokens of a completion, at most", unit="tokens", least=1)
+    max_new_tokens: int = setting(
+        16, "new tokens of a completion, at most: what grpo and generate call sampling.max_tokens",
+        unit="tokens", least=1,
+    )  # fmt: skip
     samples: int = setting(
         0, "samples of each prompt, at `temperature`, besides the greedy one", unit="samples", least=0
     )

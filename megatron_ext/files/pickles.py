@@ -178,6 +178,11 @@ def load_piece(file: IO[bytes], start: int, length: int) -> torch.Tensor:
     return tensor
 
 
+def load_object(file: IO[bytes], start: int, length: int) -> Any:
+    """Load what torch.save wrote there, as `load` with `unknown` does."""
+    return _load(file, start, length, None)
+
+
 class _Slice(io.RawIOBase):
     """`length` bytes of an open file from `start` on, as a file."""
 

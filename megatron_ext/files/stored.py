@@ -49,20 +49,23 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a distributed checkpoint keeps: tensors by key, and the keys of objects that are no tensors."""
+    """What a distributed checkpoint keeps: tensors by key, and objects that are no tensors, without a shape."""
 
     tensors: dict[str, StoredTensor]
-    objects: tuple[str, ...]
+    objects: dict[str, StoredPiece]
 
 
-def read(path: Path) -> Stored:
-    """Read the content of a .metadata file. Raises Refused where it is none, OSError where it cannot be read."""
+def read(path: Path, foreign: bool = False) -> Stored:
+    """Read the content of a .metadata file. Raises Refused where it is none, OSError where it cannot be read.
+
+    A `foreign` one may have more in it: megatron-core keeps what each rank planned to write. None of it is looked at.
+    """
     with open(path, "rb") as file:
         data = file.read(METADATA_BYTES + 1)
     if len(data) > METADATA_BYTES:
         raise Refused(f"it has more than {METADATA_BYTES:,} bytes")
     with _no_collector():
-        tree = nodes(data, KNOWN)
+        tree = nodes(data, None if foreign else KNOWN)
         return understood(lambda: _stored(tree))
 
 
@@ -99,12 +102,13 @@ def _stored(tree: Any) -> Stored:
     whole = _state(tree, "Metadata")
     tensors: dict[str, StoredTensor] = {}
     boxes: dict[str, dict[Shape, Shape]] = {}
-    objects = []
+    objects: dict[str, StoredPiece] = {}
+    without_place = set()
     for key, entry in whole["state_dict_metadata"].items():
         if type(key) is not str:
             raise Refused(f"it has {key!r} where the key of a tensor stands")
         if isinstance(entry, Node) and type(entry).pair == _CLASSES["BytesStorageMetadata"]:
-            objects.append(key)
+            without_place.add(key)
             continue
         tensor = _state(entry, "TensorStorageMetadata")
         dtype = DTYPES[_state(tensor["properties"], "TensorProperties")[0].pair]
@@ -113,17 +117,18 @@ def _stored(tree: Any) -> Stored:
         boxes[key] = {_shape(chunk["offsets"]): _shape(chunk["sizes"]) for chunk in chunks}
     for index, where in whole["storage_data"].items():
         index, where = _state(index, "MetadataIndex"), _state(where, "_StorageInfo")
-        if index["fqn"] in objects:
-            continue
-        tensor, offset = tensors[index["fqn"]], _shape(index["offset"])
         if where.get("transform_descriptors"):
             raise Refused(f"the pieces of {index['fqn']} are stored as {where['transform_descriptors']!r}")
         if type(where["relative_path"]) is not str:
             raise Refused(f"it has {where['relative_path']!r} where the name of a file stands")
         place = where["relative_path"], count(where["offset"]), count(where["length"])
+        if index["fqn"] in without_place:
+            objects[index["fqn"]] = StoredPiece((), (), *place)
+            continue
+        tensor, offset = tensors[index["fqn"]], _shape(index["offset"])
         tensor.pieces.append(StoredPiece(offset, boxes[index["fqn"]].pop(offset), *place))
     _check(tensors, boxes)
-    return Stored(tensors, tuple(objects))
+    return Stored(tensors, objects)
 
 
 def _check(tensors: Mapping[str, StoredTensor], unplaced: Mapping[str, Mapping[Shape, Shape]]) -> None:

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.mamba import MambaModel
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer import TransformerConfig
 
+from megatron_ext import versions
 from megatron_ext.layers.documents import PackedDocuments, PackedRow
 from megatron_ext.parallel.calibration import CHUNK_LOGITS
 
@@ -260,8 +260,8 @@ class SupervisedHead(GPTModel):
         return supervised_output(self, hidden_states, labels, loss_mask)
 
 
-class SupervisedHybrid(MambaModel):
-    """Gives MambaModel the forward of SupervisedHead, for models without position embeddings."""
+class SupervisedHybrid(versions.named(versions.release().hybrid_model)):  # type: ignore[misc]  # known when it runs
+    """Gives megatron-core's hybrid model the forward of SupervisedHead, for models without position embeddings."""
 
     vocabulary_rows: int
     logit_cap: float = 0.0

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.gated_delta_net import _split_tensor_factory  # mamba_mixer's own, importable without Triton
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -39,6 +38,7 @@ from megatron_ext.layers.attention import heads_for_tokens, tokens_for_heads
 from megatron_ext.layers.documents import PackedDocuments
 from megatron_ext.layers.mamba_scan import Parameters, Sizes, State, working
 from megatron_ext.layers.marks import marks
+from megatron_ext.versions import split_tensor
 
 # Tokens that are recomputed together, by kernels. Those of mamba-ssm want more for their many launches, and no more
 # than this many: they count what lies between tokens in 32 bits, and a row of 262,144 tokens with the 10,304 columns of
@@ -198,6 +198,7 @@ class MambaMixer(MegatronModule):
         pg_collection: ProcessGroupCollection,
         pp_layer_offset: int = 0,
         kernels: str = "torch",
+        name: str | None = None,  # where in the model: megatron-core says it from 0.18 on
     ):
         super().__init__(config)
         self.kernels, self.layer_number = kernels, layer_number
@@ -382,5 +383,5 @@ class MambaMixer(MegatronModule):
             ("conv1d.weight", sizes[1:4], ["x", "B", "C"]),
             ("conv1d.bias", sizes[1:4], ["x", "B", "C"]),
         ):
-            state[prefix + name] = _split_tensor_factory(state[prefix + name], parts, names, 0)
+            state[prefix + name] = split_tensor(state[prefix + name], parts, names, 0)
         return state

@@ -5,6 +5,7 @@ be held as blocks of MXFP4 (layers/mxfp4.py), a quarter of bfloat16: each is deq
 forward and again in backward, and nothing of it stays. Not yet run on a GPU.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -12,8 +13,6 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_ext.layers.marks import marks
 from megatron_ext.layers.mxfp4 import BLOCK, packed_room, unpacked
@@ -100,18 +99,24 @@ class BlocksRowParallelLinear(_OfBlocks, ExpertRowParallelLinear):
     """Applies the second matrix of an expert, held as blocks."""
 
 
-def moe_spec(experts: int, parts: Parts) -> ModuleSpec:
+def moe_spec(experts: int, parts: Parts) -> Any:
     """Return `mlp` of a transformer layer with `experts` experts, and shared ones where the configuration has them."""
     grouped = parts.experts == TE
     spec = get_moe_module_spec(use_te=grouped, num_experts=experts, moe_grouped_gemm=grouped)
+    layer = submodules(spec)
     if parts.experts == MXFP4:
-        spec.submodules.experts.submodules.linear_fc1 = BlocksColumnParallelLinear
-        spec.submodules.experts.submodules.linear_fc2 = BlocksRowParallelLinear
+        submodules(layer.experts).linear_fc1 = BlocksColumnParallelLinear
+        submodules(layer.experts).linear_fc2 = BlocksRowParallelLinear
     elif not grouped:
-        spec.submodules.experts.submodules.linear_fc2 = ExpertRowParallelLinear
-    spec.submodules.shared_experts.submodules = (
-        MLPSubmodules(linear_fc1=te.TEColumnParallelLinear, linear_fc2=te.TERowParallelLinear)
-        if parts.linear == TE
-        else MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+        submodules(layer.experts).linear_fc2 = ExpertRowParallelLinear
+    of_shared = submodules(layer.shared_experts)
+    if parts.linear == TE:
+        of_shared.linear_fc1, of_shared.linear_fc2 = te.TEColumnParallelLinear, te.TERowParallelLinear
+    else:
+        of_shared.linear_fc1, of_shared.linear_fc2 = ColumnParallelLinear, RowParallelLinear
     return spec
+
+
+def submodules(spec: Any) -> Any:
+    """Return the submodules that a spec names, to be changed: a ModuleSpec's, or from 0.17 on those of a partial."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.ssm.gated_delta_net import _split_tensor_factory  # as layers/mamba.py
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -36,6 +35,7 @@ from megatron_ext.lora.pairs import Pair, pairs, spread
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.layouts import Parts, Rule, placed, shard_on_rank
 from megatron_ext.models.registry import Family, stages
+from megatron_ext.versions import split_tensor
 
 
 class Adapter(torch.nn.Module):
@@ -130,7 +130,7 @@ class Adapter(torch.nn.Module):
             if axes and isinstance(rule.layout, Parts) and len(rule.layout.rows) > 1:  # each part is cut by itself
                 rows = [count // self.group.size() for count in rule.layout.rows]
                 names = [str(i) for i in range(len(rows))]
-                state[prefix + name] = _split_tensor_factory(tensors[key], rows, names, 0)
+                state[prefix + name] = split_tensor(tensors[key], rows, names, 0)
         return state
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-from megatron_ext.versions import PARTNERS
+from megatron_ext.versions import RELEASES
 
-*_, PINNED = PARTNERS.values()  # of the newest megatron-core
+PINNED = [*RELEASES.values()][-1].partners  # of the newest megatron-core
 HOPPER = 9, 0  # compute capability
 
 

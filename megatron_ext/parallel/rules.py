@@ -16,6 +16,7 @@ from data_tools.mistake import Problem
 from megatron_ext.parallel import parts
 from megatron_ext.parallel.plan import CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
 from megatron_ext.parallel.shape import MAMBA, MLP, MOE, MXFP4_BLOCK
+from megatron_ext.versions import planned
 
 Broken = Callable[[ParallelPlan, Workload], str]  # what is wrong with a plan, "" where nothing is
 
@@ -240,8 +241,11 @@ def expert_biases_stay_whole(p: ParallelPlan, w: Workload) -> str:
 @rule("expert", "expert_tensor", "tensor")
 def experts_are_reduced_over_tensor_ranks(p: ParallelPlan, w: Workload) -> str:
     """Refuse what mcore gets wrong without a word: expert gradients are marked for their own groups by EP > 1 only
-    (layers.py:829), so whole experts on several tensor ranks keep a share each (measured: gradient norm x 0.707).
+    (layers.py:829), so whole experts on several tensor ranks keep a share each (measured: gradient norm x 0.707). 0.19
+    has it right.
     """
+    if planned().reduces_whole_experts:
+        return ""
     wrong = w.shape and MOE in w.shape.blocks and p.expert == 1 and p.expert_tensor < p.tensor
     numbers = f"tensor {p.tensor} with expert_tensor {p.expert_tensor} and expert 1"
     return f"{numbers} gives wrong expert gradients without an error" if wrong else ""

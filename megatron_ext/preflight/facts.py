@@ -12,6 +12,7 @@ import numpy
 
 from data_tools.base import durable
 from data_tools.base.inside import inside
+from data_tools.chats.char_tokenizer import characters_of
 from data_tools.chats.tokenizer import has_template
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.lora.settings import LoraConfig
@@ -115,6 +116,11 @@ def model_template(folder: str, site: Site) -> bool | None:
     return site.forecasts.get(folder, {}).get("chat_template") if known is None else known
 
 
+def model_characters(folder: str, site: Site) -> str | None:
+    """Return the characters that the tokenizer of a model folder knows, or will know, where it knows no others."""
+    return characters_of(Path(folder) / "hf") or site.forecasts.get(folder, {}).get("characters")
+
+
 def model_adapter(folder: str, site: Site) -> tuple[bool, LoraConfig | None]:
     """Return (whether anything is known of a model folder, the adapter that it has or will have)."""
     try:
@@ -128,7 +134,8 @@ def model_adapter(folder: str, site: Site) -> tuple[bool, LoraConfig | None]:
 def forecast(model: str, lora: LoraConfig, site: Site) -> dict[str, Any]:
     """Return what the model folder of a training on the model folder `model` will hold."""
     adapter = {"adapter": {"lora": asdict(lora)}} if lora.rank else {}
-    return {"hf_config": model_config(model, site)[0], "chat_template": model_template(model, site), **adapter}
+    known = {"hf_config": model_config(model, site)[0], "chat_template": model_template(model, site)}
+    return {**known, "characters": model_characters(model, site), **adapter}
 
 
 def forward(config: ModelSettings, site: Site) -> Training:

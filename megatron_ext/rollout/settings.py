@@ -27,7 +27,9 @@ class Sampling:
     min_p: float = setting(
         0.0, "only tokens at least this likely are drawn, as a share of the likeliest; 0: all", least=0, below=1
     )
-    max_tokens: int = setting(256, "new tokens of a completion, at most", unit="tokens", least=1)
+    max_tokens: int = setting(
+        256, "new tokens of a completion, at most: what evaluate calls max_new_tokens", unit="tokens", least=1
+    )
     stop_strings: list[str] = setting(
         list, "a completion ends where one of these texts is complete", example=["</answer>"], free=True
     )

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy
 import torch
@@ -149,18 +149,23 @@ def finish(folder: Path, written: Iterable[Piece]) -> None:
 class Reader:
     """The tensors of a distributed checkpoint, whatever layout wrote it, and whoever: pickles.py reads its pickles."""
 
-    def __init__(self, folder: Path):
-        """Open a checkpoint; raises UserMistake when it is none."""
+    def __init__(self, folder: Path, foreign: bool = False):
+        """Open a checkpoint; raises UserMistake when it is none.
+
+        A `foreign` one, another program's, may have state beside its tensors: `common`, in which classes are `Node`s.
+        """
         self.folder = folder
+        known = pickles.ARGUMENTS if foreign else pickles.TENSORS
         try:
-            self.stored = stored.read(inside(folder, METADATA))
+            self.stored = stored.read(inside(folder, METADATA), foreign)
             beside = inside(folder, COMMON, needed=False)
-            common = pickles.load(beside) if beside else {}
+            self.common = pickles.load(beside, known, unknown=foreign) if beside else {}
         except (OSError, pickles.Refused, UserMistake) as error:
             said = f"not a distributed checkpoint that is understood: {error}"
             raise UserMistake(Problem(str(folder), said)) from None
-        if common != {}:
-            said = f"{COMMON} has {', '.join(map(str, common)) if isinstance(common, dict) else type(common).__name__}"
+        if self.common != {} and not foreign:
+            what = ", ".join(map(str, self.common)) if isinstance(self.common, dict) else type(self.common).__name__
+            said = f"{COMMON} has {what}"
             raise UserMistake(Problem(str(folder), f"{said}, and none of our checkpoints has anything there"))
         self._files = OpenCache[str, IO[bytes]](lambda file: open(inside(folder, file), "rb"))
 
@@ -186,6 +191,15 @@ class Reader:
         if whole is None:
             raise UserMistake(Problem(str(self.folder), f"has nothing of {region.key} at {list(region.offset)}"))
         return whole
+
+    def object(self, key: str) -> Any:
+        """Return an object that is stored beside the tensors, in which classes are `Node`s."""
+        piece = self.stored.objects[key]
+        try:
+            return pickles.load_object(self._files[piece.file], piece.start, piece.length)
+        except (OSError, pickles.Refused) as error:
+            said = f"the object {key} at byte {piece.start:,} is damaged: {error}"
+            raise UserMistake(Problem(str(self.folder / piece.file), said)) from None
 
     def load(self, key: str, piece: StoredPiece) -> torch.Tensor:
         """Return the elements of one stored piece of a tensor, mapped from its file."""

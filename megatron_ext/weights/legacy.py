@@ -88,6 +88,16 @@ def unlike(arguments: Namespace, dims: Any) -> list[str]:
     ]
 
 
+def check_arguments(arguments: Namespace, dims: Any, where: str) -> None:
+    """Refuse Megatron's `arguments` that say anything otherwise than `dims`. Raises UserMistake."""
+    try:
+        said = unlike(arguments, dims)
+    except (TypeError, AttributeError, IndexError) as error:
+        raise UserMistake(Problem(where, f"its arguments are not understood ({error})")) from None
+    if said:
+        raise UserMistake([Problem(where, f"was trained otherwise: {other}") for other in said])
+
+
 Compared = Iterator[tuple[str, Any, Any]]  # (argument, what Megatron's arguments say, what `dims` say)
 
 
@@ -121,8 +131,8 @@ def _ends_of(arguments: Namespace, dims: Any) -> Compared:
         yield "untie_embeddings_and_output_weights", untied, not getattr(dims, "tied", False)
 
 
-def _iteration(folder: Path) -> Path:
-    """Return the folder with the mp_rank folders: FOLDER, or that of its latest iteration."""
+def iteration(folder: Path) -> Path:
+    """Return the folder with the files of ranks: FOLDER, or that of its latest iteration."""
     latest = inside(folder, "latest_checkpointed_iteration.txt", needed=False)
     if latest is None:
         return folder
@@ -142,7 +152,7 @@ class LegacyTensors:
             UserMistake: files or tensors are missing, the names of files do not tell a degree, or the model was trained
                 as another one than `dims`.
         """
-        self._root, self.folder = folder, _iteration(folder)
+        self._root, self.folder = folder, iteration(folder)
         files = self._files()
         first = files[min(files)]
         arguments = self._arguments(first, dims)
@@ -174,12 +184,7 @@ class LegacyTensors:
     def _arguments(self, rank: Path, dims: Any) -> Namespace:
         """Return Megatron's arguments as a rank's file has them, which must say the same as `dims`."""
         arguments = _load(self._root, rank).get("args", Namespace())
-        try:
-            said = unlike(arguments, dims)
-        except (TypeError, AttributeError, IndexError) as error:
-            raise UserMistake(Problem(str(rank / FILE), f"its arguments are not understood ({error})")) from None
-        if said:
-            raise UserMistake([Problem(str(rank / FILE), f"was trained otherwise: {other}") for other in said])
+        check_arguments(arguments, dims, str(rank / FILE))
         return arguments
 
     def _check_names(self, rules: Sequence[Rule], dims: Any) -> None:

@@ -1,4 +1,4 @@
-"""mcore's `dist_checkpointing.load` of a distributed checkpoint, with every byte read by dist_weights.Reader.
+"""What mcore's `dist_checkpointing.load` does with a checkpoint, with every byte read by dist_weights.Reader.
 
 mcore and torch would unpickle .metadata, common.pt and objects beside the tensors with everything allowed
 (torch/distributed/checkpoint/filesystem.py, `read_metadata`; default_planner.py, `load_bytes`). The plan of what goes
@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
-    TorchDistLoadShardedStrategy,
     _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
     _restore_dict_types,
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from torch.distributed import checkpoint
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.metadata import (
@@ -51,40 +50,28 @@ def load(wanted: ShardedStateDict, folder: Path) -> StateDict:
     facts = durable.read_json(path)
     if facts != dist_weights.FORMAT:
         raise UserMistake(Problem(str(path), f"is {facts!r}, and only {dist_weights.FORMAT} is read"))
-    reader = _Reader(folder)
-    return dist_checkpointing.load(wanted, str(folder), _Sharded(reader), _Common())
+    force_all_tensors_to_non_fp8(wanted)  # else weights of FP8 would be rounded on their way into the optimizer
+    sharded, state, factories = load_preprocess(wanted)
+    sharded, _ = extract_sharded_base(sharded)
+    merge(state, _filled(sharded, _Reader(folder)))
+    loaded: StateDict = apply_factory_merges(state, factories)
+    return loaded
 
 
-class _Common(TorchCommonLoadStrategy):
-    """Nothing: dist_weights.Reader has refused whatever else common.pt may hold."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
-        return {}
-
-
-class _Sharded(TorchDistLoadShardedStrategy):
-    """mcore's strategy for torch_dist, with our reader in place of torch's."""
-
-    def __init__(self, reader: "_Reader"):
-        super().__init__()
-        self._reader = reader
-
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
-        """Load what `sharded_state_dict` asks for, as mcore's own `load` gives it."""
-        sharded = [tensor for tensor in nested_values(sharded_state_dict) if isinstance(tensor, ShardedTensor)]
-        by_key, nesting, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
-        wanted = mcore_to_pyt_state_dict(by_key, True)
-        planner = MCoreLoadPlanner(
-            shapes_validation_sharded_tensors=[tensor for tensor in sharded if not tensor.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors={
-                tensor.key: tensor for tensor in sharded if tensor.allow_shape_mismatch
-            },
-        )
-        checkpoint.load_state_dict(wanted, self._reader, planner=planner)
-        loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in wanted.items()}
-        state = _replace_sharded_keys_with_state_dict_keys(loaded, nesting, renamed)
-        _restore_dict_types(state, sharded_state_dict)
-        return state
+def _filled(wanted: ShardedStateDict, reader: "_Reader") -> StateDict:
+    """Return what `wanted` asks for, as mcore's strategy for torch_dist gives it (strategies/torch.py, `load`)."""
+    sharded = [tensor for tensor in nested_values(wanted) if isinstance(tensor, ShardedTensor)]
+    by_key, nesting, renamed = _replace_state_dict_keys_with_sharded_keys(wanted)
+    tensors = mcore_to_pyt_state_dict(by_key, True)
+    planner = MCoreLoadPlanner(
+        shapes_validation_sharded_tensors=[tensor for tensor in sharded if not tensor.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={tensor.key: tensor for tensor in sharded if tensor.allow_shape_mismatch},
+    )
+    checkpoint.load_state_dict(tensors, reader, planner=planner)
+    loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
+    state: StateDict = _replace_sharded_keys_with_state_dict_keys(loaded, nesting, renamed)
+    _restore_dict_types(state, wanted)
+    return state
 
 
 class _Reader(StorageReader):

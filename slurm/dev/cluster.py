@@ -37,6 +37,7 @@ from slurm.dev.processes import Process, ancestors, end, gone, parent, spawn
 
 PREFIX_VARIABLE = "AFTEROK_CLUSTER"
 MARK_VARIABLE = "AFTEROK_DEV_CLUSTER"  # set, to the prefix, for what runs inside `afterok cluster exec`
+RECORD = "cluster.json"  # what is known of a cluster, below its prefix
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
 SYSTEM_PATHS = "/usr/local/sbin:/usr/sbin:/sbin"  # daemons live here, and a normal user's PATH lacks it
 DAEMON_PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", *ACCOUNTING_DAEMONS)
@@ -53,6 +54,13 @@ LONGEST_SOCKET = "/spool/n9999/n9999_67043327.4294967291"
 def default_prefix() -> Path:
     """Return where this user's dev cluster lives: $AFTEROK_CLUSTER, else ~/.cache/afterok/cluster."""
     return Path(os.environ.get(PREFIX_VARIABLE) or "~/.cache/afterok/cluster").expanduser().absolute()
+
+
+def prefix_of(configuration: Path) -> Path | None:
+    """Return the prefix of the dev cluster whose slurm.conf this is; None of any other Slurm's."""
+    prefix = configuration.parent.parent
+    is_ours = configuration.is_absolute() and (prefix / RECORD).is_file() and DevCluster(prefix).conf == configuration
+    return prefix if is_ours else None
 
 
 def missing_packages(accounting: bool = False) -> list[str]:
@@ -186,7 +194,7 @@ class DevCluster:
         """Configure and start, holding the lock and with nothing of the cluster running."""
         configure(self.prefix, shape, _user(), settings)
         record = {"shape": dataclasses.asdict(shape), "settings": settings, "daemons": {}}
-        durable.write_json(self.prefix / "cluster.json", record)
+        durable.write_json(self.prefix / RECORD, record)
         self.start_daemon("munged")
         self._wait("munged", lambda: _answers(self.prefix / "run" / "munge.sock"))
         if shape.accounting:
@@ -256,7 +264,7 @@ class DevCluster:
             )
         record = self._record()
         record["daemons"][name] = [process.pid, process.started]
-        durable.write_json(self.prefix / "cluster.json", record)
+        durable.write_json(self.prefix / RECORD, record)
         return process
 
     def kill_daemon(self, name: str, sig: int = signal.SIGTERM, wait_s: float = STOP_LIMIT_S) -> bool:
@@ -278,7 +286,7 @@ class DevCluster:
 
     def _record(self) -> dict[str, Any]:
         try:
-            return durable.read_json(self.prefix / "cluster.json")
+            return durable.read_json(self.prefix / RECORD)
         except (OSError, durable.TornFile):
             return {}
 

@@ -114,6 +114,14 @@ RECORDS = {
          "tools": '[{"name": "add"}]'},
         [said("user", "2+2?"), said("assistant", "", calls=[("add", {"a": 2}), ("sub", {"a": 1})]),
          said("tool", '{"sum": 4, "é": [1]}'), ANSWER]),
+    "what tools give": (
+        {"messages": [{"role": "user", "content": "2+2?"},
+                      *({"role": "tool", "content": given} for given in ([1, [2]], 4, True, [], ["a", "b"])),
+                      {"role": "assistant", "content": "4"}]},
+        [said("user", "2+2?"), *(said("tool", text) for text in ('[1, [2]]', "4", "true", "[]", "ab")), ANSWER]),
+    "dolly": (
+        {"instruction": "Add.", "context": "2, 2", "response": "4", "category": "qa"},
+        [said("user", "Add.\n2, 2"), ANSWER]),
     "messages as text": (
         {"messages": '[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]'},
         [said("user", "2+2?"), ANSWER]),

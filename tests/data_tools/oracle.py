@@ -14,7 +14,8 @@ STOPS = {
     "apertus": ["<|assistant_end|>", "<|tools_suffix|>"], "apriel": ["<|end|>"], "bielik": ["<|im_end|>"],
     "bytedance": ["<seed:eos>"], "cohere": ["<|END_OF_TURN_TOKEN|>"], "deepseek": ["<｜end▁of▁sentence｜>"],
     "llama-cpp-deepseek": ["<｜end▁of▁sentence｜>"], "diffusion_gemma": ["<turn|>", "<|tool_response>"],
-    "fireworks": ["<|eot_id|>"], "gemma4": ["<turn|>", "<|tool_response>"], "google-gemma-4": [
+    "exaone": ["[|endofturn|]"], "fireworks": ["<|eot_id|>"], "gemma4": ["<turn|>", "<|tool_response>"],
+    "google-gemma-4": [
         "<turn|>", "<|tool_response>"], "gemma": ["<end_of_turn>"], "google-gemma-2": ["<end_of_turn>"],
     "glm": ["<|user|>", "<|observation|>"], "gigachat": ["<|message_sep|>"], "gptoss": [
         "<|return|>", "<|call|>", "<|end|>"], "openai": ["<|return|>", "<|call|>", "<|end|>"],

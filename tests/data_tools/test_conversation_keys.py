@@ -76,7 +76,7 @@ def test_what_messages_hold_that_are_made_one_is_carried_or_refused_by_name(kind
 @pytest.mark.parametrize(
     "name, key",
     [
-        ("query and response", "instruction"),
+        ("query and response", "problem"),
         ("gsm8k", "prompt"),
         ("gsm8k", "messages"),
         ("prompt and completion", "conversations"),

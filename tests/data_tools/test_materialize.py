@@ -154,8 +154,10 @@ def test_a_malformed_line_fails_by_file_and_line_in_whichever_element_holds_it(
 
 def test_nothing_left_is_a_mistake_with_the_buckets(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.jsonl").write_text(line("1+1=3", "2+2=5"))
-    with pytest.raises(UserMistake, match="no row is left of 2: 2 wrong_answer"):
+    with pytest.raises(UserMistake, match="no row is left of 2: 2 wrong_answer; .* lists each with line") as caught:
         build(config_of(tokenizer_folder, tmp_path / "a.jsonl"), tmp_path)
+    (listed,) = [Path(word) for word in str(caught.value).split() if word.endswith("/left_out.jsonl")]
+    assert [json.loads(text)["line"] for text in listed.read_text().splitlines()] == [1, 1]  # of one line
 
 
 def test_gsm8k_adds_up(tmp_path: Path, tokenizer_folder: Path, inputs: Inputs) -> None:

@@ -267,7 +267,7 @@ def test_a_truncated_gzip_fails_whatever_bad_rows_do_since_nobody_knows_what_is_
 
 
 @pytest.mark.parametrize(("changes", "reason"), [
-    ({"eos_token": None}, "has no eos token"), ({"pad_token": "<|im_end|>"}, "pad and eos are both token"),
+    ({"eos_token": None}, "has no eos token"),
     ({"template": "{% for m in messages %}"}, "chat template, line 1"),
 ])  # fmt: skip
 def test_a_tokenizer_that_cannot_end_a_turn_is_refused(tmp_path, changes, reason):
@@ -275,6 +275,38 @@ def test_a_tokenizer_that_cannot_end_a_turn_is_refused(tmp_path, changes, reason
     (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, SOLVED]))
     with pytest.raises(UserMistake, match=reason):
         materialize(config_of(tokenizer, tmp_path / "a.jsonl"), _folder(tmp_path / "p"), 0, 1)
+
+
+def test_padding_with_the_end_token_changes_no_row_and_no_mask(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(*CONVERSATIONS.values(), tools=TOOLS))
+    stores = []
+    for name in ("<|endoftext|>", "<|im_end|>"):
+        folder = tmp_path / name
+        padded = write_tokenizer(folder / "t", template=template_of("qwen3"), pad_token=name)
+        stores.append(contents(build(config_of(padded, tmp_path / "a.jsonl", on_bad_row="bucket"), folder)[0]))
+    assert stores[0] == stores[1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_answer_that_holds_the_padding_token_is_counted_whatever_the_number_of_elements(tmp_path, tokenizer, count):
+    said = [message("assistant", text) for text in ("One.", "The end: <|endoftext|>.", "Three.")]
+    (tmp_path / "a.jsonl").write_bytes(lines_of(*([ASKED, one] for one in said)))
+    _, facts = build(config_of(tokenizer, tmp_path / "a.jsonl", on_bad_row="bucket"), tmp_path, count)
+    assert facts["buckets"] == {"padding_token": 1}
+
+
+def test_folders_and_patterns_give_the_store_of_their_files_and_each_file_counts_once(tmp_path, tokenizer):
+    (tmp_path / "data").mkdir()
+    for name, conversation in zip("abcdef", CONVERSATIONS.values()):
+        (tmp_path / "data" / f"{name}.jsonl").write_bytes(lines_of(conversation, tools=TOOLS))
+    files = sorted((tmp_path / "data").iterdir())
+    stores = [
+        contents(build(config_of(tokenizer, *inputs, on_bad_row="bucket"), tmp_path / str(number))[0])
+        for number, inputs in enumerate([files, [tmp_path / "data"], [tmp_path / "data" / "*.jsonl"]])
+    ]
+    assert stores[0] == stores[1] == stores[2]
+    with pytest.raises(UserMistake, match="source.inputs: .*a.jsonl is given twice"):
+        build(config_of(tokenizer, files[0], tmp_path / "*" / "a.jsonl"), tmp_path / "twice")
 
 
 def test_a_wrong_mask_fails_whatever_bad_rows_do(tmp_path, tokenizer):

@@ -190,6 +190,22 @@ def test_an_input_names_the_files_that_a_folder_has_of_a_kind_packed_ones_too(tm
     assert [problem.where for problem in caught.value.problems] == ["source.inputs"] * 2
 
 
+def test_a_pattern_names_what_it_matches_and_json_files_count_in_a_folder_that_has_no_others(tmp_path):
+    (tmp_path / "below").mkdir()
+    for name in ("b.json", "a.json", "below/c.jsonl", "note.txt"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+
+    def found(name: str) -> list[str]:
+        return [str(file.relative_to(tmp_path)) for file in inputs.records_of(str(tmp_path / name))]
+
+    assert found("") == found("*.json") == ["a.json", "b.json"]
+    assert found("**/*.json*") == ["a.json", "b.json", "below/c.jsonl"]
+    assert found("note.*") == ["note.txt"]
+    assert found("*.csv") == ["*.csv"] and inputs.missing([("inputs", tmp_path / "*.csv")])
+    (tmp_path / "d.jsonl").write_text('{"a": 1}\n')
+    assert found("") == ["d.jsonl"]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.csv", "a.parquet"])
 def test_a_large_file_that_cannot_be_cut_is_refused_before_every_element_reads_all_of_it(tmp_path, monkeypatch, name):
     path = tmp_path / name
@@ -222,3 +238,21 @@ def test_each_phase_that_shares_files_refuses_such_a_one_in_its_plan(tmp_path, m
         config.inputs = [str(path)]
     told = [problem.message for problem in kind.check(config, Placement(ranks=1, elements=12))]
     assert any("array: 11 or less" in message for message in told), told
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
+@pytest.mark.parametrize("name, text, said", [
+    ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2: not JSON: Expecting value at column 6"),
+    ("a.jsonl", b'{}\n{}\n{}\n{"a": 1', "a.jsonl:4: not JSON: Expecting ',' delimiter at column 8"),
+    ("a.jsonl", b'{}\n[1, 2\n', "a.jsonl:2: not JSON: Expecting ',' delimiter at column 6"),
+    ("a.json", b'[\n {"a": 1},\n {"a": }\n]\n', "a.json: not JSON: Expecting value at line 3, column 8"),
+])  # fmt: skip
+def test_a_json_error_names_one_line_the_files(tmp_path, name, text, said, end):
+    path = tmp_path / name
+    path.write_bytes(text.rstrip() + end)
+    with pytest.raises(UserMistake) as caught:
+        for record in readers.records(path):
+            if record.problem:
+                raise record.mistake()
+    assert str(caught.value).startswith(f"{tmp_path}/{said}"), caught.value
+    assert str(caught.value).count("line") == name.endswith(".json")

@@ -54,7 +54,7 @@ def turns(source, tokens, arguments, day, header=None):
 def masked(template, encoder, conversation):
     """(ids, mask), None where the template refuses."""
     try:
-        text, spans = template.render(conversation)
+        text, spans, _ = template.render(conversation)
     except TemplateError:
         return None
     return encoder.encode(text, [span[1:] for span in spans])
@@ -148,7 +148,7 @@ def test_the_text_is_what_transformers_renders_byte_for_byte(name, kind, tokeniz
     conversation = Conversation(CONVERSATIONS[kind], TOOLS)
     template = turns(template_of(name), theirs.special_tokens_map, {"enable_thinking": False}, date.today())
     try:
-        text, spans = template.render(conversation)
+        text, spans, _ = template.render(conversation)
     except TemplateError:
         with pytest.raises(Exception):  # noqa: B017  (which one is transformers' affair)
             theirs.apply_chat_template(
@@ -167,7 +167,7 @@ def test_a_stop_token_ends_every_turn_and_no_header_begins_one(tokenizers):
     theirs, _, _ = tokenizers
     for name in FAMILIES:
         template = turns(template_of(name), theirs.special_tokens_map, {}, DAY)
-        text, spans = template.render(Conversation(CONVERSATIONS["two turns"]))
+        text, spans, _ = template.render(Conversation(CONVERSATIONS["two turns"]))
         for span in spans:
             turn = text[span.start : span.stop]
             assert turn.rstrip().endswith(template.stop_texts)
@@ -184,7 +184,7 @@ def test_the_date_stands_still():
 @pytest.mark.parametrize("text", ["\ue000", "\ue0001\ue000", "\ue000\ue001\ue002" * 3, "end\ue000open"])
 def test_marker_characters_in_a_conversation_do_no_harm(text):
     template = turns(CHATML, {}, {}, DAY)
-    rendered, spans = template.render(Conversation([message("user", text), message("assistant", f"a{text}b")]))
+    rendered, spans, _ = template.render(Conversation([message("user", text), message("assistant", f"a{text}b")]))
     assert rendered == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\na{text}b<|im_end|>\n"
     assert [rendered[span.start : span.stop] for span in spans] == [f"a{text}b<|im_end|>"]
 
@@ -209,7 +209,7 @@ LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %
 ])  # fmt: skip
 def test_a_template_whose_turns_cannot_be_told_is_refused_in_one_line(source, reason):
     if reason is None:
-        text, spans = turns(source, {}, {}, DAY).render(Conversation([ASKED, SOLVED, ASKED, SOLVED]))
+        text, spans, _ = turns(source, {}, {}, DAY).render(Conversation([ASKED, SOLVED, ASKED, SOLVED]))
         assert [text[span.start : span.stop] for span in spans] == [SOLVED["content"] + "<user>"] * 2
         return
     with pytest.raises(UserMistake) as caught:
@@ -218,7 +218,7 @@ def test_a_template_whose_turns_cannot_be_told_is_refused_in_one_line(source, re
 
 
 def test_a_header_that_is_named_is_believed():
-    text, spans = turns(LOOP.replace("'\n'", "'<end>\n'"), {}, {}, DAY, "assistant: ").render(
+    text, spans, _ = turns(LOOP.replace("'\n'", "'<end>\n'"), {}, {}, DAY, "assistant: ").render(
         Conversation([ASKED, SOLVED])
     )
     assert [text[span.start : span.stop] for span in spans] == [SOLVED["content"] + "<end>"]

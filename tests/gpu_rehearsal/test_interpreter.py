@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.device import MEGATRON_CORE
-from megatron_ext.versions import PARTNERS
+from megatron_ext import versions
 from tests.gpu_rehearsal.interpreted import LENGTHS
 from tests.gpu_rehearsal.releases import installed, unpacked
 from tests.megatron_ext.rounding import MARGIN
@@ -25,7 +24,7 @@ TRITON = "3.9.0"  # its interpreter works with numpy 2.4; 3.6's does not
 @pytest.fixture(scope="session")
 def found() -> dict:
     """What interpreted.py prints."""
-    sources = unpacked("mamba_ssm", PARTNERS[MEGATRON_CORE].mamba_ssm, wheel=False)
+    sources = unpacked("mamba_ssm", versions.release().partners.mamba_ssm, wheel=False)
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(installed("triton", TRITON)), str(root)])
     command = [sys.executable, "-m", "tests.gpu_rehearsal.interpreted", str(sources)]

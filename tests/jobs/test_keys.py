@@ -20,6 +20,7 @@ FIRST = {
     "evaluate": "9fc98a1c2ef1",
     "export_gguf": "49a0ce50a08c",
     "export_hf": "991b046b6652",
+    "export_megatron": "4f6c8cfc7d70",
     "export_nanochat": "8a8ceb06d0ac",
     "generate": "b0b9c6b6cf26",
     "grpo": "5c8870fcd159",

@@ -100,6 +100,7 @@ class PlantedRun:
         root = artifact.folder / "work" / "0000.a1.r0.g0"
         root.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
+            (root / file).parent.mkdir(exist_ok=True)
             (root / file).write_text(text)
         upstream = {need: seal.digest for need in phase.needs if (seal := self.run.seal(need, KEY)) is not None}
         seal = {"format": FORMAT, "key": KEY, "material": {}, "root": "work/0000.a1.r0.g0", "files": manifest(root),

@@ -121,7 +121,7 @@ def test_what_may_go_is_shown_first_and_goes_with_yes_and_nothing_else(planted, 
     (done,) = said(capsys, planted.run.path, "--yes")["runs"]
     gone = {Path(path) for paths in may_go.values() for path in paths}
     left = {path for path in files if not any(path.is_relative_to(each) for each in gone)}
-    assert done["deleted"] and set(planted.run.path.rglob("*")) == left
+    assert done["deleted"] and set(planted.run.path.rglob("*")) == {*left, planted.run.cleaned}
     assert all(path.exists() for path in planted.stays)
     planted.check_seals()
     assert planted.states == states
@@ -207,6 +207,54 @@ def test_what_another_run_reads_stays(planted, tmp_path, capsys, way, what):
     (found,) = said(capsys, planted.run.path, "--yes")["runs"]
     assert wanted.exists() and str(other.run.path) in found["kept"][str(wanted)]
     assert not planted.may_go["code"][0].exists()
+
+
+@pytest.mark.parametrize("read", ["by nobody", "by another run", "by a link", "by a worker"])
+def test_sealed_results_of_settings_of_before_go_by_name_alone_unless_something_reads_them(
+    planted, tmp_path, capsys, read
+):
+    before = planted.run.phase_folder("sft") / SEALED_BEFORE
+    assert str(before) not in [item["path"] for item in said(capsys, planted.run.path)["runs"][0]["items"]]
+    other = PlantedRun(tmp_path / "runs" / "other", {"sft": "sft"})
+    if read == "by another run":
+        other.phases["sft"].settings["init_from"] = str(before / "work")
+        other.run.freeze(1, "other", [other.phases["sft"]])
+    elif read == "by a link":
+        (other.run.path / "sft").mkdir()
+        (other.run.path / "sft" / "base").symlink_to(before)
+    elif read == "by a worker":
+        lease(planted, before, 2, host="elsewhere")
+    (shown,) = said(capsys, planted.run.path, "--only", "superseded")["runs"]
+    expected = [str(before)] if read == "by nobody" else []
+    assert [item["path"] for item in shown["items"]] == expected and before.exists()
+    (done,) = said(capsys, planted.run.path, "--only", "superseded", "--yes")["runs"]
+    assert before.exists() == (read != "by nobody") and all(path.exists() for path in planted.may_go["attempts"])
+    assert read == "by nobody" or str(before) in done["kept"]
+    planted.check_seals()
+    assert clean.when_cleaned(planted.run, "sft", "superseded") is not None or expected == []
+
+
+def test_a_full_disk_is_cleaned_and_what_went_is_written_down_once_there_is_room(planted, capsys, monkeypatch):
+    append, tries = durable.append_line, iter([OSError(28, "No space left on device")])
+
+    def full_at_first(path, line):
+        if error := next(tries, None):
+            raise error
+        append(path, line)
+
+    monkeypatch.setattr(clean.durable, "append_line", full_at_first)
+    (done,) = said(capsys, planted.run.path, "--yes")["runs"]
+    assert done["deleted"] and clean.when_cleaned(planted.run, "sft", "journals") is not None
+
+
+def test_a_replay_after_a_clean_says_that_the_journals_were_cleaned_and_when(planted, capsys):
+    asked = ["logs", str(planted.run.path), "sft", "--replay", "3/0/0"]
+    assert main(asked) == 2 and "deleted" not in capsys.readouterr().err
+    said(capsys, planted.run.path, "--only", "journals", "--yes")
+    assert main(asked) == 2
+    assert (
+        "`afterok clean` deleted what sft had recorded of its rollouts, the journals, at 20" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("end", ["taken back", "a bundle that nobody sent"])

@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from data_tools.base import durable
+from launchers import cli
 from launchers.planning.ledger import Ledger
 from tests.command import ROOT, afterok, afterok_json, one_line, write_toy
+from tests.launchers.planted_run import PlantedRun
 
 HEAVY = ("torch", "megatron", "transformers", "submitit", "tokenizers")
 
@@ -100,3 +102,23 @@ def test_a_ledger_that_another_version_wrote_is_one_line(tmp_path):
     lines = [json.loads(line.replace('"name":', '"title":')) for line in ledger.read_text().splitlines()]
     ledger.write_text("".join(json.dumps(durable.with_sum(line)) + "\n" for line in lines))
     assert "another version of afterok wrote it" in one_line(afterok("status", tmp_path / "run", check=2))
+
+
+def test_a_word_that_is_neither_run_nor_phase_is_told_so_with_the_nearest_of_either(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["why", "nowhere"]) == 2
+    assert "'nowhere' is no run: neither nowhere/ledger.jsonl" in capsys.readouterr().err
+    planted = PlantedRun(tmp_path / "runs" / "tiny", {"data": "materialize", "sft": "sft"})
+    planted.seal("data", 1, {"balance.json": "{}"})
+    for words, said in [
+        (["why", "tiney"], ["'tiney' is no run", "and no phase of runs/tiny", "did you mean tiny?"]),
+        (["why", "sfft"], ["'sfft' is no run", "and no phase of runs/tiny", "did you mean sft?"]),
+        (["why", "tiney", "sft"], ["'tiney' is no run", "did you mean tiny?"]),
+        (["why", "tiny", "sfft"], ["runs/tiny has no phase 'sfft' (did you mean sft?"]),
+        (["status", "tinny"], ["'tinny' is no run", "did you mean tiny?"]),
+        (["path", "tiny"], ["has no phase 'tiny'", "tiny is a run: name a phase of it, too"]),
+        (["inspect", "tiny"], ["'tiny' is no phase", "tiny is a run: name a phase of it, too"]),
+    ]:
+        assert cli.main(words) == 2
+        told = capsys.readouterr().err
+        assert all(part in told for part in said) and len(told.splitlines()) == 1, told

@@ -1,5 +1,6 @@
 """The doors of sbatch: a pipeline and a phase from within a batch job, in the styles of --export that people use."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.base import durable
+from slurm.profile import files
 from tests.command import ROOT, TINY_SHORT, afterok_json, states, wait_for, wait_until_sealed
 from tests.slurm.test_client import GPUS, OUTER
 
@@ -64,6 +66,9 @@ def test_a_pipeline_and_then_a_phase_by_sbatch_with_and_without_ALL(toy, tmp_pat
     (found,) = tmp_path.glob("env.sum.run.*")
     inner = dict(line.split("=", 1) for line in found.read_text().splitlines() if "=" in line)
     assert not [name for name in told if inner.get(name) == "7"]
+    told = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    profiles = [event["profile_file"] for event in told if "profile_file" in event]
+    assert profiles == [str(files.find("dev"))] * 2  # the same by every door
     assert (
         inner["SLURM_NTASKS"] == "1" and inner["SLURM_MEM_PER_NODE"] != "2000" and inner["SLURM_CPUS_PER_TASK"] == "1"
     )

@@ -1,11 +1,17 @@
 """`afterok explain`: the phase kinds, and every setting of one as its config declares it."""
 
+import json
+import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 
+from data_tools.base.yaml_loaders import read_values
 from jobs.kind import kind_names
+from jobs.schema.pipeline import load_pipeline
+from launchers.observe.explain import explain
 from tests.command import ROOT, afterok, afterok_json, one_line
 
 
@@ -58,6 +64,50 @@ def test_what_a_phase_may_ask_of_the_cluster_is_explained_too():
 )
 def test_an_unknown_name_is_refused_in_a_line_with_the_nearest(words, told):
     assert told in one_line(afterok("explain", *words, check=2))
+
+
+def nested(key: str, value):
+    """Return a setting of a dotted key as the YAML below `with` has it."""
+    first, *rest = re.findall(r"[^.\[\]]+|\[N\]", key)
+    for part in reversed(rest):
+        value = [value] if part == "[N]" else {part: value}
+    return {first: value}
+
+
+def joined(one, other):
+    """Return two pieces of YAML in one."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: joined(one[key], other[key]) if key in one and key in other else one.get(key, other.get(key))
+                for key in {**one, **other}}  # fmt: skip
+    return [joined(one[0], other[0])] if isinstance(one, list) and one and isinstance(one[0], dict) else other
+
+
+@pytest.mark.parametrize("kind", [*kind_names(), "resources"])
+def test_each_example_can_be_pasted_into_a_pipeline_as_it_is_printed(kind, tmp_path):
+    explained = explain(kind)
+    lines, whole, where = explained.lines(100), {}, "resources" if kind == "resources" else "with"
+    for setting in explained.settings:
+        if setting.example is None:
+            continue
+        example = json.loads(json.dumps(setting.example))
+        start = next(n for n, line in enumerate(lines) if line.split(" ")[0] == setting.key)
+        end = lines.index("", start) if "" in lines[start:] else len(lines)
+        pasted = lines[end - 1]
+        assert read_values(pasted) == nested(setting.key, example), pasted
+        whole = joined(whole, nested(setting.key, example))
+    needs = re.findall(r"\$\{phases\.(\w+)\.out\}", json.dumps(whole))
+    uses = "init_model" if kind == "resources" else kind
+    phases = {**{need: {"uses": "init_model"} for need in needs}, "p": {"uses": uses, where: whole}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"name": "p", "phases": phases}))
+    phase = load_pipeline(tmp_path / "p.yaml").phases["p"]
+    assert kind == "resources" or phase.settings.keys() == whole.keys()
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_text_is_as_wide_as_the_terminal(width):
+    told = afterok("explain", "sft", env={"COLUMNS": str(width)}).stdout.splitlines()
+    prose = [line for line in told if not re.match(r"    [\w]+: |On the command line", line)]
+    assert max(map(len, prose)) <= width and max(map(len, prose)) > width // 2
 
 
 def test_a_users_own_phase_is_explained_as_far_as_it_says():

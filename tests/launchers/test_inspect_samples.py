@@ -6,7 +6,11 @@ from argparse import Namespace
 import pytest
 import zstandard
 
+from data_tools.base.declared import EVALUATIONS
+from data_tools.evaluations import harness
 from data_tools.mistake import UserMistake
+from data_tools.tasks.mix import Entry
+from data_tools.tasks.task import Item
 from launchers.observe.sampled import groups_of
 from launchers.verbs import runs
 from tests.launchers.planted_run import PlantedRun, finished, sample
@@ -58,6 +62,47 @@ def test_samples_that_were_generated_or_kept_are_shown_and_a_seed_draws_others(p
     )
     (kept,) = inspected(planted, "kept", capsys, documents=1, tokens=2)["groups"]
     assert kept["samples"][0]["completion"].startswith('{"role": "') and "(cut: " in kept["samples"][0]["completion"]
+
+
+def evaluation(folder, entries) -> dict[str, str]:
+    """Return the files of an evaluation of two prompts a task, written as `evaluate` writes them."""
+    items = {name: [Item.of(f"{EVIL}{name} {n}", str(n)) for n in range(2)] for name in entries}
+    evaluated = harness.Evaluated(entries, model="m", samples=2, seed=0, greedy={}, sampled={})
+    lines = [
+        {"prompt": item.uid, "completion": f"it is {n}", "finish": "stop", "correct": n == 0, "said": str(n),
+         "seen": None, "kind": name, "votes": [("0", True), ("1", False)], "completions": ["first", "second"],
+         "sampled": 2, "sampled_correct": 1}
+        for name in entries for n, item in enumerate(items[name])
+    ]  # fmt: skip
+    harness.write_samples(folder, evaluated, lines, harness.documents(evaluated, items))
+    texts = {f"harness/{path.name}": path.read_text() for path in (folder / "harness").iterdir()}
+    return {**texts, "samples.jsonl": "".join(json.dumps(line) + "\n" for line in lines), "result.json": "{}"}
+
+
+@pytest.mark.parametrize("kind", EVALUATIONS)
+def test_what_an_evaluation_asked_is_shown_task_by_task_right_or_wrong(tmp_path, capsys, kind):
+    planted = PlantedRun(tmp_path / "run", {"scored": kind, "drawn": "generate"})
+    with pytest.raises(UserMistake, match="scored is not sealed yet"):
+        inspected(planted, "scored", capsys)
+    files = evaluation(tmp_path, {"gsm8k": Entry("gsm8k"), "svamp": Entry("svamp")})
+    planted.seal("scored", 5, files if kind == "evaluate" else {name: files[name] for name in ("samples.jsonl",)})
+    groups = inspected(planted, "scored", capsys, documents=4)["groups"]
+    assert [(group["task"]) for group in groups] == ["gsm8k"] * 2 + ["svamp"] * 2
+    for number, group in enumerate(groups):
+        greedy, *samples = group["samples"]
+        assert greedy["completion"] == f"it is {number % 2}" and greedy["note"].startswith("greedy, ")
+        assert ("right" if number % 2 == 0 else "wrong") in greedy["note"].split(", ")[1]
+        if kind == "evaluate":
+            assert group["prompt"].startswith(EVIL) and "wanted" in group["name"]
+            assert [(each["completion"], each["note"]) for each in samples] == [
+                ("first", "sampled, answers 0"), ("second", "sampled, answers 1")
+            ]  # fmt: skip
+        else:
+            assert "1 of 2 samples right" in greedy["note"]
+    text = inspected(planted, "scored", capsys, json=False)["text"]
+    assert "it is 1" in text and "\x1b]" not in text and "advantage" not in text
+    with pytest.raises(UserMistake, match="which has no steps"):
+        inspected(planted, "scored", capsys, step=1)
 
 
 @pytest.mark.parametrize("phase, words, said", [

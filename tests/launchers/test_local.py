@@ -15,6 +15,7 @@ from jobs.artifacts.run_folder import RunFolder
 from launchers.backends.local import driver_is_alive
 from launchers.observe.status import run_status
 from launchers.planning.ledger import Ledger
+from launchers.planning.reasons import changed_settings
 from tests.command import (
     ROOT,
     afterok,
@@ -92,7 +93,24 @@ def test_the_key_follows_an_input_files_content_not_its_name(toy, tmp_path):
     assert {p["action"] for p in plan["phases"]} == {"reuse"}
     moved.write_text("2")
     plan = afterok_json("plan", pipeline, f"numbers.with.file={moved}", "--run", run)["phases"]
-    assert plan[0]["action"] == "rerun" and "numbers.with.file" in plan[0]["reasons"][0]
+    assert plan[0]["action"] == "rerun"
+    assert plan[0]["reasons"] == [f"numbers.with.file: {moved} is new; {data} is left out"]
+    data.write_text("2")
+    plan = afterok_json("plan", pipeline, f"numbers.with.file={data}", "--run", run)["phases"]
+    assert plan[0]["reasons"] == [f"numbers.with.file: {data} changed"]
+
+
+@pytest.mark.parametrize("was, now, said", [
+    ("a1 b1", "a2 b1", ": a changed"), ("a1 b1", "b1 a1", ": the files are in another order"),
+    ("a1", "a1 b1 c1", ": b, c is new"), ("a1 b1", "b2", ": b changed; a is left out"), ("", "a1", ": a is new"),
+    ("a1 b1 c1 d1 e1", "a2 b2 c2 d2 e2", ": a, b, c (and 2 more) changed"), ("a1 hub:x", "a2 hub:x", " ['"),
+])  # fmt: skip
+def test_a_changed_input_is_told_by_its_file(was, now, said):
+    lists = [words.split() for words in (was, now)]
+    files = [{each[0]: each for each in words if ":" not in each} for words in lists]
+    before, after = ({"source": {"inputs": words}} for words in lists)
+    (line,) = changed_settings("data", before, after, files)
+    assert line.startswith(f"data.with.source.inputs{said}")
 
 
 def test_code_changes_are_reported_or_rerun_as_the_pipeline_says(sealed):

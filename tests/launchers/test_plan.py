@@ -89,6 +89,35 @@ phases:
     assert planned.frozen.settings["tokenizer"] == str(tmp_path / "qwen2")
 
 
+LEARNT = """
+name: p
+phases:
+  data:
+    uses: materialize
+    with: {tokenizer: words, source: {inputs: INPUTS}}
+"""
+
+
+def test_a_pattern_is_frozen_as_the_files_it_matches_and_keyed_as_if_each_stood_there(tmp_path, monkeypatch):
+    """What appears between plan and run is not read, and nothing is read that the key does not hold."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words").mkdir()
+    (tmp_path / "data").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        (tmp_path / "data" / name).write_text(name)
+    listed, matched = (
+        plan_of(tmp_path, LEARNT.replace("INPUTS", text)).phases[0].frozen
+        for text in ("[data/a.jsonl, data/b.jsonl]", '["data/*.jsonl"]')
+    )
+    files = [str(tmp_path / "data" / name) for name in ("a.jsonl", "b.jsonl")]
+    assert listed.settings["source"]["inputs"] == matched.settings["source"]["inputs"] == files
+    assert listed.key == matched.key and listed.inputs == matched.inputs
+    (tmp_path / "data" / "0.jsonl").write_text("more")
+    assert plan_of(tmp_path, LEARNT.replace("INPUTS", '["data/*.jsonl"]')).phases[0].frozen.key != matched.key
+    with pytest.raises(UserMistake, match="'data/\\*.csv': no such file or folder"):
+        plan_of(tmp_path, LEARNT.replace("INPUTS", '["data/*.csv"]'))
+
+
 SCORED = """
 name: p
 phases:
@@ -203,7 +232,9 @@ def test_the_weights_of_every_phase_count_against_the_disk(tmp_path, monkeypatch
     make_plan(rehearsed, RunFolder(tmp_path / "rehearsal"), find_cluster("local"))
 
 
-WRITE_WEIGHTS = {"export_hf", "export_nanochat", "grpo", "import_hf", "init_model", "merge_lora", "sft"}
+WRITE_WEIGHTS = {
+    "export_hf", "export_megatron", "export_nanochat", "grpo", "import_hf", "init_model", "merge_lora", "sft",
+}  # fmt: skip
 
 
 def test_every_kind_is_known_to_write_weights_or_not_to():

@@ -8,13 +8,14 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.base import printing
 from data_tools.base.tables import read_tables, write_table
 from launchers.cli import main
 from launchers.observe import show
+from launchers.observe.status import PhaseStatus, RunStatus
 from tests.command import ROOT
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -155,6 +156,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30) | st.text("\x1b\x07\x9b\u202e[]/0;mA\r\n\t:\\", max_size=30))
 def test_on_a_terminal_only_our_own_colours_are_escape_sequences(text):
     with pytest.MonkeyPatch.context() as patch:
@@ -200,3 +202,14 @@ def test_what_is_no_table_is_left_out(tmp_path):
     for text in ("{", *map(json.dumps, odd)):
         table.write_text(text)
         assert list(read_tables(tmp_path)) == ["whole"], text
+
+
+def test_a_table_without_rows_is_left_out_of_the_summary(capsys):
+    empty, full = (
+        {"title": title, "columns": ["a column of some width"], "rows": rows}
+        for title, rows in (("empty", []), ("full", [[1]]))
+    )
+    phase = PhaseStatus("packs", "COMPLETED", 1, 1, tables={"idle": empty, "balance": full})
+    show.console().print(show.summary(RunStatus("run", 1, [phase])))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "packs: full" in told and "packs: empty" not in told

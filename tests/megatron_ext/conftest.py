@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext import versions
 from megatron_ext.device import init_device
 from tests.conftest import TABLES
 from tests.megatron_ext.gloo import Ranks, settle
@@ -10,7 +11,8 @@ from tests.megatron_ext.table import Table
 
 init_device()  # before any test module imports megatron-core
 
-TABLE = Table("Parallel equals serial: relative differences of loss, gradient and loss after an update")
+COMPARED = "relative differences of loss, gradient and loss after an update"
+TABLE = Table(f"Parallel equals serial, megatron-core {versions.installed()}: {COMPARED}")
 
 
 @pytest.fixture(scope="session")

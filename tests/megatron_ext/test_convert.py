@@ -254,6 +254,26 @@ def test_a_copy_is_left_out_where_it_is_one_and_refused_where_it_is_not(dims, tm
     assert f"{angle} has " in said and f"config.json gives {float(right[1]):.6g}" in said
 
 
+def test_a_download_leaves_out_the_twins_of_weights_in_the_format_of_their_authors(tmp_path, monkeypatch):
+    """Llama's and gpt-oss' `original` folders, Mistral's `consolidated` files."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+              "tokenizer.model", "merges.txt", "chat_template.jinja"]  # fmt: skip
+    twins = ["original/consolidated.00.pth", "original/model.safetensors", "original/params.json", "README.md",
+             "consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "pytorch_model.bin"]  # fmt: skip
+    found = []
+
+    def download(source, revision, **patterns):
+        found.extend(filter_repo_objects([*twins, *wanted], **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert import_hf.fetch("org/model", "") == tmp_path
+    assert sorted(found) == sorted(wanted)
+
+
 def test_the_weights_of_a_folder_are_those_that_transformers_reads(tmp_path):
     """model.safetensors, whatever else lies there; else the index; else all the shards, where none is missing."""
     right, other = (tensors_of(tiny.hf_folder(tmp_path / f"{seed}", seed=seed)) for seed in (0, 1))

@@ -22,6 +22,7 @@ from megatron_ext.entrypoints import (
     bare,
     evaluate,
     export_hf,
+    export_megatron,
     export_nanochat,
     generate,
     grpo,
@@ -33,13 +34,16 @@ from megatron_ext.entrypoints import (
 from megatron_ext.model_folders import model_folder
 from megatron_ext.parallel.plan import ParallelPlan
 
-ENTRYPOINTS = (init_model, import_hf, sft, grpo, generate, evaluate, merge_lora, export_hf, export_nanochat)
+ENTRYPOINTS = (
+    init_model, import_hf, sft, grpo, generate, evaluate, merge_lora, export_hf, export_nanochat, export_megatron,
+)  # fmt: skip
 
 
 def test_entrypoints_import_and_check_without_torch():
     code = (
         "import sys, importlib\n"
-        "for name in 'init_model import_hf sft grpo generate evaluate merge_lora export_hf export_nanochat'.split():\n"
+        "for name in 'init_model import_hf sft grpo generate evaluate merge_lora export_hf export_nanochat '\\\n"
+        "    'export_megatron'.split():\n"
         "    module = importlib.import_module('megatron_ext.entrypoints.' + name)\n"
         "    module.check(module.Config(), 1)\n"
         "print([m for m in ('torch', 'megatron.core', 'transformers', 'safetensors') if m in sys.modules])"

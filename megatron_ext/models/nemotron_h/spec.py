@@ -1,4 +1,4 @@
-"""Nemotron-H as a megatron-core model: configuration, layer spec, MambaModel."""
+"""Nemotron-H as a megatron-core model: configuration, layer spec, hybrid model."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_ext import versions
 from megatron_ext.layers.loss_head import SupervisedHybrid
 from megatron_ext.layers.mamba import MambaMixer, MambaMixerSubmodules
 from megatron_ext.layers.moe import moe_spec
@@ -91,7 +92,7 @@ def _experts(dims: Dims, parts: Parts) -> dict[str, Any]:
 
 
 class HybridStack(MambaStack):
-    """MambaStack with `recompute: full`, which mcore 0.16.1 leaves to its GPT models: a layer at a time."""
+    """MambaStack with `recompute: full`, which mcore 0.16 leaves to its GPT models: a layer at a time."""
 
     def forward(
         self,
@@ -127,8 +128,8 @@ class TorchHybridStack(HybridStack):
 def stack_spec(config: TransformerConfig, parts: Parts) -> ModuleSpec:
     """Return the layers of each kind of block."""
     made_of = decoder_spec.modules(parts)
-    # MambaLayer does not pass its norm the epsilon.
-    norm = IdentityOp if made_of.fused else ModuleSpec(module=made_of.norm, params={"eps": config.layernorm_epsilon})
+    epsilon = {} if versions.release().mamba_norm_has_epsilon else {"eps": config.layernorm_epsilon}
+    norm = IdentityOp if made_of.fused else ModuleSpec(module=made_of.norm, params=epsilon)
     mamba = MambaLayerSubmodules(
         norm=norm,
         mixer=ModuleSpec(
@@ -183,9 +184,9 @@ def build(
         stack_spec(config, parts),
         vocab_size=padded_rows(dims.vocabulary, plan.tensor),
         max_sequence_length=dims.max_positions,
-        hybrid_override_pattern=dims.pattern,
         position_embedding_type="none",
         share_embeddings_and_output_weights=False,
+        **{versions.release().hybrid_pattern: dims.pattern},
         **ends,
     )
     model.vocabulary_rows = dims.vocabulary

@@ -1,0 +1,101 @@
+"""A model folder as a distributed checkpoint (`torch_dist`) that Megatron-LM loads, a release without optimizer state.
+
+    OUT/latest_checkpointed_iteration.txt    "release"
+    OUT/release/                             the weights, common.pt with the arguments of such a model
+
+Its arguments are `--load OUT --finetune --no-load-optim --no-load-rng --ckpt-format torch_dist --use-checkpoint-args
+--dist-ckpt-strictness log_all`: layers also ask for an `_extra_state`, of FP8 for the most part, that no weights have.
+Megatron-LM itself was not run; megatron-core's own model and loader are, by tests/megatron_ext/test_megatron_dist.py.
+"""
+
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.base.declared import MODELS, setting
+from data_tools.base.inside import files
+from data_tools.mistake import Problem, UserMistake
+from data_tools.progress import Progress, silent
+from megatron_ext.parallel.plan import Site
+from megatron_ext.preflight import facts
+
+RELEASE = "release"
+NOT_STOCK = ("nanochat",)  # families that no command line of Megatron-LM builds
+
+
+@dataclass
+class Config:
+    """The config of the phase export_megatron."""
+
+    model: str = setting(
+        "", "model folder; an adapter is merged by merge_lora first", example="${phases.sft.out}", needed=True,
+        input=True, made_by=MODELS,
+    )  # fmt: skip
+
+
+def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
+    """Return what can be refused before anything runs; `site` says what is known of folders that are yet to come."""
+    from megatron_ext.models.registry import parse_config
+
+    problems = []
+    if ranks != 1:
+        problems.append(Problem("", f"export_megatron runs on 1 rank, not {ranks}"))
+    known, where = facts.model_config(config.model, site or Site(ranks))
+    if known is not None:
+        family, _, wrong = parse_config(known, where)
+        problems += wrong
+        if family and family.name in NOT_STOCK:
+            said = (
+                f"{where} is of the family {family.name}, which Megatron-LM has no arguments for: use export_nanochat"
+            )
+            problems.append(Problem("model", said))
+    return problems
+
+
+def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Write the checkpoint. Return the facts: weights_digest of the model, bytes, tensors, path, dtype."""
+    import torch
+
+    from megatron_ext.model_folders import model_folder
+    from megatron_ext.weights import dist_weights, megatron_dist
+
+    if problems := check(config, 1):
+        raise UserMistake(problems)
+    folder = model_folder.open_folder(config.model)
+    if folder.lora is not None:
+        raise UserMistake(Problem("model", f"{config.model} has an adapter beside its base: merge it with merge_lora"))
+    reader = dist_weights.Reader(folder.weights)  # which also shows that it is whole
+    release = out / RELEASE
+    release.mkdir()
+    copied = [path for path in files(folder.weights) if path.name != dist_weights.COMMON]
+    for done, path in enumerate(copied):
+        progress(done, len(copied), "files")
+        shutil.copyfile(path, release / path.relative_to(folder.weights))
+    state = {
+        "args": megatron_dist.arguments_of(folder.dims, folder.shape),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+    }
+    torch.save(state, release / dist_weights.COMMON)
+    (out / "latest_checkpointed_iteration.txt").write_text(RELEASE)
+    return {
+        "weights_digest": folder.weights_digest,
+        "bytes": sum(path.stat().st_size for path in release.iterdir()),
+        "tensors": len(reader.stored.tensors),
+        "path": RELEASE,
+        "dtype": folder.dtype,
+    }
+
+
+if __name__ == "__main__":
+    import sys
+
+    from megatron_ext.entrypoints.bare import main
+
+    sys.exit(main(Config, run, check))

@@ -1,0 +1,93 @@
+"""A GPTModel of megatron-core, built, saved and loaded by it alone, as a program without afterok would.
+
+    python -m tests.megatron_ext.stock_gpt FOLDER [non_homogeneous_layers]       saves
+    python -m tests.megatron_ext.stock_gpt FOLDER CHECKPOINT                     loads another, and compares the logits
+
+FOLDER/iter_0000003 becomes a torch_dist checkpoint with Megatron-LM's state beside the model's; FOLDER/logits.pt holds
+tokens and the logits that the model gives them. `init_device` is ours: without it megatron-core does not run on a CPU.
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from megatron_ext.device import init_device
+
+LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCABULARY, ROWS = 3, 32, 48, 4, 2, 19, 32
+
+
+def built() -> torch.nn.Module:
+    init_device()
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    config = TransformerConfig(
+        num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=HEADS, num_query_groups=GROUPS,
+        gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm", layernorm_epsilon=1e-6,
+        add_bias_linear=False, add_qkv_bias=True, hidden_dropout=0.0, attention_dropout=0.0,
+        bias_dropout_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False, bias_activation_fusion=False,
+    )  # fmt: skip
+    return GPTModel(
+        config, get_gpt_layer_local_spec(normalization="RMSNorm"), ROWS, 512, position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    ).eval()  # fmt: skip
+
+
+def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    length = tokens.size(1)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        return model(tokens, torch.arange(length).expand(2, -1), mask)[..., :VOCABULARY]
+
+
+def state_of(model: torch.nn.Module, **metadata: bool) -> dict:
+    from megatron.core import parallel_state
+
+    return model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group(), **metadata})
+
+
+def save(folder: Path, **metadata: bool) -> None:
+    model = built()
+    from megatron.core import dist_checkpointing
+
+    for parameter in model.parameters():  # norms and biases too
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    tokens = torch.randint(0, VOCABULARY, (2, 40))
+    torch.save({"tokens": tokens, "logits": logits_of(model, tokens)}, folder / "logits.pt")
+    arguments = Namespace(num_attention_heads=HEADS, kv_channels=HIDDEN // HEADS, norm_epsilon=1e-6, rotary_base=10000)
+    (folder / "iter_0000003").mkdir()
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    rng = dist_checkpointing.ShardedObject("rng_state", [torch.get_rng_state()], (1,), (0,))
+    counters = {"args": arguments, "iteration": 3, "checkpoint_version": 3.0}
+    state = {"model": state_of(model, **metadata), "rng_state": rng, **counters}
+    dist_checkpointing.save(state, str(folder / "iter_0000003"))
+
+
+def load(folder: Path, checkpoint: Path) -> None:
+    model = built()
+    from megatron.core import dist_checkpointing
+
+    release = checkpoint / (checkpoint / "latest_checkpointed_iteration.txt").read_text()
+    wanted = {"model": state_of(model, non_homogeneous_layers=True)}
+    state = dist_checkpointing.load(wanted, str(release), strict="log_all")  # --dist-ckpt-strictness
+    lacks = model.load_state_dict(state["model"], strict=False)
+    assert not lacks.unexpected_keys and all(name.endswith("_extra_state") for name in lacks.missing_keys)
+    found = torch.load(folder / "logits.pt", weights_only=True)
+    assert torch.equal(logits_of(model, found["tokens"]), found["logits"])
+    assert state["args"].hidden_size == HIDDEN
+
+
+if __name__ == "__main__":
+    where, *others = sys.argv[1:]
+    if others and "/" in others[0]:
+        load(Path(where), Path(others[0]))
+    else:
+        save(Path(where), **dict.fromkeys(others, True))
