@@ -220,10 +220,7 @@ class _Loader:
         cluster = "auto"
         for override in [*before, *self.overrides]:
             key, separator, text = override.partition("=")
-            parts = key.split(".")
-            if not key.isprintable():  # a line break, half of a surrogate pair: no key has one
-                self.problems.note_override(override, "write it as dotted.key=value")
-                continue
+            parts = key.split(".") if key.isprintable() else [""]  # no key has a line break
             if parts[0] == "cluster" and len(parts) > 1 and separator and all(parts):
                 continue  # a value of the cluster's profile, not the pipeline's: slurm.detect.find_cluster takes it
             if not separator or not all(parts):
