@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXIT_MISTAKE = 2
+_BREAKS = {ord("\n"): "\\n", ord("\r"): "\\r"}  # of a file's name, in a line
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Problem:
     check: str = ""
 
     def __str__(self) -> str:
-        told = f"{self.where}: {self.message}" if self.where else self.message
+        where = self.where if self.where.isprintable() else self.where.translate(_BREAKS)
+        told = f"{where}: {self.message}" if where else self.message
         return f"{told} [{self.check}]" if self.check else told
 
 

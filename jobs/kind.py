@@ -38,9 +38,8 @@ from types import ModuleType
 from typing import Any
 
 import jobs.phases
-from data_tools.base import declared
+from data_tools.base import declared, users_code
 from data_tools.mistake import Problem, UserMistake
-from data_tools.own_packages import taken
 from jobs.schema.imports import beside
 from jobs.schema.references import references
 from megatron_ext.parallel.plan import Site
@@ -133,10 +132,7 @@ def find_kind(uses: str) -> PhaseKind | None:
         return PhaseKind(uses, importlib.import_module(f"jobs.phases.{uses}"))
     if "." not in uses or not all(uses.split(".")):
         return None
-    try:
-        module = importlib.import_module(uses)
-    except ImportError as error:
-        raise UserMistake(f"module {uses!r} cannot be imported: {error}{taken(uses)}") from None
+    module = users_code.load(uses)
     if not hasattr(module, "Config") or not hasattr(module, "run"):
         raise UserMistake(f"module {uses!r} exports no Config and run (see jobs/kind.py)")
     return PhaseKind(uses, module)

@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.base import bounds
+from data_tools.base.json_text import RepeatedKey, json_value
 from data_tools.mistake import UserMistake
 
 CHUNK = 1 << 20
@@ -175,11 +177,16 @@ class TornFile(ValueError):
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a file. Raise TornFile, FileNotFoundError."""
+    """Return the value in a file. Raise TornFile, FileNotFoundError, UserMistake where it is larger than is read."""
     try:
-        return json.loads(Path(path).read_text())
-    except (ValueError, RecursionError):
-        raise TornFile(f"{path} is not whole JSON (truncated or edited)") from None
+        return json_value(bounds.read_text(path, bounds.JSON))
+    except bounds.NoFile as error:
+        raise TornFile(f"{path} {error.strerror}") from None
+    except RepeatedKey as error:
+        raise TornFile(f"{path}: {error}") from None
+    except ValueError as error:
+        why = str(error).removeprefix("not read: ") if str(error).startswith("not read: ") else "truncated or edited"
+        raise TornFile(f"{path} is not whole JSON ({why})") from None
 
 
 # -- JSON that decides something ----------------------------------------------------------------------------------
@@ -241,7 +248,10 @@ def parse_checked(text: "str | bytes", name: object) -> dict[str, Any]:
 
 def read_checked(path: Path) -> dict[str, Any]:
     """Return the object in a file, checked against its sum, and without it. Raise TornFile, FileNotFoundError."""
-    value = parse_checked(Path(path).read_bytes(), path)
+    try:
+        value = parse_checked(bounds.read_bytes(path, bounds.JSON), path)
+    except bounds.NoFile as error:
+        raise TornFile(f"{path} {error.strerror}") from None
     value.pop(SUM, None)
     return value
 
@@ -263,7 +273,7 @@ def sha256_bytes(data: bytes | str) -> str:
 
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with bounds.open_regular(path) as file:
         while block := file.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()

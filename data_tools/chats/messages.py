@@ -20,8 +20,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from data_tools.base.json_text import RepeatedKey, json_value
 from data_tools.mistake import nearest
-from data_tools.records.json_text import RepeatedKey, json_value
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -60,6 +60,7 @@ _PARTS_WITHOUT_MEANING = ("id", "index", "annotations", "logprobs", "cache_contr
 _CALLS_WITHOUT_MEANING = ("index",)
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_NO_CALLS: tuple[Any, ...] = (None, "", [], {})  # 0 and false are none of these, and no calls either
 _PART_TYPES = {"input_text": "text", "output_text": "text", "thinking": "reasoning"}
 _PART_ORDER = ("reasoning", "text", "tool_call")  # in which templates write what a turn says
 _PART_VALUES = ("text", "value", "thinking", "reasoning")
@@ -323,7 +324,7 @@ def _tool(place: str, given: Any) -> dict[str, Any]:
 
 
 def _calls(place: str, key: str, given: Any) -> list[dict[str, Any]]:
-    given = value_of(given or [], f"{place}: {key}", _BAD_CALL)
+    given = value_of([] if given in _NO_CALLS else given, f"{place}: {key}", _BAD_CALL)
     if key == "function_call" and isinstance(given, dict):
         given = [given]
     if not isinstance(given, list):
@@ -357,7 +358,7 @@ def _call(place: str, given: Any) -> dict[str, Any]:
 
 def _function_calls(place: str, given: Any) -> list[dict[str, Any]]:
     """Read Dolci's `function_calls`: JSON, or lines of Python calls with keyword arguments."""
-    if not given:
+    if given in _NO_CALLS:
         return []
     try:
         calls = json_value(given) if isinstance(given, str) else given

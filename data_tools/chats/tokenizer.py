@@ -164,11 +164,13 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
     backend.no_truncation()  # as transformers does, whatever the file was saved with
     backend.no_padding()
 
-    tokens = {
-        key: token["content"] if isinstance(token, dict) else token
+    tokens: dict[str, Any] = {
+        key: token.get("content") if isinstance(token, dict) else token
         for key, token in config.items()
         if key in _SPECIAL_TOKENS and token
     }
+    if wrong := next((key for key, token in tokens.items() if not isinstance(token, str)), ""):
+        raise UserMistake(f"tokenizer {folder}: tokenizer_config.json: {wrong} is {config[wrong]!r:.60}, no text")
     pad, eos, unk = (
         backend.token_to_id(tokens[key]) if key in tokens else None for key in ("pad_token", "eos_token", "unk_token")
     )
@@ -211,7 +213,7 @@ def _load_with_transformers(name: str, revision: str | None) -> Tokenizer:
 
     try:
         backend = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # OSError and ValueError, and whatever it meets in settings of wrong types
         if "trust_remote_code" in str(error):
             remedy = "convert it to a tokenizer.json"
             raise UserMistake(f"tokenizer {name}: is code of its own (auto_map), which is not run; {remedy}") from None

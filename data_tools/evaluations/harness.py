@@ -17,10 +17,10 @@ from typing import Any
 from urllib.parse import quote
 
 from data_tools.base import durable
+from data_tools.base.json_text import json_line
 from data_tools.evaluations.accuracy import MEANS, Values, intervals_of, samples_of, values_of
 from data_tools.evaluations.lines import Line, asked
 from data_tools.records import readers
-from data_tools.records.json_text import json_line
 from data_tools.records.merge_sorted import merged
 from data_tools.tasks.estimators import standard_error
 from data_tools.tasks.mix import Entry, compared

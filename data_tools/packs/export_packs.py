@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from data_tools.base.durable import fsync_tree
+from data_tools.base.json_text import json_line
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.packs.pack import Config
 from data_tools.packs.plan import PackReader
 from data_tools.progress import Progress, silent
-from data_tools.records.json_text import json_line
 
 MEGATRON_LM, MEGATRON_BRIDGE = "packed.jsonl", "packed.idx.parquet"
 

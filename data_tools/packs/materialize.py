@@ -274,7 +274,7 @@ class _Rows:
         self._rows_of = rows.rows
 
     def lines(self, chunk: list[Any]) -> list[Line]:
-        return [self._line(raw) for raw in chunk]
+        return list(map(self._line, chunk))
 
     def _line(self, raw: Any) -> Line:
         """Return what became of a record; `raw` is a line as bytes, or a value that was read from JSON or Parquet."""
@@ -345,8 +345,7 @@ def _line_maker(config: Config) -> Iterator[LinesOf]:
         rows = _Rows(config)
         yield lambda chunks: map(rows.lines, chunks)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, context, _start_worker, (config,)) as pool:
+    with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn"), _start_worker, (config,)) as pool:
         try:
             yield lambda chunks: _in_order(pool, chunks, _CHUNKS_AHEAD * config.workers)
         finally:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from data_tools.base.durable import write_json
+from data_tools.base.json_text import json_line
 from data_tools.chats.messages import IN_LOSS, ROLES
 from data_tools.chats.samples import ASKED_WITH, CUT_OFF, problem_of_sample, prompt_messages
 from data_tools.mistake import UserMistake
@@ -28,7 +29,6 @@ from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
 from data_tools.records.inputs import JSONL, files_of
-from data_tools.records.json_text import json_line
 from data_tools.records.shares import open_share
 
 LEFT, PROMPTS, ORIGINS = "left.jsonl", "prompts.npy", "origins.json"

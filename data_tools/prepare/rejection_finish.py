@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools.base.durable import fsync_tree
+from data_tools.base.json_text import json_line
 from data_tools.base.one_file import Files, open_part
 from data_tools.base.tables import ShownTable
 from data_tools.mistake import UserMistake
@@ -25,7 +26,6 @@ from data_tools.prepare.rejection import Band, Config
 from data_tools.prepare.rejection_element import LEFT, ORIGINS, PROMPTS
 from data_tools.progress import Progress, silent
 from data_tools.records.balance import Balance
-from data_tools.records.json_text import json_line
 from data_tools.records.merge_sorted import merged
 
 CHAT = "chat.jsonl"

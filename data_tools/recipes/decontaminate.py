@@ -22,6 +22,7 @@ from typing import Any
 
 from data_tools.base.declared import setting
 from data_tools.base.durable import fsync_tree
+from data_tools.base.json_text import json_line
 from data_tools.mistake import Problem, UserMistake
 from data_tools.prepare.contamination import (
     NGRAM,
@@ -36,7 +37,6 @@ from data_tools.prepare.contamination import (
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
-from data_tools.records.json_text import json_line
 from data_tools.records.shares import open_share
 from data_tools.tasks.mix import MixConfig, check_mix, entries_of, load_items
 from data_tools.tasks.task import Item, Prompt

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from data_tools.base.declared import names_a_file, setting
-from data_tools.base.yaml_loaders import read_values
+from data_tools.base.yaml_loaders import read_file, read_values
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.recipes.views import KINDS, View
 from data_tools.records import sources
@@ -222,7 +222,7 @@ class _Reader:
         if not names_a_file(self.name) and self.name not in names():
             raise UserMistake(Problem("recipe", f"unknown recipe {self.name!r}{nearest(self.name, names())}"))
         try:
-            raw = read_values(self.path.read_text())
+            raw = read_values(read_file(self.path))
         except FileNotFoundError:
             raise UserMistake(Problem("recipe", f"no file {self.path}{nearest(self.path.stem, names())}")) from None
         except (OSError, UnicodeDecodeError) as error:

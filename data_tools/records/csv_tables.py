@@ -4,6 +4,8 @@ Other columns keep their text. Numbers are written so that reading gives the sam
 """
 
 import csv
+import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.base.bounds import CSV as CSV_BOUND
+from data_tools.base.bounds import LINE, NoFile, open_regular
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.records.inputs import CSV, files_of
 
 PROMPT = "prompt"
-csv.field_size_limit(1 << 30)  # of characters; Python's own limit refuses prompts from 131,073 on
+_NUMBER = "(0|[1-9][0-9]{0,8})"  # of a column; others are columns of their own
 _MOST_PROBLEMS = 20  # told of one file
 
 
@@ -38,13 +42,13 @@ class Table:
     def numbered(self, prefix: str) -> list[str]:
         """Return the columns PREFIX0, PREFIX1, … in that order. Raise UserMistake when there are fewer than two or one
         is left out."""
-        numbers = {int(m[1]) for name in self.columns if (m := re.fullmatch(re.escape(prefix) + r"(\d+)", name))}
+        numbers = {int(m[1]) for name in self.columns if (m := re.fullmatch(re.escape(prefix) + _NUMBER, name))}
         if len(numbers) < 2:
             columns = ", ".join(self.columns)
             raise UserMistake(Problem(str(self.path), f"needs columns {prefix}0, {prefix}1, …; it has {columns}"))
-        missing = sorted(set(range(max(numbers) + 1)) - numbers)
-        if missing:
-            raise UserMistake(Problem(str(self.path), f"has {prefix}{max(numbers)} but no {prefix}{missing[0]}"))
+        if max(numbers) >= len(numbers):
+            missing = next(number for number in range(len(numbers)) if number not in numbers)
+            raise UserMistake(Problem(str(self.path), f"has {prefix}{max(numbers)} but no {prefix}{missing}"))
         return [f"{prefix}{number}" for number in sorted(numbers)]
 
     def floats(self, names: Sequence[str]) -> np.ndarray:
@@ -72,9 +76,13 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Raise UserMistake for a file that is absent, empty, not UTF-8 or has a row of another width than its header."""
+    """Raise UserMistake for a file that is absent, empty, too large, not UTF-8 or has a row of another width than its
+    header."""
+    csv.field_size_limit(LINE.most)  # of characters; Python's own limit refuses prompts from 131,073 on
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_regular(path) as raw, io.TextIOWrapper(raw, newline="", encoding="utf-8-sig") as file:
+            if os.fstat(raw.fileno()).st_size > CSV_BOUND.most:
+                raise UserMistake(Problem(str(path), f"has {CSV_BOUND.exceeded()}; or write it as JSON Lines"))
             reader = csv.reader(file, strict=True)
             columns = next(reader, [])
             rows, lines, line = [], [], reader.line_num + 1
@@ -85,10 +93,13 @@ def read_table(path: Path) -> Table:
                 line = reader.line_num + 1
     except FileNotFoundError:
         raise UserMistake(Problem(str(path), "no such file")) from None
+    except NoFile as error:
+        raise UserMistake(Problem(str(path), str(error.strerror))) from None
     except UnicodeDecodeError as error:
         raise UserMistake(Problem(str(path), f"not UTF-8 at byte {error.start}: {error.reason}")) from None
     except csv.Error as error:
-        raise UserMistake(Problem(f"{path}:{reader.line_num}", f"not CSV: {error}")) from None
+        why = f"has {LINE.exceeded()}" if "field limit" in str(error) else f"not CSV: {error}"
+        raise UserMistake(Problem(f"{path}:{reader.line_num}", why)) from None
     if not columns:
         raise UserMistake(Problem(str(path), "is empty; a CSV file with a header was expected"))
     problems = [

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_tools.base.json_text import json_line, json_value
 from data_tools.mistake import Problem, UserMistake
-from data_tools.records.json_text import json_line, json_value
 from data_tools.records.shares import Share, open_share
 
 

@@ -14,18 +14,21 @@ Where many elements would each read all of a large file that cannot be cut, they
 Compression and format are told by the file's first bytes, CSV by the name .csv, unless the format is named.
 """
 
+import codecs
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from data_tools.base.bounds import JSON, LINE, NoFile, open_regular
 from data_tools.base.durable import CHUNK
+from data_tools.base.json_text import json_value
 from data_tools.mistake import Problem, UserMistake
 from data_tools.records.blend_file import refuse_blend
 from data_tools.records.csv_tables import read_table
-from data_tools.records.json_text import json_value
+from data_tools.records.parquet_share import ParquetShare
+from data_tools.records.unpacking import BLOCK, unpack
 
 FORMATS = ("auto", "jsonl", "json", "parquet", "csv")
 
@@ -33,7 +36,7 @@ MOST_READ_OVER = 64 << 30  # bytes of a file that its elements together read tho
 
 _SPACES = re.compile(r"[ \t\n\r]*")
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-_BLOCK = 1 << 16  # compressed bytes read at a time; a line belongs to the element that holds the block it begins in
+_BLOCK = BLOCK  # a line of a compressed file belongs to the element that holds the block it begins in
 
 
 class Share(Protocol):
@@ -75,9 +78,11 @@ def open_share(path: Path, index: int = 0, count: int = 1, format: str = "auto")
 def _kind(path: Path, format: str) -> tuple[str, str]:
     """Return (format, compression or "") of a file. Raise UserMistake where there is none."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             magic = file.read(4)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except NoFile as error:
+        raise UserMistake(f"{path} {error.strerror}; give files that exist") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: of a name with \0
         raise UserMistake(f"no file {path}; give files that exist") from None
     compression = "gzip" if magic.startswith(_GZIP) else "zstd" if magic == _ZSTD else ""
     if format == "auto":
@@ -128,17 +133,36 @@ def _format_by_name(path: Path, compression: str) -> str:
     for format in ("csv", "jsonl"):
         if f".{format}" in map(str.lower, path.suffixes):
             return format
-    first = b""
-    for block in _unpack(path, compression):
-        first = (first + block).lstrip()
-        if first.startswith(b"[") or b"\n" in first:
-            break
-    line, _, more = first.partition(b"\n")
+    begun, more = _first_line_of(path, compression)
+    if begun.startswith(b"["):
+        return "json"
+    if not begun.startswith(b"{"):
+        return "jsonl"
     try:
-        json.loads(line)
+        json.loads(begun)
     except (ValueError, RecursionError):
-        return "json" if first.startswith((b"[", b"{")) else "jsonl"
-    return "json" if first.startswith(b"[") or not more.strip() else "jsonl"
+        return "json"
+    return "jsonl" if more else "json"
+
+
+def _first_line_of(path: Path, compression: str) -> tuple[bytes, bool]:
+    """Return the first line that is not blank and whether anything but blanks follows it, without more of the file than
+    that takes: of a list, and of a line that is too long, only the beginning."""
+    pieces, size, begun = list[bytes](), 0, b""
+    for _, piece in unpack(path, compression):
+        if begun:  # and ended
+            if piece.strip():
+                return begun, True
+            continue
+        pieces.append(piece if pieces else piece.removeprefix(codecs.BOM_UTF8).lstrip())
+        size += len(pieces[-1])
+        if not pieces[0]:
+            pieces = []
+        elif b"\n" in pieces[-1] or pieces[0].startswith(b"[") or size > LINE.most:
+            begun, _, more = b"".join(pieces).partition(b"\n")
+            if more.strip() or pieces[0].startswith(b"[") or size > LINE.most:
+                return begun, True
+    return begun or b"".join(pieces), False
 
 
 class Lines:
@@ -158,9 +182,12 @@ class Lines:
         with open(self.path, "rb") as file:
             file.seek(self.first)
             position = self.first
-            while position < self.stop and (line := file.readline()):
-                position += len(line)
+            most, number = LINE.most, 0
+            while position < self.stop and (line := file.readline(most + 1)):
+                position, number = position + len(line), number + 1
                 self.done = min(position - self.first, self.total)
+                if len(line) > most:
+                    raise UserMistake(f"{self.place(number)}: has {LINE.exceeded()}")
                 yield line
 
     def place(self, number: int) -> str:
@@ -172,7 +199,12 @@ def _first_line(file: BinaryIO, start: int) -> int:
     if start == 0:
         return 0
     file.seek(start - 1)
-    return start - 1 + len(file.readline())
+    place = start - 1
+    while piece := file.readline(CHUNK):
+        place += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return place
 
 
 def _count_lines(path: Path, stop: int) -> int:
@@ -198,59 +230,41 @@ class PackedLines:
         self.skipped = 0  # lines before the share
 
     def __iter__(self) -> Iterator[bytes]:
-        rest, begun = b"", 0  # a line without its end, and the block it begins in
-        for block, data in enumerate(_unpack(self.path, self.compression)):
+        rest, size, begun = list[bytes](), 0, 0  # a line without its end, its bytes, and the block it begins in
+        most, number = LINE.most, 0  # of the share
+        for block, data in unpack(self.path, self.compression, _BLOCK):
             self.done = max(0, block - self.start) * _BLOCK
-            *lines, last = (rest + data).split(b"\n")
-            for number, line in enumerate(lines):
-                first = begun if number == 0 and rest else block
+            *lines, last = data.split(b"\n")
+            for place, line in enumerate(lines):
+                first = begun if place == 0 and rest else block
                 if first >= self.stop:
                     return
+                if place == 0 and rest:
+                    line = b"".join([*rest, line])
                 if first >= self.start:
+                    number += 1
+                    self._check(number, len(line), most)
                     yield line + b"\n"
                 else:
                     self.skipped += 1
-            begun = block if lines or not rest else begun
-            rest = last
+            if lines or not rest:
+                rest, size, begun = [], 0, block
+            if last:
+                size += len(last)
+                rest.append(last)
             if begun >= self.stop:
                 return
+            self._check(number + 1, size, most)
         if rest and self.start <= begun < self.stop:
-            yield rest
+            yield b"".join(rest)
+
+    def _check(self, number: int, size: int, most: int) -> None:
+        """Raise UserMistake where a record is larger than is read."""
+        if size > most:
+            raise UserMistake(f"{self.place(number)}: has {LINE.exceeded()}")
 
     def place(self, number: int) -> str:
         return f"{self.path}:{self.skipped + number}"
-
-
-def _unpack(path: Path, compression: str) -> Iterator[bytes]:
-    """Yield what each block of the file holds, unpacked. Raise UserMistake when it is cut off or damaged."""
-    with open(path, "rb") as file:
-        blocks = iter(lambda: file.read(_BLOCK), b"")
-        if not compression:
-            yield from blocks
-            return
-        unpacker, ended = _unpacker(compression), True
-        for block in blocks:
-            out = []
-            while block:
-                try:
-                    out.append(unpacker.decompress(block))
-                except Exception as error:  # zlib.error, zstandard.ZstdError
-                    raise UserMistake(f"{path} is damaged ({compression}: {error}); restore it") from None
-                ended = unpacker.eof
-                block = unpacker.unused_data if ended else b""
-                if ended:  # another member or frame may follow
-                    unpacker = _unpacker(compression)
-            yield b"".join(out)
-        if not ended:
-            raise UserMistake(f"{path} is cut off: its {compression} stream does not end; restore it")
-
-
-def _unpacker(compression: str) -> Any:
-    if compression == "gzip":
-        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-    import zstandard
-
-    return zstandard.ZstdDecompressor().decompressobj()
 
 
 class JsonShare:
@@ -261,7 +275,7 @@ class JsonShare:
     def __init__(self, path: Path, index: int, count: int, compression: str):
         self.path = path
         try:
-            self.text = b"".join(_unpack(path, compression)).decode("utf-8-sig")
+            self.text = _whole(path, compression).decode("utf-8-sig")
             value = json_value(self.text)
         except UnicodeDecodeError as error:
             raise UserMistake(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); mend the file") from None
@@ -294,38 +308,15 @@ class JsonShare:
         return spaces.end() if spaces else position
 
 
-class ParquetShare:
-    """Represents rows of a Parquet file. Absent keys, which its structs spell as null, are left out."""
-
-    unit = "rows"
-
-    def __init__(self, path: Path, index: int, count: int):
-        import pyarrow
-        import pyarrow.parquet
-
-        self.path = path
-        try:
-            self.file = pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserMistake(f"{path} is no whole Parquet file ({str(error).splitlines()[0]}); restore it") from None
-        rows = self.file.metadata.num_rows
-        self.start, self.stop = index * rows // count, (index + 1) * rows // count
-        self.done, self.total = 0, self.stop - self.start
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        position = 0
-        for group in range(self.file.num_row_groups):
-            rows = self.file.metadata.row_group(group).num_rows
-            first, last = max(self.start - position, 0), min(self.stop - position, rows)
-            if first < last:
-                for batch in self.file.read_row_group(group).slice(first, last - first).to_batches(max_chunksize=1024):
-                    for row in batch.to_pylist():
-                        self.done += 1
-                        yield _without_nulls(row)
-            position += rows
-
-    def place(self, number: int) -> str:
-        return f"{self.path}: row {self.start + number}"
+def _whole(path: Path, compression: str) -> bytes:
+    """Return all that a file holds. Raise UserMistake where that is more than is read in one piece."""
+    pieces, size, most = list[bytes](), 0, JSON.most
+    for _, piece in unpack(path, compression):
+        pieces.append(piece)
+        size += len(piece)
+        if size > most:
+            raise UserMistake(f"{path} has {JSON.exceeded()}; or write it as JSON Lines, which is read line by line")
+    return b"".join(pieces)
 
 
 class CsvShare:
@@ -347,11 +338,3 @@ class CsvShare:
 
     def place(self, number: int) -> str:
         return f"{self.path}:{self.lines[number - 1]}"
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from data_tools.records.json_text import json_value
+from data_tools.base.json_text import json_value
 from data_tools.tasks.arithmetic import format_number, parse_number, read
 from data_tools.tasks.calculator_expressions import Draws, draw_expression
 from data_tools.tasks.calculator_tables import MARKS_PER_LINE

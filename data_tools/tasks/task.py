@@ -14,7 +14,6 @@ import ast
 import functools
 import hashlib
 import importlib
-import importlib.util
 import json
 import re
 import sys
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
-from data_tools.base import declared
+from data_tools.base import declared, users_code
 from data_tools.base.declared import setting
 from data_tools.chats.conversation import Conversation
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -231,7 +230,7 @@ def load_task(name: str) -> Task:
     if ":" in name:
         return FunctionTask(name)  # type: ignore[return-value]  # it has those names that it needs
     if "." in name:
-        return _user_module(name)
+        return users_code.load(name)
     if name not in task_names():
         raise UserMistake(f"unknown task {name!r}{nearest(name, task_names())}")
     return importlib.import_module(f"data_tools.tasks.{name}")
@@ -276,9 +275,9 @@ def check_task(name: str) -> str | None:
         return None if name in task_names() else f"unknown task {name!r}{nearest(name, task_names())}{own}"
     module, _, function = name.partition(":")
     try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
+        spec = users_code.find(module)
+    except UserMistake as mistake:
+        return str(mistake)
     if spec is None:
         return f"there is no module {module!r}{taken(module)}; it has to be importable where the run is submitted"
     if ":" in name and not function.isidentifier():
@@ -317,16 +316,9 @@ def code_digest(name: str) -> str:
     """
     if ":" not in name and "." not in name:
         return ""
-    spec = importlib.util.find_spec(name.partition(":")[0])
+    spec = users_code.find(name.partition(":")[0])
     file = Path(spec.origin) if spec and spec.origin else None
     return hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
-
-
-def _user_module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # whatever a user's module does
-        raise UserMistake(f"module {name!r} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 class FunctionTask:
@@ -346,7 +338,7 @@ class FunctionTask:
 
     def __init__(self, path: str):
         module, _, name = path.partition(":")
-        function = getattr(_user_module(module), name, None)
+        function = getattr(users_code.load(module), name, None)
         if not callable(function):
             raise UserMistake(f"module {module!r} has no function {name!r}")
         self._function: Callable[[Item, str], Any] = function

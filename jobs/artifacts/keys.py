@@ -21,7 +21,7 @@ def content_digest(path: Path, cache: HashCache, follow: bool = True) -> str:
     """Return the SHA-256 of a file's bytes, or of a folder's sorted (name, digest) pairs, behind links to folders
     too where they are to be followed: those of an image lead into the machine that runs it.
 
-    Raise UserMistake where a file of it goes away meanwhile, or may not be read.
+    Raise UserMistake where a file of it goes away meanwhile, or may not be read, and for a pipe or a device.
     """
     path = Path(path)
     try:
@@ -29,6 +29,8 @@ def content_digest(path: Path, cache: HashCache, follow: bool = True) -> str:
             return cache.sha256(path)
         names = sorted(_files(path, follow))
         return durable.sha256_bytes("\n".join(f"{p.relative_to(path)} {cache.sha256(p)}" for p in names))
+    except NotADirectoryError:  # neither a file nor a folder
+        raise UserMistake(f"{path} is a pipe or a device, which may never end; give a file") from None
     except (FileNotFoundError, PermissionError) as error:
         told = f"{error.filename}: {error.strerror}"
         raise UserMistake(f"{path} cannot be read as it stands ({told}); wait for what writes it, or mend it") from None

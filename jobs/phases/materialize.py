@@ -1,10 +1,10 @@
 """Conversations or task rows to token ids and loss masks: an array over shares of the inputs, merged into one store."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.json_text import json_value
 from data_tools.base.one_file import bundle
 from data_tools.base.tables import write_table
 from data_tools.chats.char_tokenizer import characters_of
@@ -75,7 +75,7 @@ def _check_blends(config: Config) -> list[Problem]:
         if path.suffix == ".json" and path.is_file() and path.stat().st_size <= LARGEST_BLEND:
             with contextlib.suppress(ValueError):  # what is no JSON, reading it says
                 try:
-                    refuse_blend(path, json.loads(path.read_text("utf-8-sig")))
+                    refuse_blend(path, json_value(path.read_text("utf-8-sig")))
                 except UserMistake as mistake:
                     problems.append(Problem(f"source.inputs[{place}]", str(mistake)))
     return problems

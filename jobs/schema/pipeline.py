@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from data_tools.base.yaml_loaders import read_typed, read_values
+from data_tools.base.yaml_loaders import read_file, read_typed, read_values
 from data_tools.mistake import UserMistake, nearest
 from jobs.kind import PhaseKind, find_kind, kind_names
 from jobs.schema.problems import Problems
@@ -182,10 +182,10 @@ class _Loader:
     def _read(self) -> dict[str, Any]:
         """Return what the file says. Raises UserMistake where it is no mapping in YAML."""
         try:
-            raw = read_values(self.path.read_text())
+            raw = read_values(read_file(self.path))
         except FileNotFoundError:
             raise UserMistake(f"{self.path}: no such pipeline file") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: of a name with \0
             raise UserMistake(f"{self.path}: cannot be read: {error}") from None
         except yaml.YAMLError as error:
             raise UserMistake(f"{self.path}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -220,7 +220,7 @@ class _Loader:
         cluster = "auto"
         for override in [*before, *self.overrides]:
             key, separator, text = override.partition("=")
-            parts = key.split(".")
+            parts = key.split(".") if key.isprintable() else [""]  # no key has a line break
             if parts[0] == "cluster" and len(parts) > 1 and separator and all(parts):
                 continue  # a value of the cluster's profile, not the pipeline's: slurm.detect.find_cluster takes it
             if not separator or not all(parts):

@@ -77,6 +77,9 @@ class Resolver:
         if value == "???":
             self.problems.note(key, "'???' stands for a value that is missing; give one")
             return None
+        if isinstance(value, str) and (ours := REFERENCE.search(value)):
+            self.problems.note(key, f"{ours[0]!r} is afterok's own spelling; write ${ours[0][1:]}")
+            return None
         if isinstance(value, float) and not math.isfinite(value):  # no key can be made of it
             self.problems.note(key, f"{value} is not a finite number; give one")
         if value is not None and not isinstance(value, (bool, int, float, str)):  # of a tag, such as !!set

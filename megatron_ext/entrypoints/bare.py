@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import declared
-from data_tools.base.yaml_loaders import read_typed, read_values
+from data_tools.base.yaml_loaders import read_file, read_typed, read_values
 from data_tools.mistake import UserMistake
 
 LINE_S = 5.0  # between two progress lines
@@ -82,7 +82,7 @@ def read_config(config_class: type, path: Path, overrides: list[str]) -> Any:
     from yaml import YAMLError
 
     try:
-        written = read_values(path.read_text())
+        written = read_values(read_file(path))
         if not isinstance(written, dict | None):
             raise UserMistake(f"{path}: settings are a mapping, and this is {written!r:.60}")
         given = OmegaConf.create(written or {})

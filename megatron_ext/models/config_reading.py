@@ -100,8 +100,10 @@ class Reading:
 
     def dtype(self, default: str = "float32") -> str:
         """Return the dtype of the weights, "float32" or another of DTYPES."""
-        named = self.config.get("dtype") or self.config.get("torch_dtype") or default
-        dtype = str(named).removeprefix("torch.")
+        new, old = (self.config.get(key) for key in ("dtype", "torch_dtype"))
+        spelled = [str(name).removeprefix("torch.") if name else None for name in (new, old)]
+        self.agree("dtype", spelled[0], "torch_dtype", spelled[1])
+        dtype = spelled[0] or spelled[1] or default
         if dtype not in DTYPES:
             self.refuse("dtype", dtype, f"use {', '.join(DTYPES)}")
         return dtype

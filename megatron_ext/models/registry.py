@@ -22,13 +22,13 @@ layers), layouts.py (how weights are laid out).
 """
 
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from data_tools.base import durable
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake, nearest
 from megatron_ext.models.config_meaning import lost
@@ -106,20 +106,20 @@ def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
         file = inside(folder, path.name, needed=False)
         if file is None:
             return None, None, [Problem(str(path), "no such file: a Hugging Face model folder has one")]
-        config = json.loads(file.read_text())
+        config = durable.read_json(file)
     except UserMistake as mistake:
         return None, None, mistake.problems
     except OSError as error:
         return None, None, [Problem(str(path), f"cannot be read ({error.strerror})")]
-    except ValueError as error:
-        return None, None, [Problem(str(path), f"not JSON: {error}")]
+    except durable.TornFile as torn:
+        return None, None, [Problem(str(path), str(torn).removeprefix(f"{file} "))]
     return parse_config(config, str(path))
 
 
 def parse_config(config: Any, where: str) -> tuple[Family | None, Any, list[Problem]]:
     """Read family and dimensions of a parsed config.json that will lie at `where`, or the problems with it."""
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), list(MODEL_TYPES)))]
     family = Family(MODEL_TYPES[kind])
     dims, problems = family.config.read(config, where)

@@ -48,7 +48,8 @@ class HfTensors:
         self.folder = folder
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        for file in _weight_files(folder, single):
+        files = _weight_files(folder, single)
+        for file in files:
             path = inside(folder, file)
             try:
                 handle = safe_open(path, framework="pt")
@@ -59,6 +60,18 @@ class HfTensors:
             self._handles[file] = handle
             for name in handle.keys():
                 self._add(name, file)
+        if files != [single] and (index := inside(folder, INDEX, needed=False)):
+            self._check_index(index)
+
+    def _check_index(self, index: Path) -> None:
+        """Raise UserMistake where the index has a tensor in a file that lacks it: the files are of other models."""
+        places = _places(index)
+        held = {file: set(self._handles[file].keys()) for file in set(places.values())}
+        lost = [(name, file) for name, file in places.items() if name not in held[file]]
+        if lost:
+            name, file = lost[0]
+            said = f"{len(lost)} of {len(places)} tensors are not in the files that it names: {name!r:.200} in {file}"
+            raise UserMistake(Problem(str(index), f"{said}: copy or download the folder again"))
 
     def _add(self, name: str, file: str) -> None:
         """Count a tensor. UserMistake where another file has it too, and otherwise."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.bounds import NoFile
 from data_tools.mistake import Problem, UserMistake
 from slurm.profile.typed import ADD
 
@@ -100,17 +101,18 @@ def read_values(path: Path, problems: list[Problem]) -> dict[str, Any]:
     """Return the file's mapping, every scalar still text: YAML 1.1 would read the time 1:30:00 as the number 5400."""
     import yaml
 
-    from data_tools.base.yaml_loaders import TextLoader
+    from data_tools.base.yaml_loaders import TextLoader, load, read_file
 
     try:
-        values = yaml.load(path.read_text(), TextLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = load(read_file(path), TextLoader)
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problems.append(Problem(f"{path}{line}", f"not readable as YAML: {getattr(error, 'problem', None) or error}"))
+        told = str(getattr(error, "problem", None) or error)
+        problems.append(Problem(f"{path}{line}", f"not readable as YAML: {' '.join(told.split())}"))
         return {}
-    except RecursionError:
-        problems.append(Problem(str(path), "not readable as YAML: it is nested too deep"))
+    except NoFile as error:
+        problems.append(Problem(str(path), str(error.strerror)))
         return {}
     if not isinstance(values, dict):
         problems.append(Problem(str(path), "a profile is a mapping with the keys partitions, roles, ..."))

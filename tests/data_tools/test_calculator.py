@@ -43,7 +43,7 @@ def test_each_mark_of_a_line_is_a_row() -> None:
     ("text", "reason"),
     [
         ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 100_000, "levels of JSON"),
         ("[1]", "not a JSON object but a list"),
         ('{"question": "?"}', "no answer"),
         ('{"answer": 3}', "a int as answer"),

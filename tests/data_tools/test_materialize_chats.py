@@ -210,7 +210,7 @@ BAD_LINES = {
     "invalid UTF-8": (b'{"messages": "\xff"}', "malformed_line", "not UTF-8: invalid start byte"),
     "not JSON": (b'{"messages": [', "malformed_line", "not JSON"),
     "of the wrong type": (b"[]", "malformed_record", "not a JSON object but a list"),
-    "deep": (b"[" * 100_000, "malformed_line", "not JSON"),
+    "deep": (b"[" * 100_000, "malformed_line", "levels of JSON"),
     "no known schema": (b'{"prompt": "x"}', "malformed_record", "no known schema has the keys prompt"),
     "empty assistant turn": (
         lines_of([ASKED, message("assistant", "")]).strip(),

@@ -366,3 +366,9 @@ def test_a_phase_that_makes_no_such_thing_is_no_input():
         f"{key}: phase {phase} uses {uses}, which makes no such thing; {makers[wanted]} does"
         for key, phase, uses, wanted in swapped
     )
+
+
+def test_a_reference_in_our_own_spelling_is_refused(tmp_path):
+    (tmp_path / "p.yaml").write_text("name: t\nphases: {a: {uses: pack, with: {store: '@{phases.zz.out}'}}}\n")
+    with pytest.raises(UserMistake, match="@.phases.zz.out.' is afterok's own spelling; write ..phases.zz.out."):
+        load_pipeline(tmp_path / "p.yaml")
