@@ -2,8 +2,8 @@
 
 They are retyped from memory, without the hub at hand; what has no effect (special tokens, versions) is the same for
 all. A line gives layers, hidden size, heads, key-value heads, width of the MLP, vocabulary, positions, and what else
-the file says. `PARAMETERS` has the numbers that the hub shows for the weights of a repository, as remembered: to the last
-digit they bear out the sizes, and say nothing of rotary bases, epsilons or flags.
+the file says. `PARAMETERS` has the numbers that the hub shows for the weights of a repository, as remembered: to the
+last digit they bear out the sizes, and say nothing of rotary bases, epsilons or flags.
 """
 
 from typing import Any
