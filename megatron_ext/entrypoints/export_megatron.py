@@ -27,7 +27,7 @@ from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 
 RELEASE = "release"
-NOT_STOCK = ("nanochat",)  # families that no command line of Megatron-LM builds
+STOCK = ("qwen2", "qwen3", "llama")  # model types that Megatron-LM's arguments were shown to say
 
 
 @dataclass
@@ -42,21 +42,26 @@ class Config:
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
     """Return what can be refused before anything runs; `site` says what is known of folders that are yet to come."""
-    from megatron_ext.models.registry import parse_config
+    from megatron_ext.models.registry import model_type, parse_config
 
     problems = []
     if ranks != 1:
         problems.append(Problem("", f"export_megatron runs on 1 rank, not {ranks}"))
-    known, where = facts.model_config(config.model, site or Site(ranks))
+    site = site or Site(ranks)
+    if facts.model_adapter(config.model, site)[1]:
+        problems.append(Problem("model", f"{config.model} has an adapter beside its base: merge it with merge_lora"))
+    known, where = facts.model_config(config.model, site)
     if known is not None:
-        family, _, wrong = parse_config(known, where)
-        problems += wrong
-        if family and family.name in NOT_STOCK:
-            said = (
-                f"{where} is of the family {family.name}, which Megatron-LM has no arguments for: use export_nanochat"
-            )
-            problems.append(Problem("model", said))
+        family, dims, wrong = parse_config(known, where)
+        problems += wrong or _not_stock(model_type(family, dims) if family else "", where)
     return problems
+
+
+def _not_stock(kind: str, where: str) -> list[Problem]:
+    if kind in STOCK:
+        return []
+    known = f"only {', '.join(STOCK)} were shown to be what Megatron-LM builds of its arguments"
+    return [Problem("model", f"{where} is a {kind}, and {known}: use export_hf")]
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
@@ -69,8 +74,6 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     if problems := check(config, 1):
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
-    if folder.lora is not None:
-        raise UserMistake(Problem("model", f"{config.model} has an adapter beside its base: merge it with merge_lora"))
     reader = dist_weights.Reader(folder.weights)  # which also shows that it is whole
     release = out / RELEASE
     release.mkdir()

@@ -142,7 +142,30 @@ def iteration(folder: Path) -> Path:
     return folder / ("release" if text == "release" else f"iter_{int(text):07d}")
 
 
-class LegacyTensors:
+class MegatronTensors:
+    """Stands for a Hugging Face checkpoint (convert.Tensors) whose tensors are parts of Megatron's whole ones."""
+
+    def __init__(self, folder: Path, rules: Sequence[Rule]):
+        self.folder = folder
+        self._rules, self._shapes = hf_rules(rules), hf_shapes(rules)
+
+    def whole(self, rule: Rule) -> torch.Tensor:
+        """Return mcore's whole tensor."""
+        raise NotImplementedError
+
+    def shapes(self) -> dict[str, Shape]:
+        return self._shapes
+
+    def file(self, name: str) -> str:
+        return self.folder.name
+
+    def read(self, tensor: HfTensor) -> torch.Tensor:
+        name, index = (tensor.name, tensor.index) if isinstance(tensor, Entry) else (tensor, 0)
+        rule, position = self._rules[name][index]
+        return rule.layout.split(self.whole(rule))[position].reshape(rule.layout.hf_shapes()[position])
+
+
+class LegacyTensors(MegatronTensors):
     """Reads such a checkpoint as the Hugging Face tensors that it would export to (convert.Tensors)."""
 
     def __init__(self, folder: Path, rules: Sequence[Rule], dims: Any):
@@ -152,7 +175,8 @@ class LegacyTensors:
             UserMistake: files or tensors are missing, the names of files do not tell a degree, or the model was trained
                 as another one than `dims`.
         """
-        self._root, self.folder = folder, iteration(folder)
+        super().__init__(iteration(folder), rules)
+        self._root = folder
         files = self._files()
         first = files[min(files)]
         arguments = self._arguments(first, dims)
@@ -167,7 +191,6 @@ class LegacyTensors:
         self._wholes_experts = expert_tensor < self.tensor
         self._copies: dict[str, list[tuple[torch.Tensor, int]]] = {}  # name -> (copy, tensor rank of what it repeats)
         self._shards = self._collect(files)
-        self._rules, self._shapes = hf_rules(rules), hf_shapes(rules)
         self._check_names(rules, dims)
 
     def _files(self) -> dict[tuple[int, ...], Path]:
@@ -277,19 +300,6 @@ class LegacyTensors:
             )
         return joined
 
-    # As convert.Tensors
-
-    def shapes(self) -> dict[str, Shape]:
-        return self._shapes
-
     def dtype(self, name: str) -> str:
         rule, _ = self._rules[name][0]
         return str(self._shards[self._name(rule)][0].dtype).removeprefix("torch.")
-
-    def file(self, name: str) -> str:
-        return self.folder.name
-
-    def read(self, tensor: HfTensor) -> torch.Tensor:
-        name, index = (tensor.name, tensor.index) if isinstance(tensor, Entry) else (tensor, 0)
-        rule, position = self._rules[name][index]
-        return rule.layout.split(self.whole(rule))[position].reshape(rule.layout.hf_shapes()[position])

@@ -19,11 +19,18 @@ import torch
 
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
-from megatron_ext.models.layouts import Entry, HfTensor, Rule, Shape, Vocabulary, hf_rules, hf_shapes
+from megatron_ext.models.layouts import Rule, Vocabulary
 from megatron_ext.parallel.shape import ModelShape
 from megatron_ext.weights import dist_weights
 from megatron_ext.weights.dist_weights import Region
-from megatron_ext.weights.legacy import ARGUMENTS, LISTED, LLAMA3_FACTOR, check_arguments, iteration
+from megatron_ext.weights.legacy import (
+    ARGUMENTS,
+    LISTED,
+    LLAMA3_FACTOR,
+    MegatronTensors,
+    check_arguments,
+    iteration,
+)
 
 COMMON_OBJECT = "common_state/shard_0_1"
 NO_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "iteration", "args")
@@ -35,7 +42,7 @@ def is_one(folder: Path) -> bool:
     return inside(iteration(folder), dist_weights.METADATA, needed=False) is not None
 
 
-class DistTensors:
+class DistTensors(MegatronTensors):
     """Reads such a checkpoint as the Hugging Face tensors that it would export to (convert.Tensors)."""
 
     def __init__(self, folder: Path, rules: Sequence[Rule], dims: Any):
@@ -45,11 +52,10 @@ class DistTensors:
             UserMistake: tensors are missing, of another shape, or no part of the model; or the model was trained as
                 another one than `dims`.
         """
-        self.folder = iteration(folder)
+        super().__init__(iteration(folder), rules)
         self._reader = dist_weights.Reader(self.folder, foreign=True)
         self._stored = self._reader.stored.tensors
         check_arguments(self._arguments(), dims, str(self.folder))
-        self._rules, self._shapes = hf_rules(rules), hf_shapes(rules)
         self._layers = _layers(rules)
         self._check(rules)
 
@@ -108,58 +114,38 @@ class DistTensors:
             parts.append(self._reader.read(placed).reshape(-1, *rule.layout.shape[1:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    # As convert.Tensors
-
-    def shapes(self) -> dict[str, Shape]:
-        return self._shapes
-
     def dtype(self, name: str) -> str:
         rule, _ = self._rules[name][0]
         region, _ = next(dist_weights.regions(rule))
         placed = self._placed(region)
         return self._stored[(placed or region).key].dtype
 
-    def file(self, name: str) -> str:
-        return self.folder.name
-
-    def read(self, tensor: HfTensor) -> torch.Tensor:
-        name, index = (tensor.name, tensor.index) if isinstance(tensor, Entry) else (tensor, 0)
-        rule, position = self._rules[name][index]
-        return rule.layout.split(self.whole(rule))[position].reshape(rule.layout.hf_shapes()[position])
-
 
 def arguments_of(dims: Any, shape: ModelShape) -> Namespace:
-    """Return Megatron-LM's arguments of such a model: what `--use-checkpoint-args` takes of a checkpoint, and what
-    `legacy.unlike` compares.
+    """Return Megatron-LM's arguments of a model of Qwen2's, Qwen3's or Llama's kind: what `--use-checkpoint-args` takes
+    of a checkpoint, and what `legacy.unlike` compares.
     """
-    window = getattr(dims, "window", 0) if any(getattr(dims, "sliding", ())) else 0
-    rope_factor = getattr(dims, "rope_factor", 0.0)
-    arguments: dict[str, Any] = {name: getattr(dims, field, None) or None for field, name in ARGUMENTS.items()}
-    arguments |= {
+    said: dict[str, Any] = {name: getattr(dims, field, None) or None for field, name in ARGUMENTS.items()}
+    said |= {
         "num_layers": len(shape.layers),
         "hidden_size": shape.hidden,
-        "ffn_hidden_size": shape.ffn or shape.expert_ffn,
+        "ffn_hidden_size": shape.ffn,
         "max_position_embeddings": shape.max_positions or None,
         "padded_vocab_size": shape.vocabulary,
         "untie_embeddings_and_output_weights": not shape.tied,
         "normalization": "RMSNorm",
         "swiglu": shape.gated,
-        "add_bias_linear": shape.attention_output_bias,
+        "add_bias_linear": False,
         "add_qkv_bias": shape.qkv_bias,
         "qk_layernorm": shape.qk_norm,
-        "group_query_attention": shape.kv_groups not in (0, shape.heads),
-        "num_query_groups": shape.kv_groups or None,
+        "group_query_attention": shape.kv_groups != shape.heads,
+        "num_query_groups": shape.kv_groups,
+        "position_embedding_type": "rope",
         "rotary_percent": 1.0,
-        "position_embedding_type": "rope" if hasattr(dims, "rope_base") else "none",
-        "window_size": (window - 1, 0) if window else None,
-        "moe_router_topk_scaling_factor": getattr(dims, "routed_scale", None),
-        "moe_ffn_hidden_size": shape.expert_ffn or None,
-        "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
-        "hybrid_override_pattern": getattr(dims, "pattern", None),
+        "use_rope_scaling": bool(dims.rope_factor),
+        "rope_scaling_factor": dims.rope_factor or LLAMA3_FACTOR,
     }
-    if hasattr(dims, "rope_factor"):
-        arguments |= {"use_rope_scaling": bool(rope_factor), "rope_scaling_factor": rope_factor or LLAMA3_FACTOR}
-    return Namespace(**{name: value for name, value in arguments.items() if value is not None or name == "window_size"})
+    return Namespace(**{name: value for name, value in said.items() if value is not None})
 
 
 def _layers(rules: Sequence[Rule]) -> dict[str, list[int]]:

@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,16 +12,17 @@ import torch
 from data_tools.mistake import UserMistake
 from megatron_ext.entrypoints import export_megatron, import_hf
 from megatron_ext.layers import loss_head
+from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.model_folders import model_folder
-from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.training.rows import micro_batch
 from megatron_ext.weights import checkpoint, legacy, megatron_dist
 from tests.megatron_ext import stock_gpt, tiny
 
 DIMS = replace(tiny.DIMS, layers=stock_gpt.LAYERS, tied=False)
 FAMILIES = {
-    "qwen2 untied": DIMS, "qwen2 tied": tiny.DIMS, "llama": replace(DIMS, kind="llama", rope_factor=8.0),
-    "gpt_oss": tiny.GPT_OSS_DIMS, "nemotron_h": tiny.NEMOTRON_H_DIMS,
+    "qwen2 untied": DIMS, "qwen2 tied": tiny.DIMS, "qwen3": replace(DIMS, kind="qwen3"),
+    "llama": replace(DIMS, kind="llama", rope_factor=8.0),
 }  # fmt: skip
 FORMS = {"layers under one name": [], "each layer under its own": ["non_homogeneous_layers"]}
 
@@ -106,20 +107,30 @@ def test_a_damaged_piece_is_refused(saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_arguments_of_a_model_say_what_it_is(name):
+def test_an_exported_folder_says_what_it_is_and_comes_back_as_the_same_model(name, tmp_path):
     dims = FAMILIES[name]
     assert legacy.unlike(megatron_dist.arguments_of(dims, tiny.family(dims).config.shape(dims)), dims) == []
-
-
-@pytest.mark.parametrize("name", ["qwen2 untied", "gpt_oss", "nemotron_h"])
-def test_an_exported_folder_comes_back_as_the_same_model(name, tmp_path):
-    hf = tiny.hf_folder(tmp_path / "hf", FAMILIES[name])
+    hf = tiny.hf_folder(tmp_path / "hf", dims)
     for folder in ("model", "exported", "again"):
         (tmp_path / folder).mkdir()
     wanted = import_hf.run(import_hf.Config(str(hf)), tmp_path / "model", tmp_path)
     export_megatron.run(export_megatron.Config(str(tmp_path / "model")), tmp_path / "exported", tmp_path)
     config = import_hf.Config(str(hf), megatron=str(tmp_path / "exported"))
     assert import_hf.run(config, tmp_path / "again", tmp_path)["weights_digest"] == wanted["weights_digest"]
+
+
+@pytest.mark.parametrize("dims", [tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H_DIMS, tiny.NANOCHAT_DIMS])
+def test_a_model_whose_arguments_were_not_shown_is_not_exported(dims, tmp_path):
+    (tmp_path / "model").mkdir()
+    import_hf.run(import_hf.Config(str(tiny.hf_folder(tmp_path / "hf", dims))), tmp_path / "model", tmp_path)
+    (found,) = export_megatron.check(export_megatron.Config(str(tmp_path / "model")), 1)
+    assert "only qwen2, qwen3, llama were shown" in found.message and found.message.endswith("use export_hf")
+
+
+def test_an_adapter_is_refused_where_it_is_only_planned():
+    site = Site(1, forecasts={"planned": {"adapter": {"lora": asdict(LoraConfig(rank=2))}}})
+    (found,) = export_megatron.check(export_megatron.Config("planned"), 1, site)
+    assert found.message.endswith("merge it with merge_lora")
 
 
 def test_megatron_cores_own_model_and_loader_take_an_exported_folder(saved, alone, tmp_path):
