@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.base.durable import write_json
+from data_tools.base.durable import TornFile, write_json
 from data_tools.base.one_file import open_part
 from data_tools.base.tables import ShownTable
 
@@ -111,7 +111,11 @@ class Balance:
     def read(cls, folder: Path) -> "Balance":
         """Return what `write` left. Raise FileNotFoundError when nothing is there."""
         with open_part(folder / FILE) as file:
-            return cls.from_json(json.load(file))
+            try:
+                told = json.load(file)
+            except (ValueError, RecursionError):
+                raise TornFile(f"{folder / FILE} is not whole JSON (truncated or edited)") from None
+        return cls.from_json(told)
 
     def total(self) -> SourceBalance:
         total = SourceBalance("total")

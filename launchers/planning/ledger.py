@@ -102,6 +102,8 @@ def _parsed(path: Path, data: bytes) -> tuple[dict[str, Any], ...]:
             # an append cuts off what is torn, so this was no accident
             raise UserMistake(f"{torn}; remove that line, or restore it") from None
         event.pop(durable.SUM, None)
+        if not isinstance(event.get("event"), str):  # of a line without a sum
+            raise UserMistake(f"{path}:{number} names no event; remove that line, or restore it")
         events.append(event)
     return tuple(events)
 

@@ -101,7 +101,7 @@ class Reading:
     def dtype(self, default: str = "float32") -> str:
         """Return the dtype of the weights, "float32" or another of DTYPES."""
         new, old = (self.config.get(key) for key in ("dtype", "torch_dtype"))
-        spelled = [str(name).removeprefix("torch.") if name else None for name in (new, old)]
+        spelled = [None if name is None else str(name).removeprefix("torch.") for name in (new, old)]
         self.agree("dtype", spelled[0], "torch_dtype", spelled[1])
         dtype = spelled[0] or spelled[1] or default
         if dtype not in DTYPES:
@@ -154,7 +154,7 @@ class Reading:
         rope["rope_type"] = rope.get("rope_type", "default")
         rope["rope_theta"] = float(self.number("rope_theta", base, rope))
         share = self._share(rope, head_dim, partial)
-        if rope["rope_type"] not in kinds:
+        if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in kinds:
             self.refuse("rope_type", rope["rope_type"], f"{' and '.join(kinds)} are")
             return rope
         for key in sorted(rope.keys() - {"rope_type", "rope_theta"} - set(kinds[rope["rope_type"]])):

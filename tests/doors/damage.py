@@ -103,6 +103,8 @@ def _other_key(data: bytes, draw: random.Random) -> bytes:
         return _flip(data, draw)
     one = draw.choice(found)
     places = [one.start(1) + match.start() for match in _LETTER.finditer(one[1])]
+    if not places:
+        return _flip(data, draw)
     place = draw.choice(places)
     return data[:place] + bytes([97 + draw.randrange(26)]) + data[place + 1 :]
 

@@ -57,7 +57,7 @@ def as_yaml(loader):
             if isinstance(node, yaml.SequenceNode):
                 return [plain(item) for item in node.value]
             if node.tag.rpartition(":")[2] in ("int", "float"):  # 2e-3 and 2E-3 are one
-                return [node.tag, yaml.load(node.value, loader)]
+                return [node.tag, repr(yaml.load(node.value, loader)).removesuffix(".0").replace("-0", "0")]
             return [node.tag, re.sub(r"\$\{\s*([\w.]+)\s*\}", r"${\1}", node.value)]
 
         text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
@@ -104,8 +104,7 @@ def test_overrides(cases, tmp_path, record):
 
 
 PROFILE = b"""\
-kind: slurm
-meta: {name: swept, contact: admin@example.org}
+meta: {name: other, contact: admin@example.org}
 partitions:
   short: {max_time: "1:00:00", max_nodes: 4, gpus_per_node: 0}
   gpu: {max_time: "1-00:00:00", gpus_per_node: 8, account: lab}
@@ -137,7 +136,7 @@ ENVIRONMENTS = b"""\
   weight: 2.0
 - agent_type: AIMEAgent
   agent_args: {chat_mode: true}
-  weight: 1
+  weight: 3
   evaluation_only: true
 """
 
@@ -177,7 +176,7 @@ def test_names_of_phases_and_files(cases, tmp_path, record):
         return ["name", list(load_pipeline(pipeline).phases), text]
 
     def told(data):
-        return data.decode()
+        return re.sub("/+", "/", data.decode())
 
     check(Door("names", [b"config.json", b"sub/x.bin", b"phase_1"], read, told), cases, record)
 
@@ -195,6 +194,6 @@ def test_paths_of_runs(cases, tmp_path, record):
         return str(path)
 
     def told(data):
-        return data.decode()
+        return re.sub("/+", "/", data.decode())
 
     check(Door("paths of runs", [b"runs/tiny", b"a b/c-1.2", "läufe/é".encode()], read, told), cases, record)

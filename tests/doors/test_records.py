@@ -48,9 +48,12 @@ def trained(data: bytes):
                 value = strict(value.encode())  # JSON as text is read as what it says
         if value in ("output_text", "input_text"):
             return "text"
+        if isinstance(value, str):  # white space around the markers of a thought says nothing
+            return re.sub(r"\s*(<\|\w+\|>)\s*", r"\1", value)
         if not isinstance(value, list) or value[:1] != ["object"]:
             return [said(item, depth + 1) for item in value] if isinstance(value, list) else value
-        pairs = [(key, said(item, depth + 1)) for key, item in value[1:] if item is not None]
+        empty = ("", None) if depth else (None,)  # a message's empty text is none
+        pairs = [(key, said(item, depth + 1)) for key, item in value[1:] if item not in empty]
         pairs = [pair for pair in pairs if pair not in absent]
         return [pair for pair in pairs if pair[0] in READ or depth and pair[0] not in WITHOUT_MEANING]
 

@@ -2,6 +2,7 @@
 verbs that look at a run name the file that is damaged, or go on without it."""
 
 import contextlib
+import dataclasses
 import io
 import random
 import shutil
@@ -18,6 +19,23 @@ from tests.launchers.planted_run import failed
 OWN_RULES = ("hash cache", "ledger", "rollouts")
 
 
+def ordered(value):
+    """A meaning, whatever the order of its keys."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return ["mapping", *sorted(([key, ordered(item)] for key, item in value.items()), key=repr)]
+    return [ordered(item) for item in value] if isinstance(value, (list, tuple)) else repr(value)
+
+
+def once(data: bytes, draw: random.Random):
+    """One damage: two could make an object with a sum look like one of before there were sums."""
+    while True:
+        how, found = damaged(data, draw)
+        if " + " not in how:
+            return how, found
+
+
 @counts
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in OWN_RULES])
 def test_files_with_a_sum(cases, kind, tmp_path, record):
@@ -26,10 +44,14 @@ def test_files_with_a_sum(cases, kind, tmp_path, record):
 
     def read_file(data):
         path.write_bytes(data)
-        return repr(read(path))
+        return ordered(read(path))
 
     whole = path.read_bytes()
-    check(Door(kind, [whole], read_file, None, refused=(*REFUSED, OSError)), max(20, cases // len(KINDS)), record)
+    check(
+        Door(kind, [whole], read_file, None, refused=(*REFUSED, OSError), damage=once),
+        max(20, cases // len(KINDS)),
+        record,
+    )
 
 
 @counts
