@@ -10,6 +10,7 @@ Of an entry with share w, the first p prompts of a run hold more than p·w - 1 a
 import bisect
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 from collections import Counter
@@ -270,7 +271,7 @@ def load(name: str, entry: Entry) -> Loaded:
             break
         sheet.lines += 1
         try:
-            items, wrong = task.items(record.value, options), left_out(record.value)
+            items, wrong = _given(task, record.value, options), left_out(record.value)
         except ValueError as error:
             raise record.mistake(str(error)) from None
         _count(sheet, len(items), wrong)
@@ -292,6 +293,18 @@ def load(name: str, entry: Entry) -> Loaded:
         for (uid, scoring), item in items_by_key.items()
     ]
     return Loaded(items, sheet, sum(count > 1 for count in several.values()))
+
+
+def _given(task: Any, record: Any, options: Any) -> list[Item]:
+    """Return the items that a task makes of a record. Raise UserMistake where its `items` gives anything else."""
+    items = task.items(record, options)
+    other = next((item for item in items if not isinstance(item, Item)), None) if isinstance(items, list) else items
+    if other is not None:
+        where = inspect.getsourcefile(task) or task.__name__
+        said = f"`items` gives {'a list with ' * isinstance(items, list)}{type(other).__name__}"
+        remedy = "a list of data_tools.tasks.task.Item of one record (data_tools/README.md, a task of your own)"
+        raise UserMistake(Problem(where, f"{said}, and must give {remedy}"))
+    return items
 
 
 def _count(sheet: SourceBalance, items: int, wrong: Sequence[str]) -> None:

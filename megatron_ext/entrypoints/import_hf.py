@@ -264,7 +264,7 @@ def _source(config: Config) -> Source:
         family, file = Family("nanochat"), nanochat.config_of(meta, "float32")
         tensors = nanochat.NanochatTensors(model, file["vocab_size"])
         if (head := "lm_head.weight") in tensors.shapes():  # else it is named with all that is missing
-            file["dtype"] = tensors.dtype(head)
+            file |= {key: tensors.dtype(head) for key in ("dtype", "torch_dtype") if key in file}
         own, problems = family.config.read(file, f"{meta} with {model.name}")
         if problems:
             raise UserMistake(problems)

@@ -154,6 +154,11 @@ def understood(what: Callable[[], Any]) -> Any:
         raise Refused(f"its content is not understood ({type(error).__name__}: {_line(error)})") from None
 
 
+def write(value: Any, file: IO[bytes]) -> None:
+    """Write a pickle of objects of ours, or of torch's, as torch writes its own."""
+    pickle.dump(value, file)
+
+
 # ---------------------------------------------------------------- .pt files
 
 

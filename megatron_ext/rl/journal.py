@@ -165,7 +165,10 @@ def read(root: Path, step: int, identity: str | None = None) -> dict[Key, Entry]
                 entry.tokens += _unpacked(line["tokens"], numpy.int32)
                 entry.logprobs += _unpacked(line["logprobs"], numpy.float32)
                 entry.finish = line.get("finish", "")
-    return entries
+    for entry in entries.values():
+        if not entry.finish:  # a verdict is of a whole sample, whose lines are damaged
+            entry.score = None
+    return {key: entry for key, entry in entries.items() if entry.tokens or entry.finish}
 
 
 def _files(root: Path, step: int) -> list[Path]:

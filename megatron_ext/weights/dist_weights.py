@@ -13,7 +13,6 @@ written here is hashed on its way, and synced by its writer: digests.py says how
 
 import functools
 import math
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,7 +191,7 @@ def finish(folder: Path, written: Iterable[Piece]) -> dict[str, list[Part]]:
             places[index] = _StorageInfo(piece.file, piece.start, piece.length)
         # Without torch's note of where and when it was saved: the same pieces give the same bytes.
         metadata = Metadata({**tensors}, storage_data=places, version=CURRENT_DCP_VERSION)
-        told = {METADATA: [_write_whole(folder / METADATA, lambda file: pickle.dump(metadata, file))]}
+        told = {METADATA: [_write_whole(folder / METADATA, lambda file: pickles.write(metadata, file))]}
     told[COMMON] = [_write_whole(folder / COMMON, lambda file: torch.save({}, file))]
     durable.write_json(folder / MARK, FORMAT)
     return told | {MARK: digests.parts_of(folder / MARK, ())}

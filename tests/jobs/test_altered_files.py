@@ -238,7 +238,8 @@ def test_a_single_edit_is_refused_or_means_the_same(kind, edits, tmp_path):
     assert read(path) == meaning and (refused or kind == "hash cache")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hash cache"])
+# What a cache or a log of rollouts had before there were sums is made anew.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("hash cache", "rollouts")])
 def test_what_was_written_before_there_were_sums_is_read_all_the_same(kind, tmp_path):
     make, read = KINDS[kind]
     path = make(tmp_path)

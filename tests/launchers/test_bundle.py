@@ -103,8 +103,9 @@ def test_what_a_run_lacks_is_bundled_and_only_the_newest_bundle_is_sent(toy, tmp
     under_way = one_line(afterok("bundle", run, tmp_path / "third", env=env, check=2))  # what waits for `numbers`
     assert "is under way as job" in under_way and not (tmp_path / "third").exists()
     afterok("cancel", run, env=env)
-    nowhere = one_line(afterok("bundle", pipeline, tmp_path / "third", "cluster=local", "--run", run, check=2))
-    assert "a bundle is for Slurm" in nowhere
+    nowhere = afterok("bundle", pipeline, tmp_path / "third", "cluster=local", "--run", run, check=2).stderr
+    held, refused = nowhere.splitlines()
+    assert "the run holds numbers.with.fail_at=1" in held and "a bundle is for Slurm" in refused
 
 
 GRAPH = """

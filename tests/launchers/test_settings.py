@@ -52,7 +52,8 @@ def test_good_settings_after_failed_ones_end_well(say):
     assert code == 2 and "broken" in told
     assert say("why")[1].startswith("numbers failed") or "broken" in say("why")[1]
     code, shown, told = say("run")
-    assert code == 0 and "broken" not in shown + told
+    assert code == 0 and "broken" not in shown
+    assert "the run holds params.mistake=broken" in told and told.count("broken") == 2  # and how to keep it
     assert say.json("status")["finished"] and "broken" not in say("why")[1]
 
 

@@ -69,8 +69,8 @@ LLAMA3 = {
     "change, words",
     [
         (dict(use_sliding_window=True), "use_sliding_window"),
-        (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type = 'yarn'"),
-        (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "rope_type = 'linear'"),
+        (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "yarn needs factor and original_max_position"),
+        (dict(rope_parameters=None, rope_scaling={"type": "longrope", "factor": 2.0}), "rope_type = 'longrope'"),
         (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
         (dict(model_type="qwen3", attention_bias=True), "attention_bias = True"),
@@ -79,7 +79,6 @@ LLAMA3 = {
             dict(model_type="llama", rope_scaling=LLAMA3 | dict(low_freq_factor=2.0), rope_parameters=None),
             "a factor from",
         ),
-        (dict(rope_parameters=LLAMA3), "rope_type = 'llama3'"),
         (dict(embedding_multiplier=12.0), "embedding_multiplier = 12.0"),
         (dict(num_attention_heads=5), "5 attention heads do not divide by 2 key-value heads"),
         (dict(hidden_size=None), "hidden_size is missing"),
@@ -99,7 +98,7 @@ def test_released_files_of_the_three_model_types_are_understood():
     assert not problems and qwen3.qk_norm and not qwen3.qkv_bias and qwen3.rope_base == 1e6
     positions = dict(rope_scaling=LLAMA3, rope_theta=5e5)
     llama, problems = read({**common, **positions, "model_type": "llama", "mlp_bias": False, "pretraining_tp": 1})
-    assert not problems and (llama.qkv_bias, llama.qk_norm, llama.rope_factor) == (False, False, 32.0)
+    assert not problems and (llama.qkv_bias, llama.qk_norm, llama.rope_factor) == (False, "", 32.0)
     qwen2, problems = read({**common, **windows, "model_type": "qwen2", "use_mrope": False})
     assert not problems and qwen2.qkv_bias and qwen2.head_dim == 128
 

@@ -62,6 +62,8 @@ def rules(dims: Dims, names: Collection[str] = ()) -> list[Rule]:
         else:
             rules_ += _experts(dims, ours + "mlp.", theirs, stacked)
         rules_ += _norm(dims, ours + "post_mlp_layernorm", theirs, of.after_mlp)
+        # Last: the order is that in which the weights of a random model are drawn, which stays what it was.
+        rules_ += _beside_attention(dims, ours + "self_attention.", theirs + "self_attn.")
     rules_ += _norm(dims, "decoder.final_layernorm", "model.", "norm")
     if not dims.tied:
         rules_.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))
@@ -75,16 +77,19 @@ def _norm(dims: Dims, ours: str, layer: str, name: str, te_name: str = "") -> li
 
 
 def _attention(dims: Dims, ours: str, theirs: str) -> list[Rule]:
-    kind = dims.of_kind
-    layout = FusedQueryKeyValue if kind.fused_qkv else QueryKeyValue
-    qkv = layout(dims.heads, dims.kv_groups, dims.head_dim, dims.hidden, neighbours=dims.turned * kind.neighbours)
-    sources = ("qkv_proj",) if kind.fused_qkv else ("q_proj", "k_proj", "v_proj")
-    rules_ = [
-        Rule(ours + "linear_qkv.weight", tuple(f"{theirs}{x}.weight" for x in sources), qkv),
+    """Return the rules of the matrices of attention."""
+    sources, layout = _qkv(dims)
+    return [
+        Rule(ours + "linear_qkv.weight", tuple(f"{theirs}{x}.weight" for x in sources), layout),
         Rule(ours + "linear_proj.weight", (theirs + "o_proj.weight",), Row((dims.hidden, dims.heads * dims.head_dim))),
     ]
+
+
+def _beside_attention(dims: Dims, ours: str, theirs: str) -> list[Rule]:
+    """Return the rules of attention's biases and norms of heads."""
+    rules_, (sources, layout) = [], _qkv(dims)
     if dims.qkv_bias:
-        bias = replace(qkv, columns=None)
+        bias = replace(layout, columns=None)
         rules_.append(Rule(ours + "linear_qkv.bias", tuple(f"{theirs}{x}.bias" for x in sources), bias))
     for x, heads in (("q", dims.heads), ("k", dims.kv_groups)):
         whole, head = Column((heads * dims.head_dim,)), Replicated((dims.head_dim,))
@@ -92,6 +97,15 @@ def _attention(dims: Dims, ours: str, theirs: str) -> list[Rule]:
             norm = whole if dims.qk_norm == "all" else head
             rules_.append(Rule(f"{ours}{x}_layernorm.weight", (f"{theirs}{x}_norm.weight",), norm))
     return rules_
+
+
+def _qkv(dims: Dims) -> tuple[tuple[str, ...], QueryKeyValue]:
+    """Return (Hugging Face's names, layout) of queries, keys and values."""
+    kind = dims.of_kind
+    layout = FusedQueryKeyValue if kind.fused_qkv else QueryKeyValue
+    sources = ("qkv_proj",) if kind.fused_qkv else ("q_proj", "k_proj", "v_proj")
+    turned = dims.turned * kind.neighbours
+    return sources, layout(dims.heads, dims.kv_groups, dims.head_dim, dims.hidden, neighbours=turned)
 
 
 def _mlp(dims: Dims, ours: str, theirs: str, ffn: int) -> list[Rule]:
