@@ -120,7 +120,8 @@ def explain(phase: str, setting: str = "") -> Explained:
 def _kind(phase: str) -> PhaseKind:
     kind = find_kind(phase)
     if kind is None:
-        raise UserMistake(f"unknown phase kind {phase!r}{nearest(phase, [*kind_names(), RESOURCES])}")
+        own = "; of a phase of a pipeline, name the kind that it uses"
+        raise UserMistake(f"unknown phase kind {phase!r}{nearest(phase, [*kind_names(), RESOURCES])}{own}")
     return kind
 
 

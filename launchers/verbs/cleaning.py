@@ -41,6 +41,10 @@ def do_clean(args: argparse.Namespace) -> int:
     if any(each.items for each in done):
         words = shlex.join(["afterok", "clean", *args.runs, *(word for what in args.only for word in ("--only", what))])
         print(f"{total} deleted" if args.yes else f"{total} in all; nothing was deleted: `{words} --yes` deletes it")
+    if not args.only:
+        named_only = sum(each.size for each in clean([*named, *runs], ["superseded"], False))
+        if named_only:
+            print(f"{size_text(named_only)} more is sealed under settings of before: --only superseded shows it")
     return code
 
 

@@ -234,6 +234,14 @@ def test_sealed_results_of_settings_of_before_go_by_name_alone_unless_something_
     assert clean.when_cleaned(planted.run, "sft", "superseded") is not None or expected == []
 
 
+def test_what_goes_by_name_alone_is_told_with_its_size(planted, capsys):
+    assert main(["clean", str(planted.run.path)]) == 0
+    assert "more is sealed under settings of before: --only superseded shows it" in capsys.readouterr().out
+    assert main(["clean", str(planted.run.path), "--only", "superseded", "--yes"]) == 0
+    assert main(["clean", str(planted.run.path)]) == 0
+    assert "superseded" not in capsys.readouterr().out.partition("deletes it")[2]
+
+
 def test_a_full_disk_is_cleaned_and_what_went_is_written_down_once_there_is_room(planted, capsys, monkeypatch):
     append, tries = durable.append_line, iter([OSError(28, "No space left on device")])
 

@@ -424,3 +424,27 @@ def test_texts_after_which_a_task_is_asked_are_known_or_refused(tmp_path, monkey
                           ("stop_strings = lambda options: '='", "give a list of texts, or None")):  # fmt: skip
         with pytest.raises(UserMistake, match=message):
             of(body)
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ('yield Item.of("a", 1)', "`items` gives generator"),
+        ('return {"prompt": "a"}', "`items` gives dict"),
+        ('return [{"prompt": "a"}]', "`items` gives a list with dict"),
+    ],
+)
+def test_a_task_whose_items_are_none_is_named_with_what_is_needed(body, said, tmp_path, monkeypatch):
+    name = f"own_{len(body)}"
+    lines = ["from dataclasses import dataclass", "from data_tools.tasks.task import Item", "HUB = ''"]
+    lines += ["REWARDS = {'right': 1.0}", "@dataclass", "class Options:", "    loud: bool = False"]
+    lines += ["def rewards(item, completion, options):", "    return {'right': 1.0}"]
+    lines += ["def items(record, options):", f"    {body}", ""]
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "capitals.py").write_text("\n".join(lines))
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = Entry(task=f"{name}.capitals", source=Source(inputs=[str(tmp_path / "rows.jsonl")]))
+    with pytest.raises(UserMistake) as found:
+        load("own", entry)
+    assert said in str(found.value) and "capitals.py" in str(found.value) and "task.Item" in str(found.value)
