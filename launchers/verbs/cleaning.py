@@ -42,10 +42,17 @@ def do_clean(args: argparse.Namespace) -> int:
         words = shlex.join(["afterok", "clean", *args.runs, *(word for what in args.only for word in ("--only", what))])
         print(f"{total} deleted" if args.yes else f"{total} in all; nothing was deleted: `{words} --yes` deletes it")
     if not args.only:
-        named_only = sum(each.size for each in clean([*named, *runs], ["superseded"], False))
-        if named_only:
-            print(f"{size_text(named_only)} more is sealed under settings of before: --only superseded shows it")
+        _tell_of_named_only([*named, *runs])
     return code
+
+
+def _tell_of_named_only(runs: "list[RunFolder]") -> None:
+    """Print how much more goes only where it is named, where anything does."""
+    from data_tools.base.printing import size_text
+    from launchers.submission.clean import clean
+
+    if size := sum(each.size for each in clean(runs, ["superseded"], False)):
+        print(f"{size_text(size)} more is sealed under settings of before: --only superseded shows it")
 
 
 def _show(cleaned: "Cleaned") -> None:
