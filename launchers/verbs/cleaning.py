@@ -37,22 +37,20 @@ def do_clean(args: argparse.Namespace) -> int:
         _show(each)
     for path, why in done[0].unread.items() if done else ():
         tell(f"{as_typed(path)}: {why}")
+    _tell_total(args, done)
+    if not args.only and (size := sum(each.size for each in clean([*named, *runs], ["superseded"], False))):
+        print(f"{size_text(size)} more is sealed under settings of before: --only superseded shows it")
+    return code
+
+
+def _tell_total(args: argparse.Namespace, done: "list[Cleaned]") -> None:
+    """Print what all runs have or had together, and how to delete it."""
+    from data_tools.base.printing import size_text
+
     total = size_text(sum(each.size for each in done))
     if any(each.items for each in done):
         words = shlex.join(["afterok", "clean", *args.runs, *(word for what in args.only for word in ("--only", what))])
         print(f"{total} deleted" if args.yes else f"{total} in all; nothing was deleted: `{words} --yes` deletes it")
-    if not args.only:
-        _tell_of_named_only([*named, *runs])
-    return code
-
-
-def _tell_of_named_only(runs: "list[RunFolder]") -> None:
-    """Print how much more goes only where it is named, where anything does."""
-    from data_tools.base.printing import size_text
-    from launchers.submission.clean import clean
-
-    if size := sum(each.size for each in clean(runs, ["superseded"], False)):
-        print(f"{size_text(size)} more is sealed under settings of before: --only superseded shows it")
 
 
 def _show(cleaned: "Cleaned") -> None:
