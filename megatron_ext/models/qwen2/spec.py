@@ -104,6 +104,7 @@ def _complete(layer: Any, dims: Dims, config: TransformerConfig, parts: Parts) -
         )
     if dims.of_kind.windows == "types" and dims.sliding and dims.sliding[layer.layer_number - 1] and dims.is_stretched:
         attention.config = decoder_spec.without_yarn(config)
+        attention._yarn_concentration_factor = 1.0  # which megatron-core keeps from 0.19 on (attention.py:326)
         attention.own_rotary = RotaryEmbedding(dims.head_dim, rotary_percent=1.0, rotary_base=dims.rope_base)
     after = {"post_self_attn_layernorm": norms.after_attention, "post_mlp_layernorm": norms.after_mlp}
     for (name, has), block in zip(after.items(), (attention, layer.mlp)):
