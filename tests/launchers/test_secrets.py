@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.artifacts.run_folder import RunFolder
+from launchers.backends.local import LocalBackend, driver_is_alive
 from launchers.planning.ledger import Ledger
 from tests.command import afterok, afterok_json, one_line, wait_for
 
@@ -92,6 +93,9 @@ def test_a_value_is_used_but_in_no_file_of_the_run_whatever_the_phase_does_with_
     afterok("run", planted.pipeline, cluster, "use.with.leak=print", "--run", planted.run)
     assert "***FROM_COMMAND***" in (planted.run / "use/logs/a3.0.out").read_text()
     assert planted.used("FROM_FILE", "FROM_COMMAND")
+    # A run is over once all is sealed, and its driver a moment later.
+    state = LocalBackend(RunFolder(planted.run))._state("3")
+    wait_for("the driver's end", lambda: not driver_is_alive(state), 60)
     next(planted.run.glob("use/*/seal.json")).unlink()
     done = afterok("run", planted.pipeline, cluster, "use.with.leak=facts", "--run", planted.run, check=2)
     assert "use: facts" in one_line(done) and "would write down the value of the secret FROM_FILE" in one_line(done)
