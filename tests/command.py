@@ -24,7 +24,7 @@ TINY_SHORT = [
 
 
 def afterok(
-    *args: Any, env: dict | None = None, check: int | None = 0, timeout: float = 120
+    *args: Any, env: dict | None = None, check: int | None = 0, timeout: float = 300
 ) -> subprocess.CompletedProcess:
     """The finished process; asserts its exit code unless `check` is None."""
     words, env, forks = [str(word) for word in args], {**os.environ, **(env or {})}, _forks()
