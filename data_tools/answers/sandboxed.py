@@ -386,7 +386,6 @@ def judge(connection: Connection, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(role: str, connection: str, result: str) -> None:
-    sys.set_int_max_str_digits(0)
     if role == "program":
         serve(Connection(int(connection)))
         return
@@ -406,4 +405,5 @@ def begun(program: Connection) -> bool:
 
 
 if __name__ == "__main__":
+    sys.set_int_max_str_digits(0)  # a program may print what it counts; a setting of the process, so not in main()
     main(*sys.argv[1:])
