@@ -20,6 +20,7 @@ REWARDS = {"action": 1.0}
 HUB = ""
 ON_INVALID = ("mask", "penalty")
 
+_DIGITS = 9  # of an action, as in the names of columns; of more than 4,300 Python makes no number
 _ACTION = re.compile(r"\[\s*(\d+)\s*\]")
 
 
@@ -79,7 +80,10 @@ def final_answer(item: Item, completion: str, options: Options) -> str | None:
     """Return the last action in brackets of what is said to the user, None where that is none of the row's."""
     said = final_text(completion)
     found = _ACTION.findall(said) if said is not None else []
-    return str(int(found[-1])) if found and int(found[-1]) < len(item.columns["rewards"]) else None
+    leading, own = (found[-1][:-_DIGITS], found[-1][-_DIGITS:]) if found else ("", "")
+    if not own or leading.strip("0") or int(own) >= len(item.columns["rewards"]):
+        return None
+    return str(int(own))
 
 
 def best(item: Item, options: Options) -> dict[str, float]:
