@@ -14,6 +14,7 @@ from typing import Any
 from data_tools.answers.forms import final_text
 from data_tools.mistake import nearest
 from data_tools.prepare.q_rewards import REWARD
+from data_tools.records.csv_tables import number_of
 from data_tools.tasks.task import Item
 
 REWARDS = {"action": 1.0}
@@ -62,10 +63,7 @@ def _rewards(record: dict[str, Any]) -> list[float]:
         name = f"{REWARD}{action}"
         if name not in found:
             raise ValueError(f"has {', '.join(found)} but no column {name}")
-        try:
-            values.append(float(found[name]))
-        except (TypeError, ValueError):
-            values.append(math.nan)
+        values.append(number_of(found[name]))
         if not math.isfinite(values[-1]):
             raise ValueError(f"{name} is {found[name]!r}, not a finite number")
     return values

@@ -328,6 +328,8 @@ def test_a_penalty_has_to_have_an_effect():
     ({"reward_action_3": 1}, "has reward_action_0, reward_action_1, reward_action_3 but no column reward_action_2"),
     ({"reward_action_0": ""}, "reward_action_0 is '', not a finite number"),
     ({"reward_action_0": "nan"}, "reward_action_0 is 'nan', not a finite number"),
+    ({"reward_action_0": "1_0"}, "reward_action_0 is '1_0', not a finite number"),
+    ({"reward_action_0": True}, "reward_action_0 is True, not a finite number"),
     ({"prompt": ""}, "no prompt under 'prompt'"),
 ])  # fmt: skip
 def test_a_missing_reward_column_is_named(change, message):
