@@ -57,7 +57,7 @@ def here(monkeypatch):
 
 
 def folder(at: Path, dims: Any, *, mxfp4: bool = False, weights: Mapping[str, torch.Tensor] | None = None) -> Path:
-    """A Hugging Face folder with random weights, or these, and a byte-level BPE; with `mxfp4` its experts are blocks."""
+    """A Hugging Face folder with these or random weights and a byte-level BPE; with `mxfp4` its experts are blocks."""
     tiny.hf_folder(at, dims)
     byte_bpe(at, TEXTS, SPECIALS, eos="<|return|>", pad="<|endoftext|>", vocabulary=280)
     tensors = {**load_file(at / "model.safetensors"), **(weights or {})}
