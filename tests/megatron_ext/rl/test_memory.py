@@ -216,6 +216,7 @@ def test_plan_refuses_gpt_oss_20b_on_48_gb_and_takes_it_with_its_experts_as_bloc
     phases = ("update", "rollouts")
     assert table["columns"] == ["GiB", *(f"{phase}, base {base}" for base in totals for phase in phases)]
     assert "set prompt_tokens" not in "".join(shown["notes"])
+    assert "samples of 5,000 tokens at once" in "".join(shown["notes"])
     open_end = replace(config, prompt_tokens=0)
     forecasts = {"model": {"hf_config": GPT_OSS_20B_CONFIG}}
     (note,) = [
