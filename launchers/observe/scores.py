@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from data_tools.evaluations.side_by_side import SideBySide, side_by_side, table_of
 from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.run_folder import RunFolder
+from launchers.observe.evaluated import KINDS
 from launchers.observe.show import console, table
-
-KINDS = ("evaluate", "run_exported")  # whose results are of one form
 
 
 def scores(run: RunFolder, names: Sequence[str] = ()) -> SideBySide:
