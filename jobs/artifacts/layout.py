@@ -57,7 +57,8 @@ LOG = re.compile(r"a(\d+)\.(tasks|)(\d+)\.out")
 CHANGING = ("local/*", "*/attempts", "*/*/leases", "*/*/leases/*k", "*/*/seals", f"*/*/{SEAL}")
 
 CLEANED = ".cleaned."  # begins the name of what `afterok clean` is removing
-JOURNALS = ("rollouts", "sampled", "element_*")  # in what an element keeps: what its samples are taken up from again
+# In what an element of our own kinds keeps: what its samples are taken up from again.
+JOURNALS = ("rollouts", "sampled", "element_*")
 
 
 def element_name(element: int | str) -> str:
@@ -398,6 +399,11 @@ class ArtifactLayout:
         """Yield the folders in which elements keep what survives attempts, however many elements there are."""
         yield self.folder
         yield from (self.folder / "elements").glob("[0-9]*")
+
+
+def journals_of(keep: Path) -> list[Path]:
+    """Return the journals in what an element keeps."""
+    return [path for pattern in JOURNALS for path in sorted(keep.glob(pattern))]
 
 
 def checkpoints_of(keep: Path) -> Iterator[Path]:
