@@ -57,8 +57,7 @@ LOG = re.compile(r"a(\d+)\.(tasks|)(\d+)\.out")
 CHANGING = ("local/*", "*/attempts", "*/*/leases", "*/*/leases/*k", "*/*/seals", f"*/*/{SEAL}")
 
 CLEANED = ".cleaned."  # begins the name of what `afterok clean` is removing
-# In what an element of our own kinds keeps: what its samples are taken up from again.
-JOURNALS = ("rollouts", "sampled", "element_*")
+JOURNALS = ("rollouts", "sampled", "element_*")  # in what an element keeps: what its samples are taken up from again
 
 
 def element_name(element: int | str) -> str:
@@ -79,9 +78,8 @@ def _groups(folder: Path) -> list[Path]:
 
 
 def _of_element(folder: Path, element: int | str, owners: str) -> list[Path]:
-    """Return what lies in `folder` of the owners of an element whose names begin with `owners`.
-
-    Runs of before have no groups: all of theirs lies in the folder itself.
+    """Return what lies in `folder` of the owners of an element whose names begin with `owners`; runs of before have no
+    groups: all of theirs lies in the folder itself.
     """
     begins, places = f"{element_name(element)}.{owners}", []
     for place in dict.fromkeys((folder, _group(folder, element))):
