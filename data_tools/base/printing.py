@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -34,6 +35,14 @@ def clean_log(text: str) -> str:
 def set_in(text: str) -> str:
     """Return `text` whose further lines are set in, so that none of what it quotes looks like a line of ours."""
     return text.replace("\n", "\n  ")
+
+
+def as_typed(path: Path) -> str:
+    """Return a path as the user would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, FileNotFoundError):  # another folder; or this one was deleted
+        return str(path)
 
 
 def size_text(size: float) -> str:

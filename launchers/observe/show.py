@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.base.printing import clean, raw, size_text
+from data_tools.base.printing import as_typed, clean, raw, size_text
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
-from launchers.observe.runs import RunLine, as_typed
+from launchers.observe.runs import RunLine
 from launchers.observe.status import PhaseStatus, RunStatus
 from launchers.submission.superfluous import WHAT
 
