@@ -86,7 +86,7 @@ def plan_table(plan: "Plan", starts: "Mapping[str, str] | None" = None) -> "Tabl
             size += f", {r.gpus_per_node} GPUs"
         if phase.frozen.links:
             size += f", up to {phase.frozen.links} links"
-        missing = f"{len(phase.missing)}/{phase.frozen.elements}" if phase.missing else str(phase.frozen.elements)
+        to_run = f"{len(phase.missing) if phase in plan.to_run else 0} of {phase.frozen.elements}"
         why = "; ".join(phase.reasons)
         if phase.code_changed:
             why += f"; code changed since: {', '.join(phase.code_changed[:3])}" + (
@@ -94,10 +94,10 @@ def plan_table(plan: "Plan", starts: "Mapping[str, str] | None" = None) -> "Tabl
             )
         known = [_at_most(phase.gpu_hours)] if costly else []
         known += [starts.get(phase.name, "").replace("T", " ")] if starts else []
-        rows.append([phase.name, missing, phase.role, size, *known, phase.action, why])
+        rows.append([phase.name, to_run, phase.role, size, *known, phase.action, why])
     known = [*(["GPU-h at most"] if costly else []), *(["starts"] if starts else [])]
     return table(
-        ["phase", "elements", "role", "resources", *known, "action", "why"],
+        ["phase", "to run", "role", "resources", *known, "action", "why"],
         rows,
         f"{plan.pipeline.name} in {plan.run.path} on {plan.cluster.name}",
     )
