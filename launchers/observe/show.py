@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # imported where they are needed, so that a --json answer doe
     from launchers.submission.clean import Cleaned, Item
     from launchers.submission.submit import Submitted
 
+SHORT = 16  # columns of a cell that is not folded
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
 COLOURS = {
     COMPLETED: "green",
@@ -57,16 +58,35 @@ def console() -> "Console":
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str = "") -> "Table":
-    """Return a table whose cells are printed as they are, states and actions in their colours."""
+    """Return a table whose cells are printed as they are, states and actions in their colours.
+
+    Short cells are never folded. On a terminal that is too narrow for that, each row is told line by line instead.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    out = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in columns:
-        out.add_column(column, overflow="fold")
-    for row in rows:
-        out.add_row(*(Text(str(cell), style=COLOURS.get(str(cell), "")) for cell in row))
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    needed = sum(width if width <= SHORT else SHORT for width in widths) + 3 * len(widths)
+
+    class Narrowing(Table):
+        def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+            if options.max_width >= needed or not console.is_terminal:
+                yield from super().__rich_console__(console, options)
+                return
+            yield from [Text(title, style="italic")] if title else []
+            for first, *others in cells:
+                yield Text(first, style="bold")
+                told = [f"  {name}: {cell}" if name else f"  {cell}" for name, cell in zip(columns[1:], others) if cell]
+                yield from map(Text, told)
+            yield Text("")
+
+    out = Narrowing(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column, width in zip(columns, widths):
+        out.add_column(column, overflow="fold", no_wrap=width <= SHORT)
+    for row in cells:
+        out.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
     return out
 
 
