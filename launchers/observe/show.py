@@ -255,12 +255,12 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_hours(value: float | None) -> str:
-    """Return 0.0031, 0.42, 7.10 or 1,234.5: few digits, but never 0.00 for what is not nothing."""
+    """Return 0.0031, 0.032, 0.42, 7.10 or 1,234.5: few digits, and never 0.00 for what is not nothing."""
     if value is None:
         return ""
     if value >= 10:
         return f"{value:,.1f}"
-    return f"{value:.2f}" if value >= 0.01 or not value else f"{value:.2g}"
+    return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.2g}"
 
 
 def runs_table(runs: list[RunLine]) -> "Table":
