@@ -1,4 +1,4 @@
-"""Training data to the same without the questions of evaluated tasks: an array over shares of the files."""
+"""Removes the rows that hold a question of an evaluated task from training data: an array over shares of the files."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Dolci-Think to a stratified English sample: an array over the shards, drawn to a target number of rows."""
+"""Draws a stratified English sample of Dolci-Think of a target number of rows: an array over its shards."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Accuracies of a model folder, on a task's rows or on the tasks of a mix, each by itself.
+"""Measures the accuracy of a model folder, on a task's rows or on the tasks of a mix, each by itself.
 
 An array over prompts (array: 4), or over the tasks of a mix (array: [gsm8k, math500]); counts are added up.
 """

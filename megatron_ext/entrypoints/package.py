@@ -85,14 +85,19 @@ class Config:
     chat_arguments: dict[str, Any] = setting(
         dict, "variables of the chat template: reasoning_effort: low", example={"reasoning_effort": "low"}, free=True
     )
-    temperature: float = setting(1.0, "of completions, for Ollama", above=0)
-    top_p: float = setting(1.0, "share of the likeliest tokens that are drawn from, for Ollama", above=0, most=1)
-    top_k: int = setting(0, "likeliest tokens that are drawn from, for Ollama; 0: all", unit="tokens", least=0)
+    temperature: float = setting(1.0, "of completions, for Ollama", above=0, example=0.7)
+    top_p: float = setting(
+        1.0, "share of the likeliest tokens that are drawn from, for Ollama", above=0, most=1, example=0.95
+    )
+    top_k: int = setting(
+        0, "likeliest tokens that are drawn from, for Ollama; 0: all", unit="tokens", least=0, example=50
+    )
     context: int = setting(
         0,
         "tokens that Ollama and vLLM keep room for; 0 leaves it to them (Ollama cuts at 4,096)",
         unit="tokens",
         least=0,
+        example=32768,
     )
     repo: str = setting("", "repository on the Hub, OWNER/NAME", example="me/my-model", free=True)
     push: bool = setting(False, "upload the folder to `repo`, which is private")

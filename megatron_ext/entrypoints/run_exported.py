@@ -64,7 +64,9 @@ class Config:
     samples: int = setting(
         0, "samples of each prompt, at `temperature`, besides the greedy one", unit="samples", least=0
     )
-    temperature: float = setting(1.0, "temperature of the samples; the greedy completion is always there", above=0)
+    temperature: float = setting(
+        1.0, "temperature of the samples; the greedy completion is always there", above=0, example=0.7
+    )
     top_p: float = with_default(Sampling, "top_p", 1.0)
     batch: int = setting(8, "prompts that are generated together", unit="prompts", least=1)
     seed: int = setting(0, "noise of the samples", **SEEDS)

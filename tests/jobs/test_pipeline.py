@@ -215,6 +215,9 @@ def test_a_broken_file_is_one_line(tmp_path, text, expected):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserMistake, match="no such pipeline file"):
         load_pipeline(tmp_path / "none.yaml")
+    for name in ("tiny", "jobs/pipelines/tiny.yaml"):  # as the manual says, in a folder without a checkout
+        with pytest.raises(UserMistake, match="no such pipeline file; the one that comes .*/jobs/pipelines/tiny.yaml$"):
+            load_pipeline(tmp_path / name)
 
 
 def test_snapshots_carry_the_modules_of_users_tasks():
