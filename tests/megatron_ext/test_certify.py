@@ -52,7 +52,7 @@ def references(tmp_path_factory) -> dict[str, Reference]:
             with ranks.started(ParallelPlan()):
                 certify.write_random_weights(tiny.family(dims), dims, weights)
             serial = (
-                certify.measure(tiny.family(dims), dims, ParallelPlan(), weights, packs(whole, dims.vocabulary))
+                certify.measure(tiny.family(dims), dims, ParallelPlan(), weights, packs=packs(whole, dims.vocabulary))
                 for whole in (False, True)
             )
             self[name] = Reference(weights, *serial)
