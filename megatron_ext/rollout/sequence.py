@@ -86,10 +86,10 @@ class Routing:
         """Hear of the tokens from `start` on; what is known stays, though the tokens were computed again."""
         if start > self.count:
             raise ValueError(f"routing of token {start} comes after that of {self.count} tokens")
-        if new := start + len(rows) - self.count:
-            if new > 0:
-                self.rows.append(rows[-new:])
-                self.count += new
+        new = start + len(rows) - self.count
+        if new > 0:
+            self.rows.append(rows[-new:])
+            self.count += new
 
     @property
     def whole(self) -> numpy.ndarray | None:
