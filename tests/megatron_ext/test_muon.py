@@ -17,14 +17,16 @@ from megatron_ext.parallel.plan import ParallelPlan, Workload
 from megatron_ext.parallel.rules import check as check_plan
 from megatron_ext.preflight import memory
 from megatron_ext.preflight.facts import Documents, Training
-from megatron_ext.training import certify, muon, supervised
+from megatron_ext.training import certify, muon, options, supervised
 from megatron_ext.training.muon import MUON, Muon
 from megatron_ext.training.options import Engine
 from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 from tests.megatron_ext.cells import CELLS, FAMILIES
+from tests.megatron_ext.rl import toy
 from tests.megatron_ext.shapes import QWEN_32B
+from tests.megatron_ext.test_grpo import stop_and_go_on
 from tests.megatron_ext.training import LAYOUTS, metrics, run_of, sft_config, stop_at
 
 HERE = pytest.mark.skipif(bool(muon.missing()), reason=f"optimizer muon {muon.missing()}")
@@ -191,3 +193,25 @@ def test_a_training_with_muon_goes_on_under_another_layout(two_ranks, tmp_path, 
     found = two_ranks.run(run_on, plan=LAYOUTS[after], **arguments)[0]
     assert found[0] == pytest.approx(loss, rel=2e-3) and found[1] == 4  # the iteration is in bfloat16
     assert metrics(tmp_path / "keep")[-1]["grad_norm"] == pytest.approx(norm, rel=2e-2)
+
+
+@HERE
+@pytest.mark.soak
+def test_a_phase_trains_with_muon_and_says_so_in_its_key(calculator, tmp_path):
+    config = replace(sft_config(calculator, 30), optimizer=MUON, lr=0.003)
+    (tmp_path / "out").mkdir()
+    facts = sft.run(config, tmp_path / "out", tmp_path / "keep")
+    assert facts["loss_last"] < facts["loss_first"] - 0.3, facts
+    assert options.keyed(config)["optimizer"] == MUON and "muon" not in options.keyed(config)
+    assert options.keyed(replace(config, muon=Muon(momentum=0.9)))["muon"]["momentum"] == 0.9
+    assert "optimizer" not in options.keyed(replace(config, optimizer=""))
+
+
+@HERE
+@pytest.mark.soak
+def test_grpo_with_muon_stopped_in_mid_rollout_ends_as_the_uninterrupted_one(two_ranks, tmp_path):
+    hf = tiny.hf_folder(tmp_path / "hf", tiny.DIMS, seed=4)
+    arguments = dict(hf=hf, of=tiny.DIMS, plan=ParallelPlan(), steps=3, optimizer=SETTINGS, checkpoint_every=2)
+    whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **arguments)[0]
+    found = stop_and_go_on(two_ranks, tmp_path / "cut", [9, 5], **arguments)[0]
+    assert found["digest"] == whole["digest"] and found["position"]["updates"] == 3
