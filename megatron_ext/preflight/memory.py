@@ -27,10 +27,11 @@ from megatron_ext.parallel.shape import (
     count_blocks,
 )
 from megatron_ext.preflight.facts import Training
-from megatron_ext.training.muon import WORK_BYTES
 
 LOGIT_BYTES = 10  # a logit: 2 in bf16, 4 in fp32, 4 for its softmax and gradient
 PACKED_BYTES = 1 / 2 + 1 / MXFP4_BLOCK  # a value of MXFP4: half a byte, and its share of a scale
+# An element of the matrix that Muon updates, all in fp32: gathered twice, iterate twice, two squares, what was there.
+MUON_WORK_BYTES = 28
 TILE_BYTES = 10  # a value that is dequantised, beside it: 2 of its index, 2 in bf16, 4 in fp32, 2 in bf16 again
 
 
@@ -251,7 +252,7 @@ def muon_bytes(plan: ParallelPlan, t: Training, stage: Stage) -> float:
     ends = (stage.number == 0) + stage.last
     vocabulary = padded_rows(shape.vocabulary, plan.tensor) * shape.hidden // plan.tensor
     of_adam = (min(ends, 1) if shape.tied else ends) * vocabulary + held.replicated
-    return (8 + master) * of_adam + (4 + master) * (held.total - of_adam) + WORK_BYTES * largest_matrix(shape)
+    return (8 + master) * of_adam + (4 + master) * (held.total - of_adam) + MUON_WORK_BYTES * largest_matrix(shape)
 
 
 def largest_matrix(shape: ModelShape) -> int:

@@ -75,14 +75,13 @@ def run(
 
     in_training = f"{config.model}, as trained so far,"
 
-    def engine(seed: int, records_routing: bool = False) -> Engine:
-        model, detokenize = trainer.model[0], tokenizer.decode
-        return Engine(model, config.engine, seed, stop_ids, detokenize, records_routing=records_routing)
+    def engine(seed: int, records: bool = False) -> Engine:
+        return Engine(trainer.model[0], config.engine, seed, stop_ids, tokenizer.decode, records_routing=records)
 
     with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s) as scorer:
         turns = turns_of(mix, scorer, texts)
         collector = Collector(
-            engine(config.seed, records_routing=config.routing_replay),
+            engine(config.seed, records=config.routing_replay),
             prompts,
             scorer,
             texts.spell,

@@ -26,7 +26,6 @@ SCALES = ("spectral", "unit_rms_norm", "shape_scaling")  # emerging_optimizers.g
 PRECISIONS = ("medium", "high", "highest")  # torch.set_float32_matmul_precision
 NEEDS = "emerging-optimizers"
 PINNED = "0.3.0"  # the index has others of that name, which were not read
-WORK_BYTES = 28  # of an element of the matrix being updated, all in fp32: gathered twice, iterate twice, two squares
 
 
 @dataclass

@@ -75,7 +75,7 @@ def test_the_state_of_muon_is_counted_whole_and_with_its_largest_update():
         parameters = memory.stages(plan, QWEN_32B)[0].parameters.total
         assert theirs == pytest.approx(12 * parameters / (64 // tensor), rel=1e-3)
         largest = 2 * QWEN_32B.ffn * QWEN_32B.hidden
-        assert 8 * parameters < ours - muon.WORK_BYTES * largest < 8.4 * parameters
+        assert 8 * parameters < ours - memory.MUON_WORK_BYTES * largest < 8.4 * parameters
 
 
 # ---------------------------------------------------------------- where it is installed
