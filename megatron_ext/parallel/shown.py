@@ -12,7 +12,116 @@ from megatron_ext.parallel.plan import ParallelPlan
 REFUSED, NOT_MEASURED = "refused", "-"
 
 # Layout -> family -> for each release of versions.py, in order: the difference, "refused", or "-": not measured.
-SHOWN: dict[str, dict[str, str]] = {}
+SHOWN: dict[str, dict[str, str]] = {
+    "2 ranks": {
+        "qwen2": "1e-07 1e-07 1e-07 1e-07",
+        "gpt_oss": "1e-07 1e-07 1e-07 1e-07",
+        "nemotron_h": "1e-07 1e-07 1e-07 1e-07",
+        "qwen3_moe": "2e-07 2e-07 2e-07 2e-07",
+    },
+    "2 ranks, tensor 2": {
+        "qwen2": "4e-06 4e-06 4e-06 4e-06",
+        "gpt_oss": "refused refused refused refused",
+        "nemotron_h": "refused refused refused refused",
+        "qwen3_moe": "refused refused refused refused",
+    },
+    "2 ranks, tensor 2, sequence_parallel": {
+        "qwen2": "4e-06 4e-06 4e-06 4e-06",
+        "gpt_oss": "refused refused refused 4e-06",
+        "nemotron_h": "refused refused refused 2e-06",
+        "qwen3_moe": "refused refused refused 3e-06",
+    },
+    "2 ranks, pipeline 2": {
+        "qwen2": "1e-07 1e-07 1e-07 1e-07",
+        "gpt_oss": "6e-08 6e-08 6e-08 6e-08",
+        "nemotron_h": "0e+00 0e+00 0e+00 0e+00",
+        "qwen3_moe": "0e+00 0e+00 0e+00 0e+00",
+    },
+    "2 ranks, pipeline 2, pipeline_layers [1, 3]": {
+        "qwen2": "1e-07 1e-07 1e-07 1e-07",
+        "gpt_oss": "0e+00 0e+00 0e+00 0e+00",
+        "nemotron_h": "0e+00 0e+00 0e+00 0e+00",
+        "qwen3_moe": "0e+00 0e+00 0e+00 0e+00",
+    },
+    "2 ranks, pipeline 2, virtual 2": {
+        "qwen2": "1e-07 1e-07 1e-07 1e-07",
+        "gpt_oss": "1e-08 1e-08 1e-08 1e-08",
+        "nemotron_h": "refused refused refused refused",
+        "qwen3_moe": "0e+00 0e+00 0e+00 0e+00",
+    },
+    "2 ranks, context 2": {
+        "qwen2": "6e-07 6e-07 6e-07 6e-07",
+        "gpt_oss": "6e-06 6e-06 6e-06 6e-06",
+        "nemotron_h": "1e-06 1e-06 1e-06 1e-06",
+        "qwen3_moe": "7e-07 7e-07 7e-07 7e-07",
+    },
+    "2 ranks, context 2, context_comm a2a": {
+        "qwen2": "3e-07 3e-07 3e-07 3e-07",
+        "gpt_oss": "4e-07 4e-07 4e-07 4e-07",
+        "nemotron_h": "9e-07 9e-07 9e-07 9e-07",
+        "qwen3_moe": "8e-07 8e-07 8e-07 8e-07",
+    },
+    "2 ranks, expert 2": {
+        "qwen2": "refused refused refused refused",
+        "gpt_oss": "4e-07 4e-07 4e-07 4e-07",
+        "nemotron_h": "2e-07 2e-07 2e-07 2e-07",
+        "qwen3_moe": "5e-07 5e-07 5e-07 5e-07",
+    },
+    "2 ranks, tensor 2, sequence_parallel, expert_tensor 2": {
+        "qwen2": "refused refused refused refused",
+        "gpt_oss": "refused refused refused refused",
+        "nemotron_h": "1e-06 1e-06 1e-06 1e-06",
+        "qwen3_moe": "2e-06 2e-06 2e-06 2e-06",
+    },
+    "2 ranks, tensor 2, sequence_parallel, expert 2": {
+        "qwen2": "refused refused refused refused",
+        "gpt_oss": "4e-06 4e-06 4e-06 4e-06",
+        "nemotron_h": "2e-06 2e-06 2e-06 2e-06",
+        "qwen3_moe": "2e-06 2e-06 2e-06 2e-06",
+    },
+    "2 ranks, micro_batch 2": {
+        "qwen2": "4e-07 4e-07 4e-07 4e-07",
+        "gpt_oss": "5e-07 5e-07 5e-07 5e-07",
+        "nemotron_h": "6e-07 6e-07 6e-07 6e-07",
+        "qwen3_moe": "7e-07 7e-07 7e-07 7e-07",
+    },
+    "2 ranks, tensor 2, sequence_parallel, recompute selective": {
+        "qwen2": "4e-06 4e-06 4e-06 4e-06",
+        "gpt_oss": "refused refused refused 4e-06",
+        "nemotron_h": "refused refused refused 2e-06",
+        "qwen3_moe": "refused refused refused 3e-06",
+    },
+    "2 ranks, context 2, recompute full": {
+        "qwen2": "6e-07 6e-07 6e-07 6e-07",
+        "gpt_oss": "6e-06 6e-06 6e-06 6e-06",
+        "nemotron_h": "1e-06 1e-06 1e-06 1e-06",
+        "qwen3_moe": "7e-07 7e-07 7e-07 7e-07",
+    },
+    "2 ranks, expert 2, recompute selective": {
+        "qwen2": "refused refused refused refused",
+        "gpt_oss": "4e-07 4e-07 4e-07 4e-07",
+        "nemotron_h": "2e-07 2e-07 2e-07 2e-07",
+        "qwen3_moe": "5e-07 5e-07 5e-07 5e-07",
+    },
+    "4 ranks, pipeline 2, context 2": {
+        "qwen2": "6e-07 6e-07 6e-07 6e-07",
+        "gpt_oss": "6e-06 6e-06 6e-06 6e-06",
+        "nemotron_h": "1e-06 1e-06 1e-06 1e-06",
+        "qwen3_moe": "7e-07 7e-07 7e-07 7e-07",
+    },
+    "4 ranks, pipeline 2, expert 2": {
+        "qwen2": "refused refused refused refused",
+        "gpt_oss": "4e-07 4e-07 4e-07 4e-07",
+        "nemotron_h": "2e-07 2e-07 2e-07 2e-07",
+        "qwen3_moe": "5e-07 5e-07 5e-07 5e-07",
+    },
+    "4 ranks, tensor 2, sequence_parallel, context 2, expert 4": {
+        "qwen2": "refused refused refused refused",
+        "gpt_oss": "5e-06 5e-06 5e-06 5e-06",
+        "nemotron_h": "2e-06 2e-06 2e-06 2e-06",
+        "qwen3_moe": "2e-06 2e-06 2e-06 2e-06",
+    },
+}
 
 
 def layout(plan: ParallelPlan, ranks: int) -> str:
