@@ -52,6 +52,7 @@ class ModelShape:
     kv_groups: int = 0  # g
     head_dim: int = 0  # d
     window: int = 0  # tokens that a WINDOW block sees, itself included
+    yarn_positions: int = 0  # those before YaRN stretched them
     sinks: bool = False  # a learned logit per head
     qkv_bias: bool = False
     attention_output_bias: bool = False

@@ -177,6 +177,7 @@ def shape(dims: Dims) -> ModelShape:
         kv_groups=dims.kv_groups,
         head_dim=dims.head_dim,
         window=dims.window,
+        yarn_positions=dims.yarn.original_positions if dims.yarn else 0,
         sinks=True,
         qkv_bias=True,
         attention_output_bias=True,
