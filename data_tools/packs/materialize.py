@@ -33,6 +33,7 @@ from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, Refused, Result
 from data_tools.chats.conversation import BadRecord
 from data_tools.chats.encoder import ENCODERS, Encoder, check_encoder
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer
+from data_tools.chats.unknown import CannotEncode
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.join import join, write_balance
 from data_tools.packs.left_out import FILE as LIST
@@ -330,7 +331,10 @@ class TaskRows:
         if bucket is not None:
             return Refused(bucket)
         row = self.task.canonical(row)
-        ids, mask = encode_row(self.tokenizer, row.prompt, self.task.encode_answer(row.answer, self.options))
+        try:
+            ids, mask = encode_row(self.tokenizer, row.prompt, self.task.encode_answer(row.answer, self.options))
+        except CannotEncode as error:
+            return Refused(error.bucket, reason=str(error))
         if self.tokenizer.unk_id is not None and (ids[:-1] == self.tokenizer.unk_id).any():  # GPT-2 ends with its unk
             return Refused("unknown_character", len(ids))
         return Encoded(ids, mask, prompt=row.prompt, answer=row.answer, turns=1)

@@ -19,6 +19,8 @@ from data_tools.records.shares import read_over
 from jobs.kind import Placement
 from jobs.task import Task
 
+TAKES_PARTS = True  # an element takes all that its partner sampled
+
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     problems = rejection.check(config) + _check_shares(config, placement)

@@ -223,8 +223,12 @@ def _fan_in_outcome(outcomes: list[Outcome]) -> Outcome | None:
 
 
 def _worst(open_tasks: list[tuple[TaskState, Element]]) -> tuple[TaskState, Element | None]:
-    """Return the element that speaks for the phase: one that goes on, else one that failed, else a cancelled one."""
-    order = {FAILED: 0, UNKNOWN: 1, RUNNING: 3, PENDING: 4, CANCELLED: 5}
+    """Return the element that speaks for the phase: one that goes on, else one that failed, else a cancelled one.
+
+    Of those that go on, one that may need a person (suspended, held) comes before one that runs; one that is about to
+    leave says nothing of the others.
+    """
+    order = {FAILED: 0, UNKNOWN: 1, RUNNING: 3, "CONFIGURING": 4, PENDING: 5, "COMPLETING": 6, CANCELLED: 7}
     if not open_tasks:
         return TaskState("", -1, FAILED, "all elements are sealed, their fan-in is not; submit again"), None
     going_on = [(task, element) for task, element in open_tasks if is_active(task.state, task.reason)]

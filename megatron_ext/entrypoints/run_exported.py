@@ -249,6 +249,9 @@ class _Model:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         self._model = model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps it without its types
+        # What the folder's generation_config.json would add, such as Qwen2.5's repetition_penalty, is no part of the
+        # distribution that was trained; the tokens that it says end a completion are in stop_ids.
+        self._model.generation_config = transformers.GenerationConfig()
         self._config, self._tokenizer, self._stops = config, tokenizer, stop_ids(folder, tokenizer)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.version = transformers.__version__

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from data_tools.base.declared import MODELS, SEEDS, setting
 from data_tools.mistake import Problem
+from megatron_ext.parallel.shape import ModelShape
 from megatron_ext.rollout.settings import RolloutSettings, Sampling
 from megatron_ext.training.schedule import Schedule
 from megatron_ext.training.settings import TrainingSettings
@@ -174,6 +175,11 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
         unit="nats a token", least=0, example=0.01
     )  # fmt: skip
 
+    routing_replay: bool = setting(
+        False, "training sends each token to the experts that the rollout chose (R3), in models that have some; data "
+        "and expert ranks only", keyed="if_set",
+    )  # fmt: skip
+
     row_tokens: int = setting(
         16384, "length of a packed row that is trained; a longer sample is one", unit="tokens", least=1, keyed=False
     )
@@ -204,6 +210,22 @@ def loads_reference(config: GrpoSettings, adapted: bool) -> bool:
     New adapters are turned off instead; `adapted` says that the folder of that model has some of its own.
     """
     return bool(config.loss.kl_beta) and not (config.lora.rank and not adapted and not config.reference)
+
+
+def check_routing(config: GrpoSettings, shape: ModelShape | None) -> list[Problem]:
+    """Refuse router replay for a model without experts, and under layouts that cut rows, for which it was not shown."""
+    if not config.routing_replay:
+        return []
+    problems = []
+    if shape is not None and not shape.experts:
+        problems.append(Problem("routing_replay", "true, and the model has no experts: use false"))
+    for axis in ("tensor", "pipeline", "context"):
+        if (degree := getattr(config.parallel, axis)) > 1:
+            message = (
+                f"was shown with data and expert ranks only, and parallel.{axis} is {degree}: use false, or 1 there"
+            )
+            problems.append(Problem("routing_replay", message))
+    return problems
 
 
 def check_completions(config: GrpoSettings) -> list[Problem]:

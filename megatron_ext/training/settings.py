@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from data_tools.base.declared import MODELS, PACKS, SEEDS, STORES, setting, with_default
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.settings import ModelSettings
+from megatron_ext.training.muon import OPTIMIZERS, Muon
 from megatron_ext.training.options import Engine, ExpertBalance
 from megatron_ext.training.schedule import SHAPES, Amount, Schedule, updates
 from megatron_ext.training.track import Track
@@ -25,10 +26,15 @@ class TrainingSettings(ModelSettings):
     warmup_steps: int = setting(0, "updates until the learning rate is at its highest", unit="steps", least=0)
     decay_share: float = setting(0.2, "share of all steps over which wsd decays", above=0, most=1, example=0.1)
 
-    weight_decay: float = setting(0.0, "AdamW's weight decay", least=0, example=0.1)
+    optimizer: str = setting(
+        "", 'what makes the updates: "" AdamW; muon: Muon of the matrices between the layers, AdamW of the rest',
+        choices=OPTIMIZERS, keyed="if_set",
+    )  # fmt: skip
+    weight_decay: float = setting(0.0, "AdamW's weight decay, and Muon's", least=0, example=0.1)
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", least=0, below=1, example=0.95)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", least=0, below=1, example=0.999)
     epsilon: float = setting(1e-8, "AdamW's epsilon", least=0, example=1e-6)
+    muon: Muon = setting(Muon, "how Muon makes its updates, with optimizer muon", keyed="if_set")
     clip_grad: float = setting(
         1.0, "norm that gradients are clipped to; 0 or less turns clipping off", free=True, example=0.5
     )
