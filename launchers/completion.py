@@ -81,7 +81,7 @@ def script_for(shell: str, parser: argparse.ArgumentParser) -> str:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     script = shtab.complete(parser, shell, preamble=_NAMES + {"bash": _BASH, "zsh": _ZSH}[shell])
     # shtab's registers itself under `eval` alone: under `source`, too; as a file of fpath it is the function itself
-    return script.replace("$zsh_eval_context[-1] == eval", "$zsh_eval_context[-1] != loadautofunc")
+    return script.replace("$zsh_eval_context[-1] == eval", "$zsh_eval_context[-1] == (eval|file)")
 
 
 def _actions(parser: argparse.ArgumentParser, verb: str = "") -> list[tuple[str, argparse.Action]]:
