@@ -359,7 +359,10 @@ def _add_cancel(verb: AddVerb) -> None:
 def _add_completion(verb: AddVerb, parser: argparse.ArgumentParser) -> None:
     """Add the verb that writes the completion of all verbs."""
     completion = verb("completion", results.do_completion, "print a shell's completion of afterok", reports=False)
-    completion.add_argument("shell", choices=SHELLS, help="in ~/.bashrc: source <(afterok completion bash)")
+    how = (
+        "in ~/.bashrc: source <(afterok completion bash); in ~/.zshrc, after compinit: source <(afterok completion zsh)"
+    )
+    completion.add_argument("shell", choices=SHELLS, help=how)
     completion.set_defaults(parser=parser)
 
 

@@ -21,7 +21,8 @@ _afterok_names() {
   fi
   shift
   for place in runs/*/ledger.jsonl; do
-    if [ -z "$run" ] || [ "$place" -nt "$run/ledger.jsonl" ]; then run=${place%/ledger.jsonl}; fi
+    place=${place%/ledger.jsonl}
+    if [ -z "$run" ] || [ "$place/submissions" -nt "$run/submissions" ]; then run=$place; fi
   done
   for word in "$@"; do
     if [ -e "$word/ledger.jsonl" ]; then run=$word; elif [ -e "runs/$word/ledger.jsonl" ]; then run=runs/$word; fi
@@ -78,7 +79,9 @@ def script_for(shell: str, parser: argparse.ArgumentParser) -> str:
             action.complete = {"bash": name, "zsh": name}  # type: ignore[attr-defined]
         elif action.dest in _FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-    return shtab.complete(parser, shell, preamble=_NAMES + {"bash": _BASH, "zsh": _ZSH}[shell])
+    script = shtab.complete(parser, shell, preamble=_NAMES + {"bash": _BASH, "zsh": _ZSH}[shell])
+    # shtab's registers itself under `eval` alone: under `source`, too; as a file of fpath it is the function itself
+    return script.replace("$zsh_eval_context[-1] == eval", "$zsh_eval_context[-1] == (eval|file)")
 
 
 def _actions(parser: argparse.ArgumentParser, verb: str = "") -> list[tuple[str, argparse.Action]]:

@@ -119,7 +119,8 @@ def clean_streams() -> Iterator[None]:
     sys.excepthook = _print_cleaned
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # of one that became a pipe since it was opened; it is set all the same
+                stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = (CleanStream(raw(stream or open(os.devnull, "w"))) for stream in before)
     try:
         yield

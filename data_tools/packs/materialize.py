@@ -123,8 +123,7 @@ def check(config: Config) -> list[Problem]:
 
 
 def _chats_of(config: Config) -> ChatTask | None:
-    """Return the data set of conversations that the config names as its task; None where it names another task, or
-    none."""
+    """Return the data set of conversations that is the config's task; None where that is another one, or none."""
     return load_chat_task(config.task) if config.task else None
 
 
@@ -171,10 +170,8 @@ def _check_recipe(config: Config) -> list[Problem]:
 
 
 def origins_of(config: Config) -> list[Origin]:
-    """Return the files that rows come from.
-
-    Raise UserMistake where those of a recipe's sources are missing, or a dataset is not in the hub's cache.
-    """
+    """Return the files that rows come from. Raise UserMistake where those of a recipe's sources are missing, or a
+    dataset is not in the hub's cache."""
     if config.recipe:
         return recipes.origins(recipe_of(config), config.recipe_sources)
     names = config.source.inputs or [str(path) for spec in datasets(config) for path in dataset_files(spec)]
@@ -199,8 +196,7 @@ def _check_conversations(config: Config) -> list[Problem]:
     problems += _check_recipe(config)
     problems += [] if config.recipe else check_source(config.source, NO_CHATS)
     if config.source.synthetic_rows:
-        message = "only a task makes rows; name one in task, or give inputs alone"
-        problems.append(Problem("source.synthetic_rows", message))
+        problems.append(Problem("source.synthetic_rows", "only a task makes rows; name it, or give inputs alone"))
     if config.task_options:
         problems.append(Problem("task_options", "no task takes them; name one in task"))
     return problems

@@ -14,7 +14,7 @@ import shutil
 import stat
 import time
 import unicodedata
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,11 @@ class Outcome:
     key: str = ""
     cause: str = ""  # of one whose worker could not say: what launchers/backends/restart.py read from other evidence
     node: str = ""  # the one guilty node, where it was a node
+
+
+def in_order(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Return outcomes in the order of attempts and restarts; who worked comes after the twin who did not."""
+    return sorted(outcomes, key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
 
 
 class RunFolder(RunLayout):
@@ -343,7 +348,7 @@ class RunFolder(RunLayout):
                 if element in (None, outcome.element) and attempt in (None, outcome.attempt):
                     life = (outcome.element, outcome.attempt, outcome.restart, outcome.state == "skipped")
                     outcomes[life] = outcome
-        return sorted(outcomes.values(), key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
+        return in_order(outcomes.values())
 
     def outcomes_in_brief(self, phase: str) -> tuple[list[Outcome], list[Gathered]]:
         """Return what `outcomes` does but for those that were gathered and have nothing of their own to tell.

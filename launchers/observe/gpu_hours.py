@@ -65,9 +65,8 @@ def gpu_hours(look: Look, phase: FrozenPhase) -> tuple[float | None, float | Non
         return None, None
     outcomes, gathered = look.brief(phase.name)
     now = time.time()
-    all_spans = [
-        _span(look, life, now) for life in _lives(look, phase.name, asked, outcomes) if life.phase.gpus_per_node
-    ]
+    lives = _lives(look, phase.name, asked, outcomes) if gathered else _all_lives(look, phase.name)
+    all_spans = [_span(look, life, now) for life in lives if life.phase.gpus_per_node]
     gpus = {number: attempt.nodes * attempt.gpus_per_node for number, attempt in asked.items()}
     gathered = [some for some in gathered if gpus.get(some.attempt)]
     if not all_spans and not gathered and not phase.gpus_per_node:
@@ -81,10 +80,15 @@ def spans(look: Look, name: str, now: float | None = None, without_gpus: bool = 
     """Return every life of every element of a phase in attempts that asked for GPUs, and (`without_gpus`) in the
     others; what still runs ends `now`.
     """
+    now = time.time() if now is None else now
+    return [_span(look, life, now) for life in _all_lives(look, name) if without_gpus or life.phase.gpus_per_node]
+
+
+def _all_lives(look: Look, name: str) -> "list[Life]":
+    """Return the lives of a phase's elements; gathered once."""
     if name not in look.lives:
         look.lives[name] = list(_lives(look, name, _asked(look, name), look.outcomes(name)))
-    now = time.time() if now is None else now
-    return [_span(look, life, now) for life in look.lives[name] if without_gpus or life.phase.gpus_per_node]
+    return look.lives[name]
 
 
 @dataclass(frozen=True)

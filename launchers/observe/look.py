@@ -12,7 +12,7 @@ from typing import Any
 from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
 from jobs.artifacts.gathered import Gathered
-from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder, in_order
 from jobs.artifacts.seal import Seal
 from launchers.backends.choose import OtherCluster, backend_of, choices_of
 from launchers.backends.contract import States, TaskState
@@ -212,7 +212,9 @@ class Look:
     def outcomes(self, name: str) -> list[Outcome]:
         """Return how all attempts at a phase ended, oldest first; read once."""
         if name not in self._outcomes:
-            self._outcomes[name] = self.run.outcomes(name)
+            brief, gathered = self._brief.get(name, ([], []))
+            # where nothing was gathered, what was read in brief is all
+            self._outcomes[name] = in_order(brief) if brief and not gathered else self.run.outcomes(name)
         return self._outcomes[name]
 
     def _newest_jobs(self, phase: FrozenPhase) -> list[tuple[JobEntry, Indices]]:

@@ -73,6 +73,11 @@ class Group:
         """Return how many of the samples shown were trained."""
         return sum(not sample.masked for sample in self.samples)
 
+    @property
+    def title(self) -> str:
+        """Return the name of the prompt, its task before it where the name does not begin with that."""
+        return self.name if self.name.startswith(f"{self.task}/") else f"{self.task} {self.name}"
+
 
 @dataclass
 class StepGroups:

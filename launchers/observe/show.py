@@ -205,7 +205,7 @@ def print_samples(shown: "ShownSamples") -> None:
     of_steps = f" of step {shown.step} (steps {shown.steps[0]} to {shown.steps[-1]})" if shown.steps else ""
     out.print(f"{shown.phase}: samples{of_steps} from {shown.file}")
     for group in shown.groups:
-        out.print(f"\n{group.task} {group.name}", style="bold")
+        out.print(f"\n{group.title}", style="bold")
         out.print(group.prompt, soft_wrap=True)
         rows = [[s.number, s.completion, *map(_short, (s.reward, s.advantage)), s.masked, s.tokens or "", s.finish,
                  s.note] for s in group.samples]  # fmt: skip

@@ -60,16 +60,18 @@ def test_the_script_knows_every_verb_and_needs_its_library(scripts, monkeypatch)
 
 
 @pytest.mark.soak
-def test_zsh_offers_the_same_in_a_terminal(scripts, here):
+@pytest.mark.parametrize("way", ["file of fpath", "source"])
+def test_zsh_offers_the_same_in_a_terminal(scripts, here, way):
     """A terminal of zsh's own (zpty) types the words and Tab, and shows the line that comes of it."""
     if not shutil.which("zsh"):
         pytest.skip("zsh is not installed")
-    (here / "_afterok").write_text(scripts["zsh"])
+    (here / ("_afterok" if way != "source" else "script")).write_text(scripts["zsh"])
+    then = f"; source {here}/script" if way == "source" else ""
     shown = {"st": "status", "path tiny sf": "path tiny sft", "explain reject": "explain reject_filter"}
     typed = "\n".join(f"zpty -w -n z $'\\x15afterok {words}\\t'; sleep 2" for words in shown)
     script = f"""
         zmodload zsh/zpty; zpty z zsh -f -i
-        zpty -w z 'PS1=; fpath=({here} $fpath); autoload -U compinit; compinit -u -d {here}/dump'; sleep 4
+        zpty -w z 'PS1=; fpath=({here} $fpath); autoload -U compinit; compinit -u -d {here}/dump{then}'; sleep 4
         while zpty -r -t z line; do :; done
         {typed}
         while zpty -r -t z line; do print -r -- "$line"; done"""
