@@ -31,7 +31,7 @@ from slurm import exported
 from slurm.checks import by_check, sort_out, waiver_problems
 from slurm.detect import Cluster
 from slurm.options import own_setting_problems
-from slurm.profile.check import forwarding_problems
+from slurm.profile.check import forwarding_problems, unreachable_secrets
 from slurm.profile.environments import environment_of, environments, why_not_shared
 from slurm.profile.images import COMMA_PARTS_MOUNTS, image_of, unseen
 from slurm.profile.schema import Mail, Profile, Resources
@@ -219,8 +219,9 @@ class _Planner:
         frozen = self._frozen(phase, image)
         self._check(phase, frozen, resources)
         self._check_partners(phase, frozen)
+        secrets = phase.kind.secrets(self.checked[phase.name][0])
         if image:
-            self._check_container(phase, resources.role, frozen)
+            self._check_container(phase, resources.role, frozen, secrets)
         if why := limits.why_time_is_too_short(self.cluster, phase, resources):
             self._problem(phase, "resources.time", why, "S002")
         frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
@@ -232,6 +233,9 @@ class _Planner:
         planned = PlannedPhase(frozen, resources, phase.resources.role, "run")
         planned.planned_s, planned.planned_by = planned_seconds(self.run, frozen, self.costs[phase.name])
         self.reasoner.decide(planned)
+        if planned.action in RUNS:
+            for why in unreachable_secrets(self.cluster.profile, resources.role, secrets, os.environ):
+                self._problem(phase, "with", why, "E002")
         return planned
 
     def _image(self, phase: Phase, role: str) -> dict[str, str]:
@@ -251,10 +255,10 @@ class _Planner:
             return {"name": name}
         return {"name": name, "sha256": content_digest(path, self.cache, follow=False)}
 
-    def _check_container(self, phase: Phase, role: str, frozen: FrozenPhase) -> None:
+    def _check_container(self, phase: Phase, role: str, frozen: FrozenPhase, own: dict[str, str]) -> None:
         """Refuse inputs and files of secrets that the container of a phase does not see, and a run it cannot mount."""
         profile, remedy = self.cluster.profile, "add it to the profile's container.mounts, under the same name"
-        kept = environment_of(profile, role).secrets.values()
+        kept = (own | environment_of(profile, role).secrets).values()
         secrets = [str(Path(text[5:]).expanduser()) for text in kept if text.startswith("file:")]
         for key, paths in (("with", list(frozen.inputs)), ("resources.role", secrets)):
             what = "the secret's file " if key != "with" else ""

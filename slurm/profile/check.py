@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from data_tools.mistake import Problem, nearest
-from slurm.profile.environments import environments, site_variables
+from slurm.profile.environments import environment_of, environments, site_variables
 from slurm.profile.images import COMMA_PARTS_MOUNTS, is_relative, split
 from slurm.profile.limits import limit_problems
 from slurm.profile.mail import mail_problems
@@ -260,3 +260,22 @@ def forwarding_problems(profile: Profile, environment: Mapping[str, str]) -> lis
         for source, place in places.items()
         if not environment.get(source)
     ]
+
+
+def unreachable_secrets(
+    profile: Profile, role: str, references: Mapping[str, str], environment: Mapping[str, str]
+) -> list[str]:
+    """Return what keeps a job of a role from the secrets that its phase names, {variable: reference}, besides those of
+    the profile. `environment` is the submitter's."""
+    env = environment_of(profile, role)
+    wrong = []
+    for name, reference in references.items():
+        source = reference.removeprefix("env:")
+        if name in env.secrets or source == reference:
+            continue
+        where = f"name where it lies under env.secrets of profile {profile.meta.name} ({source}: file:PATH)"
+        if profile.kind == "slurm" and source not in env.forward:
+            wrong.append(f"{reference} reaches no job of role {role}: {where}")
+        elif not environment.get(source):
+            wrong.append(f"{source} is not set; export it before you submit, or {where}")
+    return wrong
