@@ -22,9 +22,8 @@ if __name__ == "__main__":
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -43,18 +42,20 @@ from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, compa
 from data_tools.tasks.outcome import is_graded, is_unjudged
 from data_tools.tasks.task import Prompt, Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate
+from megatron_ext.foreign import backends
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.rollout import memory
 from megatron_ext.rollout.room import check_room
-from megatron_ext.rollout.settings import RolloutSettings, Sampling, check_alone, check_recording, check_rollouts
+from megatron_ext.rollout.settings import Sampling, SamplingSettings, check_alone, check_recording, check_rollouts
 
 if TYPE_CHECKING:
     from megatron_ext.model_folders.model_folder import ModelFolder
+    from megatron_ext.rl.makers import Backend
 
 
 @dataclass
-class Config(RolloutSettings):
+class Config(SamplingSettings):
     """Accuracy of a model folder: the config of the phase evaluate."""
 
     task: str = setting("calculator", "the task whose rows are asked", example="gsm8k", module=True)
@@ -128,11 +129,14 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_rollouts(config, Sampling())
     site = site or Site(ranks)
     training = facts.forward(config, site)
-    problems += check_recording(config, training.shape)
-    new, where = config.max_new_tokens, "max_new_tokens"
-    problems += check_room(config, training.shape, dtype=training.dtype, new=new, where=where)
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
-    work = _work(config)
+    new, where, work = config.max_new_tokens, "max_new_tokens", _work(config)
+    if config.is_foreign:
+        asked = backends.Asked(new, [], where=where, compares=work.compares)
+        return problems + backends.check(config, asked, site, shape=training.shape)
+    problems += backends.check_unused(config)
+    problems += check_recording(config, training.shape)
+    problems += check_room(config, training.shape, dtype=training.dtype, new=new, where=where)
     problems += facts.check_forward(config, site) + check_alone(config, compares=work.compares)
     return problems + memory.check(config, work, site)
 
@@ -221,19 +225,17 @@ def run(
     Return the facts of accuracy.accuracy, and `records`: Mix.counts.
     """
     from megatron_ext.model_folders import model_folder
-    from megatron_ext.parallel import ranks
 
-    problems = check(config, ranks.world_size_of_environment())
+    problems = check(config, backends.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
     folder, before = model_folder.open_folder(config.model), compared_lines(config.compare_with, config.samples)
     asking = replace(config, mix=MixConfig({only: entries_of(config.mix)[only]}), macro={}) if only else config
     share = Share(0, 1, only) if only else Share(index, count)
     lines_of_share = _lines_of_mix if of_mix(config) else _lines_of_rows
-    with ranks.started(config.parallel):
-        choice = model_folder.told_parts(folder, config)
-        lines, records = lines_of_share(asking, folder, keep, progress=progress, share=share)
-        writer = ranks.is_writer()
+    with backends.opened(config, folder, keep) as backend:
+        lines, records = lines_of_share(asking, folder, keep, backend, progress=progress, share=share)
+        writer, told = backend.is_writer, backend.facts()
     opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
     tasks, macro = _tasks(asking), asking.macro if count == 1 else {}
     result = {**accuracy(lines, before, tasks, macro), "records": records, **opening}
@@ -245,7 +247,7 @@ def run(
         if count == 1:
             harness.write_results(out, evaluated, lines, result)
             write_tables(keep, result, folder.step)
-    return {**result, "parts": choice.facts()}
+    return {**result, **told}
 
 
 def _tasks(config: Config) -> list[str]:
@@ -272,7 +274,7 @@ def write_results(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -
 def _ways(config: Config, entries: dict[str, Entry]) -> list[generate.Config]:
     """Return how these entries are sampled: greedily, and where samples are asked for at a temperature too."""
     greedy = Sampling(temperature=0, max_tokens=config.max_new_tokens, max_turns=config.max_turns)
-    shared = {field.name: getattr(config, field.name) for field in fields(RolloutSettings)}
+    shared = {field.name: getattr(config, field.name) for field in fields(SamplingSettings)}
     shared["mix"] = MixConfig(entries)
     ways = [generate.Config(**shared, seed=config.seed, samples=1, sampling=greedy)]
     if config.samples:
@@ -285,6 +287,7 @@ def _lines_of_mix(
     config: Config,
     folder: "ModelFolder",
     keep: Path,
+    backend: "Backend",
     *,
     progress: Progress,
     share: Share,
@@ -294,34 +297,29 @@ def _lines_of_mix(
 
     `only_ended`: a completion that was cut off is never right.
     """
-    from megatron_ext.model_folders import model_folder
-    from megatron_ext.parallel import ranks
-    from megatron_ext.weights.exchange import from_rank_zero
-
-    load_once = cache(lambda: model_folder.load_told(folder, config))
     entries = entries_of(config.mix)
     choices = {name: entries.pop(name) for name in compared(entries)}
     element, by_way, records = keep / "sampled" / share.folder, [], {}
     for kept, way in zip((element / "greedy", element / "samples"), _ways(config, entries) if entries else ()):
         samples = generate.sampled(
-            way, folder, kept, index=share.index, count=share.count, progress=progress, stop=never, load=load_once
+            way, folder, kept, backend, index=share.index, count=share.count, progress=progress, stop=never
         )
         by_way.append(samples)
-        records = generate.records_of(kept) if ranks.is_writer() else {}
+        records = generate.records_of(kept) if backend.is_writer else {}
     for sample in itertools.chain(*by_way) if only_ended else ():
         sample["correct"] = sample["correct"] and sample["finish"] == "stop"
     lines = {sample["prompt_id"]: line_of(sample) for sample in by_way[0]} if by_way else {}
     if config.samples and by_way:
         add_samples(lines, by_way[1])
-    found, theirs = _compared_choices(config, folder, choices, load_once, progress=progress, share=share)
-    return from_rank_zero(([*lines.values(), *found], {**records, **theirs}))
+    found, theirs = _compared_choices(config, folder, choices, backend, progress=progress, share=share)
+    return backend.from_writer(([*lines.values(), *found], {**records, **theirs}))
 
 
 def _compared_choices(
     config: Config,
     folder: "ModelFolder",
     entries: dict[str, Entry],
-    load_model: Callable[[], Any],
+    backend: "Backend",
     *,
     progress: Progress,
     share: Share,
@@ -329,20 +327,13 @@ def _compared_choices(
     """Return a line for each question of this element whose choices are compared, and their Mix.counts."""
     if not entries:
         return [], {}
-    from megatron_ext.rl import likelihood
     from megatron_ext.rl.prompts import Encoding, all_of
 
     mix = Mix(entries, config.seed)
     positions = folder.family.config.shape(folder.dims).max_positions or 2**62  # 0: no limit
     encoder = PromptEncoder(load_tokenizer(str(folder.hf)), config.chat_arguments, config.bos)
-    lines = likelihood.answered(
-        load_model(),
-        all_of(mix, list(mix.items))[share.index :: share.count],
-        Encoding(encoder, positions),
-        plan=config.parallel,
-        row_tokens=config.engine.token_budget,
-        progress=progress,
-    )
+    draws = all_of(mix, list(mix.items))[share.index :: share.count]
+    lines = backend.likeliest(draws, Encoding(encoder, positions), progress)
     return list(lines), mix.counts()
 
 
@@ -376,7 +367,7 @@ def add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]])
 
 
 def _lines_of_rows(
-    config: Config, folder: "ModelFolder", keep: Path, *, progress: Progress, share: Share
+    config: Config, folder: "ModelFolder", keep: Path, backend: "Backend", *, progress: Progress, share: Share
 ) -> tuple[list[Line], dict[str, Any]]:
     """Return a line for each row of this element, and Mix.counts of the task, on every rank.
 
@@ -384,7 +375,7 @@ def _lines_of_rows(
     """
     kind, loaded = getattr(load_task(config.task), "kind", None), rows(config)
     alone = replace(config, mix=MixConfig({config.task: _entry(config)}))
-    lines, records = _lines_of_mix(alone, folder, keep, progress=progress, share=share, only_ended=True)
+    lines, records = _lines_of_mix(alone, folder, keep, backend, progress=progress, share=share, only_ended=True)
     items = {item.uid: item for item in loaded.items}
     element = [items[line["prompt"]] for line in lines]
     finished, rows_asked = [], Counter(item.prompt for item in loaded.items)

@@ -11,7 +11,7 @@ if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from data_tools.tasks.estimators import Vote, at_k, standard_error
 from data_tools.tasks.messages import check_template
 from data_tools.tasks.mix import check_mix, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
+from megatron_ext.foreign import backends
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.rl.settings import GenerateSettings
@@ -36,6 +37,7 @@ from megatron_ext.training import options
 
 if TYPE_CHECKING:
     from megatron_ext.model_folders.model_folder import ModelFolder
+    from megatron_ext.rl.makers import Backend
 
 Config = GenerateSettings
 SAMPLES, RESULT = "samples.jsonl", "result.json"
@@ -50,9 +52,13 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_rollouts(config, config.sampling)
     site = site or Site(ranks)
     training = facts.forward(config, site)
+    problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
+    if config.is_foreign:
+        asked = backends.Asked(config.sampling.max_tokens, config.sampling.stop_strings)
+        return problems + backends.check(config, asked, site, shape=training.shape)
+    problems += backends.check_unused(config)
     problems += check_recording(config, training.shape)
     problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)
-    problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     problems += facts.check_forward(config, site) + check_alone(config, compares=False)
     return problems + memory.check(config, memory.Forward((draws_of(config),)), site)
 
@@ -81,50 +87,41 @@ def run(
     recorded, once `stop` says so on any of them.
     """
     from megatron_ext.model_folders import model_folder
-    from megatron_ext.parallel import ranks
 
-    problems = check(config, ranks.world_size_of_environment())
+    problems = check(config, backends.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
-    with ranks.started(config.parallel):
-        # megatron-core may be imported once the device is ready
-        from megatron_ext.weights.exchange import from_rank_zero
-
-        choice = model_folder.told_parts(folder, config)
-
-        def load() -> Any:
-            return model_folder.load_told(folder, config)
-
+    with backends.opened(config, folder, keep) as backend:
         kept = keep / f"element_{index:04d}"
-        samples = sampled(config, folder, kept, index=index, count=count, progress=progress, stop=stop, load=load)
-        writer = ranks.is_writer()
+        samples = sampled(config, folder, kept, backend, index=index, count=count, progress=progress, stop=stop)
+        writer = backend.is_writer
         opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
-        result = from_rank_zero({**_result(samples), "records": records_of(kept), **opening} if writer else None)
+        result = {**_result(samples), "records": records_of(kept), **opening} if writer else None
+        result, told = backend.from_writer(result), backend.facts()
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
         durable.write_json(out / RESULT, result)
         if count == 1:
             _table(keep, result, folder.step)
-    return {**result, "parts": choice.facts()}
+    return {**result, **told}
 
 
 def sampled(
     config: Config,
     folder: "ModelFolder",
     keep: Path,
+    backend: "Backend",
     *,
     index: int,
     count: int,
     progress: Progress,
     stop: Stop,
-    load: Callable[[], Any],
 ) -> list[dict[str, Any]]:
-    """Return the lines of element `index` of `count` on rank 0, none on others.
+    """Return the lines of element `index` of `count` where `backend` writes, none elsewhere.
 
-    The ranks are started; `load` gives the model. What KEEP holds of the samples is not sampled again.
+    What KEEP holds of the samples is not sampled again.
     """
-    from megatron_ext.parallel import ranks
     from megatron_ext.rl import generation
 
     identity = _identity(config, folder.weights_digest)
@@ -132,21 +129,21 @@ def sampled(
         config,
         folder,
         keep,
-        load,
+        backend,
         identity=identity,
         index=index,
         count=count,
         progress=progress,
         stop=stop,
     )
-    return list(lines_of(files)) if ranks.is_writer() else []
+    return list(lines_of(files)) if backend.is_writer else []
 
 
 def _identity(config: Config, digest: str) -> dict[str, Any]:
     """Return what samples must share to be gone on with: all that changes them. Prompts go by their names."""
     plain = {name: value for name, value in options.keyed(config).items() if name != "mix"}
     entries = {name: [entry.task, entry.options, entry.rewards] for name, entry in entries_of(config.mix).items()}
-    return {**plain, "model": digest, "entries": entries}
+    return {**plain, **Config.meaning(config), "model": digest, "entries": entries}
 
 
 def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:

@@ -33,13 +33,15 @@ FEW = 8  # files of a step that is over: more, from so many replicas, become one
 class Entry:
     """What is recorded of one sample. `finish` is empty while it is under way, `score` None until it was judged.
 
-    The tokens of replies are recorded as the model's are, each reply in one line; their log-prob is NaN.
+    The tokens of replies are recorded as the model's are, each reply in one line; their log-prob is NaN. `text` is
+    that of a whole sample without tokens of ours, else None.
     """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
     score: dict[str, Any] | None = None
+    text: str | None = None
 
 
 class Journal:
@@ -56,13 +58,17 @@ class Journal:
         """Hear how many tokens of which samples are recorded already."""
         self._written = dict(lengths)
 
-    def record(self, key: Key, tokens: list[int], logprobs: list[float], finish: str = "") -> None:
-        """Append what is new of a sample whose new tokens so far are `tokens`, with their log-probs."""
+    def record(
+        self, key: Key, tokens: list[int], logprobs: list[float], finish: str = "", text: str | None = None
+    ) -> None:
+        """Append what is new of a sample whose new tokens so far are `tokens`, with their log-probs; and the `text` of
+        one that ended without tokens of ours."""
         at = self._written.get(key, 0)
         if at == len(tokens) and not finish:
             return
         line = {"item": key[0], "sample": key[1], "at": at, "tokens": _packed(tokens[at:], numpy.int32)}
         line["logprobs"] = _packed(logprobs[at:], numpy.float32)
+        line |= {} if text is None else {"text": text}
         self._append({**line, "finish": finish} if finish else line)
         self._written[key] = len(tokens)
         self.recorded += len(tokens) - at
@@ -164,7 +170,7 @@ def read(root: Path, step: int, identity: str | None = None) -> dict[Key, Entry]
             elif line["at"] == len(entry.tokens) and not entry.finish:
                 entry.tokens += _unpacked(line["tokens"], numpy.int32)
                 entry.logprobs += _unpacked(line["logprobs"], numpy.float32)
-                entry.finish = line.get("finish", "")
+                entry.finish, entry.text = line.get("finish", ""), line.get("text")
     for entry in entries.values():
         if not entry.finish:  # a verdict is of a whole sample, whose lines are damaged
             entry.score = None
@@ -238,6 +244,7 @@ def _whole(entries: dict[Key, Entry], identity: str) -> Iterator[str]:
     for (item, sample), entry in sorted(entries.items()):
         line: dict[str, Any] = {"item": item, "sample": sample, "at": 0}
         line |= {"tokens": _packed(entry.tokens, numpy.int32), "logprobs": _packed(entry.logprobs, numpy.float32)}
+        line |= {} if entry.text is None else {"text": entry.text}
         yield _spelled({**line, "finish": entry.finish} if entry.finish else line)
         if entry.score is not None:
             yield _spelled({"item": item, "sample": sample, "score": entry.score})

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,12 @@ from data_tools.tasks.mix import Draw, Entry, Mix, entries_of, turn_ends, verifi
 from data_tools.tasks.outcome import Outcomes, graded
 from data_tools.tasks.rewards import Scorer
 from megatron_ext.model_folders.model_folder import ModelFolder
-from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.settings import GenerateSettings, GrpoSettings
-from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.sequence import spans
+
+if TYPE_CHECKING:
+    from megatron_ext.rl.turns import Turns
 
 _TOLD = 20  # prompts that are too long, of one run
 
@@ -147,11 +148,9 @@ class MixScorer:
 
 
 @contextlib.contextmanager
-def mix_scorer(
-    entries: Mapping[str, Entry], workers: int, limit_s: float, wanted: bool = True
-) -> Iterator[MixScorer | None]:
-    """Run the verifiers of a mix meanwhile. Gives None on ranks that score nothing."""
-    if not (wanted and Replica().speaks):
+def mix_scorer(entries: Mapping[str, Entry], workers: int, limit_s: float, wanted: bool) -> Iterator[MixScorer | None]:
+    """Run the verifiers of a mix meanwhile. Gives None where they are not `wanted`: on ranks that score nothing."""
+    if not wanted:
         yield None
         return
     with Scorer(verifiers(entries), workers, limit_s) as scorer:
@@ -189,8 +188,10 @@ class Texts:
         return {"turns": [{"from": "model" if span.own else "task", "text": text} for span, text in zip(turns, said)]}
 
 
-def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> Turns | None:
+def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> "Turns | None":
     """Return how the tasks of a mix reply; None where none does."""
+    from megatron_ext.rl.turns import Turns  # which only ranks use
+
     ends = turn_ends(mix.entries)
     return Turns(lambda draw: ends.get(draw.entry), scorer, texts.spell, texts.tokenizer.encode) if ends else None
 

@@ -1,0 +1,97 @@
+"""Which Backend (rl/makers.py) a phase samples with, and what its settings may say. No torch until one is opened.
+
+With vllm a phase runs in its role's own environment, which has torch and transformers and need not have megatron-core:
+what is opened there imports none of it, and starts no process group.
+"""
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_tools.mistake import Problem, UserMistake
+from data_tools.tasks.mix import entries_of, turn_ends
+from megatron_ext.foreign import vllm_limits
+from megatron_ext.parallel.parts import VLLM
+from megatron_ext.parallel.plan import ParallelPlan, Site
+from megatron_ext.parallel.shape import ModelShape
+from megatron_ext.rollout.room import check_positions
+from megatron_ext.rollout.settings import EngineConfig, SamplingSettings
+
+if TYPE_CHECKING:
+    from megatron_ext.model_folders.model_folder import ModelFolder
+    from megatron_ext.rl.makers import Backend
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of an engine: new tokens at most, by which setting, stop strings, whether choices are compared."""
+
+    max_tokens: int
+    stop_strings: list[str]
+    where: str = "sampling.max_tokens"
+    compares: bool = False
+
+
+def world_size_of_environment() -> int:
+    """Return the number of this element's processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def opened(config: SamplingSettings, folder: "ModelFolder", keep: Path) -> AbstractContextManager["Backend"]:
+    """Return what opens the Backend of a phase's element, and closes it in the end; KEEP is the phase's folder."""
+    if config.backend == VLLM:
+        from megatron_ext.foreign import vllm_backend
+
+        return vllm_backend.opened(config, folder, keep)
+    from megatron_ext.rl import ours
+
+    return ours.opened(config, folder)
+
+
+def check_unused(config: SamplingSettings) -> list[Problem]:
+    """Refuse settings of foreign engines where the engine is another."""
+    if config.vllm and config.backend != VLLM:
+        return [Problem("vllm", f"{config.vllm} is for backend vllm, and backend is {config.backend}: leave it out")]
+    return []
+
+
+def check(config: SamplingSettings, asked: Asked, site: Site, shape: ModelShape | None) -> list[Problem]:
+    """Return what is wrong with the settings of a foreign engine. `shape` is None while the model is not known."""
+    problems = check_unused(config) + _check_ours(config) + _check_turns(config)
+    problems += check_positions(shape, asked.max_tokens, asked.where)
+    return problems + vllm_limits.check(config, site, shape, stop_strings=asked.stop_strings, compares=asked.compares)
+
+
+def _check_ours(config: SamplingSettings) -> list[Problem]:
+    """Refuse what only our engine understands: nothing that is set goes unused."""
+    problems = []
+    usual = EngineConfig()
+    for name in vars(usual):
+        if getattr(config.engine, name) != getattr(usual, name):
+            remedy = f"leave it out; {config.backend} is told by the setting {config.backend}"
+            problems.append(Problem(f"engine.{name}", f"is our engine's, and backend is {config.backend}: {remedy}"))
+    if config.base:
+        message = f"{config.base} is how our layers hold a frozen model, and backend is {config.backend}: leave it out"
+        problems.append(Problem("base", message))
+    used = replace(ParallelPlan(), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    for name in vars(used):
+        told = ("virtual", "micro_batch")  # by check_rollouts
+        if getattr(config.parallel, name) != getattr(used, name) and name not in told:
+            message = (
+                f"{getattr(config.parallel, name)}: {config.backend} takes tensor and pipeline alone: leave it out"
+            )
+            problems.append(Problem(f"parallel.{name}", message))
+    return problems
+
+
+def _check_turns(config: SamplingSettings) -> list[Problem]:
+    """Refuse tasks that reply: their turns are our engine's."""
+    try:
+        ends = turn_ends(entries_of(config.mix))
+    except UserMistake:  # which check_mix told
+        return []
+    remedy = "use backend auto, or leave the task out"
+    return [Problem(f"mix.entries.{name}", f"replies to the model, which {config.backend} cannot wait for: {remedy}")
+            for name in ends]  # fmt: skip
