@@ -13,6 +13,8 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import evaluate
 from megatron_ext.entrypoints.evaluate import Config
+from megatron_ext.parallel.parts import OPENAI
+from megatron_ext.rollout import endpoint
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
@@ -24,6 +26,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 def datasets(config: Config) -> list[str]:
     return mix.datasets(config.mix)
+
+
+def secrets(config: Config) -> dict[str, str]:
+    return endpoint.secrets(config.endpoint) if config.backend == OPENAI else {}
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

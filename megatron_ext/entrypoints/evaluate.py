@@ -43,6 +43,7 @@ from data_tools.tasks.outcome import is_graded, is_unjudged
 from data_tools.tasks.task import Prompt, Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate
 from megatron_ext.foreign import backends
+from megatron_ext.parallel.parts import OPENAI
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.rollout import memory
@@ -128,6 +129,9 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
     problems += check_rollouts(config, Sampling())
     site = site or Site(ranks)
+    if config.backend == OPENAI:
+        ways = [way.sampling for way in _ways(config, {})]
+        return problems + backends.check_server(_asked(config), ways, site, "")
     training = facts.forward(config, site)
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     new, where, work = config.max_new_tokens, "max_new_tokens", _work(config)
@@ -139,6 +143,11 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_room(config, training.shape, dtype=training.dtype, new=new, where=where)
     problems += facts.check_forward(config, site) + check_alone(config, compares=work.compares)
     return problems + memory.check(config, work, site)
+
+
+def _asked(config: Config) -> Config:
+    """Return the config with the one task's rows as a mix, where there is none."""
+    return config if of_mix(config) else replace(config, mix=MixConfig({config.task: _entry(config)}))
 
 
 def _work(config: Config) -> memory.Forward:
@@ -224,19 +233,17 @@ def run(
 
     Return the facts of accuracy.accuracy, and `records`: Mix.counts.
     """
-    from megatron_ext.model_folders import model_folder
-
     problems = check(config, backends.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
-    folder, before = model_folder.open_folder(config.model), compared_lines(config.compare_with, config.samples)
+    folder, before = backends.folder_of(config), compared_lines(config.compare_with, config.samples)
     asking = replace(config, mix=MixConfig({only: entries_of(config.mix)[only]}), macro={}) if only else config
     share = Share(0, 1, only) if only else Share(index, count)
     lines_of_share = _lines_of_mix if of_mix(config) else _lines_of_rows
     with backends.opened(config, folder, keep) as backend:
         lines, records = lines_of_share(asking, folder, keep, backend, progress=progress, share=share)
         writer, told = backend.is_writer, backend.facts()
-    opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
+    opening = told_opening(load_tokenizer(str(folder.hf)), config.bos) if folder else {}
     tasks, macro = _tasks(asking), asking.macro if count == 1 else {}
     result = {**accuracy(lines, before, tasks, macro), "records": records, **opening}
     if writer:
@@ -246,7 +253,7 @@ def run(
         write_results(out, lines, result)
         if count == 1:
             harness.write_results(out, evaluated, lines, result)
-            write_tables(keep, result, folder.step)
+            write_tables(keep, result, backends.which(config, folder))
     return {**result, **told}
 
 
@@ -259,8 +266,9 @@ def _evaluated(config: Config) -> harness.Evaluated:
     entries = entries_of(config.mix) if of_mix(config) else {config.task: _entry(config)}
     greedy: dict[str, Any] = {"do_sample": False, "temperature": 0.0, "max_gen_toks": config.max_new_tokens}
     sampled = {**greedy, "do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+    model = config.model or config.endpoint.model
     return harness.Evaluated(
-        entries, model=config.model, samples=config.samples, seed=config.seed, greedy=greedy, sampled=sampled
+        entries, model=model, samples=config.samples, seed=config.seed, greedy=greedy, sampled=sampled
     )
 
 
@@ -285,7 +293,7 @@ def _ways(config: Config, entries: dict[str, Entry]) -> list[generate.Config]:
 
 def _lines_of_mix(
     config: Config,
-    folder: "ModelFolder",
+    folder: "ModelFolder | None",
     keep: Path,
     backend: "Backend",
     *,
@@ -317,7 +325,7 @@ def _lines_of_mix(
 
 def _compared_choices(
     config: Config,
-    folder: "ModelFolder",
+    folder: "ModelFolder | None",
     entries: dict[str, Entry],
     backend: "Backend",
     *,
@@ -327,6 +335,7 @@ def _compared_choices(
     """Return a line for each question of this element whose choices are compared, and their Mix.counts."""
     if not entries:
         return [], {}
+    assert folder is not None  # `check` refuses it of a server
     from megatron_ext.rl.prompts import Encoding, all_of
 
     mix = Mix(entries, config.seed)
@@ -367,14 +376,14 @@ def add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]])
 
 
 def _lines_of_rows(
-    config: Config, folder: "ModelFolder", keep: Path, backend: "Backend", *, progress: Progress, share: Share
+    config: Config, folder: "ModelFolder | None", keep: Path, backend: "Backend", *, progress: Progress, share: Share
 ) -> tuple[list[Line], dict[str, Any]]:
     """Return a line for each row of this element, and Mix.counts of the task, on every rank.
 
     They are sampled and scored as the mix of this one task; an answer that does not end is wrong here.
     """
     kind, loaded = getattr(load_task(config.task), "kind", None), rows(config)
-    alone = replace(config, mix=MixConfig({config.task: _entry(config)}))
+    alone = _asked(config)
     lines, records = _lines_of_mix(alone, folder, keep, backend, progress=progress, share=share, only_ended=True)
     items = {item.uid: item for item in loaded.items}
     element = [items[line["prompt"]] for line in lines]
@@ -413,8 +422,6 @@ def compared_lines(compare_with: str | None, samples: int) -> dict[str, Line]:
 
 def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
     """Join the elements' samples, in element order, and their counts. One process."""
-    from megatron_ext.model_folders import model_folder
-
     lines = list(generate.lines_of([part / SAMPLES for part in parts]))
     told = [generate.told_of_parts([part]) for part in parts]
     records = {name: counts for one in told for name, counts in one["records"].items()}
@@ -427,7 +434,7 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
     write_results(out, lines, result)
     harness.join_samples(out, evaluated, parts)
     harness.write_results(out, evaluated, lines, result)
-    write_tables(keep, result, model_folder.open_folder(config.model).step)
+    write_tables(keep, result, backends.which(config, backends.folder_of(config)))
     return result
 
 

@@ -27,6 +27,7 @@ from data_tools.tasks.messages import check_template
 from data_tools.tasks.mix import check_mix, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
 from megatron_ext.foreign import backends
+from megatron_ext.parallel.parts import OPENAI
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.rl.settings import GenerateSettings
@@ -51,6 +52,8 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("sampling.temperature", f"0 gives {config.samples} samples all alike; use samples: 1"))
     problems += check_rollouts(config, config.sampling)
     site = site or Site(ranks)
+    if config.backend == OPENAI:
+        return problems + backends.check_server(config, [config.sampling], site, "sampling.")
     training = facts.forward(config, site)
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     if config.is_foreign:
@@ -86,30 +89,28 @@ def run(
     Return the facts of `_result`, and `records`: Mix.counts. Raise Stopped on every rank, with all that was sampled
     recorded, once `stop` says so on any of them.
     """
-    from megatron_ext.model_folders import model_folder
-
     problems = check(config, backends.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
-    folder = model_folder.open_folder(config.model)
+    folder = backends.folder_of(config)
     with backends.opened(config, folder, keep) as backend:
         kept = keep / f"element_{index:04d}"
         samples = sampled(config, folder, kept, backend, index=index, count=count, progress=progress, stop=stop)
         writer = backend.is_writer
-        opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
+        opening = told_opening(load_tokenizer(str(folder.hf)), config.bos) if folder else {}
         result = {**_result(samples), "records": records_of(kept), **opening} if writer else None
         result, told = backend.from_writer(result), backend.facts()
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
         durable.write_json(out / RESULT, result)
         if count == 1:
-            _table(keep, result, folder.step)
+            _table(keep, result, backends.which(config, folder))
     return {**result, **told}
 
 
 def sampled(
     config: Config,
-    folder: "ModelFolder",
+    folder: "ModelFolder | None",
     keep: Path,
     backend: "Backend",
     *,
@@ -124,7 +125,7 @@ def sampled(
     """
     from megatron_ext.rl import generation
 
-    identity = _identity(config, folder.weights_digest)
+    identity = _identity(config, folder.weights_digest if folder else "")
     files = generation.run(
         config,
         folder,
@@ -206,9 +207,9 @@ def vote(sample: Mapping[str, Any]) -> Vote:
     return sample["answer"] if sample["finish"] == "stop" else None, bool(sample["correct"])
 
 
-def _table(keep: Path, result: dict[str, Any], step: int) -> None:
+def _table(keep: Path, result: dict[str, Any], which: str) -> None:
     told = [list(pair) for pair in result.items() if pair[0] not in JOINED]
-    write_table(keep, "samples", title=f"Samples at step {step}", columns=["what", "value"], rows=told)
+    write_table(keep, "samples", title=f"Samples {which}", columns=["what", "value"], rows=told)
     write_table(keep, "prompts", **counts_table(result["records"]))
 
 
@@ -218,8 +219,6 @@ def _order(sample: dict[str, Any]) -> Any:
 
 def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
     """Join the elements' samples in the order of the prompts. One process, few files open."""
-    from megatron_ext.model_folders import model_folder
-
     files = [part / SAMPLES for part in parts]
     with (
         merged(files, lambda file: lines_of([file]), _order, scratch=out) as samples,
@@ -234,7 +233,7 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
         result = {**_result(written()), **told_of_parts(parts)}
     durable.write_json(out / RESULT, result)
     durable.fsync_tree(out)
-    _table(keep, result, model_folder.open_folder(config.model).step)
+    _table(keep, result, backends.which(config, backends.folder_of(config)))
     return result
 
 

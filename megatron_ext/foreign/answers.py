@@ -64,7 +64,7 @@ def read(body: Any, endpoint: Endpoint, stop_strings: Sequence[str]) -> Answer:
         raise BadAnswer("the answer has no text")
     if WITH_STOP not in endpoint.takes:
         text, ended = _cut(text, ended, stop_strings)
-    used = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+    used = body.get("usage") or {}
     return Answer(
         text=text,
         finish=ended,
@@ -125,8 +125,8 @@ def _cut(text: str, ended: str, stop_strings: Sequence[str]) -> tuple[str, str]:
     return (text[: min(ends)], STOP) if ends else (text, ended)
 
 
-def _count(used: Mapping[str, Any], name: str) -> int:
-    count = used.get(name)
+def _count(used: Any, name: str) -> int:
+    count = used.get(name) if isinstance(used, Mapping) else None
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise BadAnswer(f"the answer does not say its usage.{name}")
     return count

@@ -5,6 +5,7 @@ what is opened there imports none of it, and starts no process group.
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from data_tools.mistake import Problem, UserMistake
 from data_tools.tasks.mix import entries_of, turn_ends
-from megatron_ext.foreign import vllm_limits
-from megatron_ext.parallel.parts import VLLM
+from megatron_ext.foreign import openai_limits, vllm_limits
+from megatron_ext.parallel.parts import OPENAI, VLLM
 from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.parallel.shape import ModelShape
 from megatron_ext.rollout.room import check_positions
-from megatron_ext.rollout.settings import EngineConfig, SamplingSettings
+from megatron_ext.rollout.settings import EngineConfig, Sampling, SamplingSettings
 
 if TYPE_CHECKING:
     from megatron_ext.model_folders.model_folder import ModelFolder
@@ -39,8 +40,24 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def opened(config: SamplingSettings, folder: "ModelFolder", keep: Path) -> AbstractContextManager["Backend"]:
+def folder_of(config: SamplingSettings) -> "ModelFolder | None":
+    """Return the model folder, None where the model is a server's."""
+    from megatron_ext.model_folders import model_folder
+
+    return None if config.backend == OPENAI else model_folder.open_folder(config.model)
+
+
+def which(config: SamplingSettings, folder: "ModelFolder | None") -> str:
+    """Return what the title of a table says of the model: "at step 12", or what a server calls it."""
+    return f"at step {folder.step}" if folder else f"of {config.endpoint.model}"
+
+
+def opened(config: SamplingSettings, folder: "ModelFolder | None", keep: Path) -> AbstractContextManager["Backend"]:
     """Return what opens the Backend of a phase's element, and closes it in the end; KEEP is the phase's folder."""
+    if folder is None:
+        from megatron_ext.foreign import openai_backend
+
+        return openai_backend.opened(config)
     if config.backend == VLLM:
         from megatron_ext.foreign import vllm_backend
 
@@ -51,10 +68,19 @@ def opened(config: SamplingSettings, folder: "ModelFolder", keep: Path) -> Abstr
 
 
 def check_unused(config: SamplingSettings) -> list[Problem]:
-    """Refuse settings of foreign engines where the engine is another."""
+    """Refuse settings of foreign engines where the engine is another, and a model folder that is missing."""
+    problems = openai_limits.check_unasked(config)
     if config.vllm and config.backend != VLLM:
-        return [Problem("vllm", f"{config.vllm} is for backend vllm, and backend is {config.backend}: leave it out")]
-    return []
+        said = f"{config.vllm} is for backend vllm, and backend is {config.backend}: leave it out"
+        problems.append(Problem("vllm", said))
+    if not config.model and config.backend != OPENAI:
+        problems.append(Problem("model", "is missing: model folder"))
+    return problems
+
+
+def check_server(config: SamplingSettings, ways: Sequence[Sampling], site: Site, where: str) -> list[Problem]:
+    """Return what is wrong with the settings of backend openai; those of sampling begin with `where`."""
+    return check_unused(config) + openai_limits.check(config, ways, site, where)
 
 
 def check(config: SamplingSettings, asked: Asked, site: Site, shape: ModelShape | None) -> list[Problem]:

@@ -1,8 +1,8 @@
 """Asks an OpenAI-compatible server, by the official client library: what is tried again, and what is final.
 
 Tried again, after a pause: a connection that fails or ends early, an answer that comes too late or is none, and the
-statuses 408, 409, 425, 429 and 5xx; where the server says how long to wait, every request waits. Final, in one sentence:
-any other status, since the same request would be refused again.
+statuses 408, 409, 425, 429 and 5xx; where the server says how long to wait, every request waits. Final, in one
+sentence: any other status, since the same request would be refused again.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from data_tools.base.json_text import json_value
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.foreign.answers import Answer, BadAnswer, Refused, read
-from megatron_ext.rollout.endpoint import CHAT, SEED, Endpoint, key_variable, unknown_model
 from megatron_ext.foreign.pace import Limit, Pace, expected_tokens
+from megatron_ext.rollout.endpoint import CHAT, SEED, Endpoint, key_variable, unknown_model
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -78,12 +78,14 @@ class Client:
         self.endpoint, self._key, self._seconds = endpoint, key, seconds
         self.pace = Pace(Limit(endpoint.requests_per_minute), Limit(endpoint.tokens_per_minute))
         self.tried_again: dict[str, int] = {}
-        self._api: "AsyncOpenAI | None" = None
+        self._api: AsyncOpenAI | None = None
         self._headers: dict[str, Any] = {}
 
     async def __aenter__(self) -> "Client":
         from openai import AsyncOpenAI, Omit
 
+        # Of the environment the library would take these, for whatever server it is.
+        nothing: Any = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
         self._headers = {} if self._key else {"Authorization": Omit()}  # a server without keys is sent none
         self._api = AsyncOpenAI(
             base_url=self.endpoint.url,
@@ -92,7 +94,7 @@ class Client:
             project="",
             max_retries=0,  # ours heed a stop, and the limits
             timeout=self.endpoint.timeout_s,
-            default_headers={"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()},  # nothing of the environment
+            default_headers=nothing,
         )
         return self
 
@@ -180,7 +182,7 @@ class Client:
     async def _post(self, sent: dict[str, Any]) -> Any:
         assert self._api is not None
         of = self._api.chat.completions if self.endpoint.api == CHAT else self._api.completions
-        raw = await of.with_raw_response.create(**sent, extra_headers=self._headers)  # type: ignore[call-overload]
+        raw = await of.with_raw_response.create(**sent, extra_headers=self._headers)
         return _json(raw.content)
 
     def _refused_models(self, error: Any) -> Any:

@@ -21,6 +21,8 @@ from megatron_ext.rl.journal import Entry, Journal
 from megatron_ext.rl.makers import Work
 from megatron_ext.rl.samples import Key, Sample
 
+_LOOK_S = 1.0  # between two questions whether to stop, at most, while completions come without a pause
+
 
 class Ask(NamedTuple):
     """One completion that is wanted: sample `number` of prompt `item`, whose token ids are `prompt`.
@@ -41,7 +43,7 @@ class Completion:
 
     `logprobs` are the model's own, at temperature 1 and unfiltered. `finish` is stop, length or abort. `text` is for
     engines that give no tokens of the folder's tokenizer: `tokens` are as many as it counted, all -1, log-probs 0.
-    `note` says why there is none that can be scored.
+    `note` says why there is none that can be scored, `beside` what else its row says.
     """
 
     item: int
@@ -51,6 +53,7 @@ class Completion:
     finish: str
     text: str | None = None
     note: str = ""
+    beside: dict[str, Any] = field(default_factory=dict)
     key: Key = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,15 +115,17 @@ class JournaledMaker:
     def _drawn(self, asks: Sequence[Ask]) -> Iterator[Sample]:
         """Yield what the engine makes of these, as it comes, recorded. It ends early where the phase has to stop."""
         assert self.journal is not None
-        flushed = time.monotonic()
+        flushed = looked = time.monotonic()
         with contextlib.closing(self.completer.complete(asks)) as stream:
             for completion in stream:
                 if completion is not None:
                     yield self._recorded(completion)
-                if time.monotonic() - flushed >= self.work.config.record_s:
+                paid = completion is not None and completion.text is not None  # a server's, each asked for by itself
+                if paid or time.monotonic() - flushed >= self.work.config.record_s:
                     self.journal.flush()
                     flushed = time.monotonic()
-                self.stopping = self.work.stop()
+                if completion is None or time.monotonic() - looked >= _LOOK_S:  # all that has come is recorded first
+                    looked, self.stopping = time.monotonic(), self.work.stop()
                 if self.stopping:
                     return
 
@@ -141,6 +146,7 @@ class JournaledMaker:
             logprobs=np.array(entry.logprobs, dtype=np.float32),
             finish=entry.finish,
             text=entry.text,
+            beside=entry.beside,
         )
         if entry.score is not None:
             _take(sample, entry.score)
@@ -150,7 +156,10 @@ class JournaledMaker:
         """Record a completion, and return it as a sample."""
         assert self.journal is not None
         entry = Entry(completion.tokens, completion.logprobs, completion.finish, text=completion.text)
-        self.journal.record(completion.key, entry.tokens, entry.logprobs, entry.finish, text=entry.text)
+        entry.beside = completion.beside
+        self.journal.record(
+            completion.key, entry.tokens, entry.logprobs, entry.finish, text=entry.text, beside=entry.beside
+        )
         if completion.note:
             entry.score = {"reward": None, "parts": {}, "note": completion.note}
             self.journal.judge(completion.key, entry.score)

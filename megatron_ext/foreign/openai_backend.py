@@ -15,6 +15,7 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress
 from data_tools.tasks.mix import Draw
 from megatron_ext.foreign import client
+from megatron_ext.foreign.alone import Alone
 from megatron_ext.foreign.answers import Answer, Refused, messages_of
 from megatron_ext.foreign.client import Client, Question
 from megatron_ext.foreign.maker import Ask, Completion, JournaledMaker
@@ -26,20 +27,14 @@ from megatron_ext.rollout.settings import SamplingSettings
 _NAP_S = 0.2  # between two questions whether to stop
 
 
-class Endpoint:
+class Endpoint(Alone):
     """The server, for one phase's element."""
-
-    is_writer = speaks = True
 
     def __init__(self, config: SamplingSettings, key: str):
         self.config, self.endpoint, self.key = config, config.endpoint, key
         self.checked = False  # whether the server was asked for its models
         self.told: Counter[str] = Counter()  # requests, those sent again by reason, tokens of prompts and answers
         self.ran: set[tuple[str, str]] = set()  # models and fingerprints that answered
-
-    def from_writer(self, value: Any) -> Any:
-        """Return the value: this process is the only one."""
-        return value
 
     def maker(self, work: Work) -> Maker:
         """Return who asks for the samples of `work`, records and scores them."""
@@ -77,6 +72,8 @@ class Asker:
                         raise came
                     left -= came is not None
                     yield came
+                    if came is not None and answers.empty():
+                        yield None
             finally:
                 runner.run(_ended(task))
 
@@ -153,7 +150,7 @@ def completion_of(ask: Ask, answer: Answer) -> Completion:
         answer.finish,
         text=answer.text,
         note=answer.note,
-        told={name: value for name, value in told.items() if value},
+        beside={name: value for name, value in told.items() if value},
     )
 
 

@@ -4,7 +4,6 @@ Whether address, key and name of the model are good is asked when the phase star
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 from data_tools.mistake import Problem, UserMistake
 from data_tools.tasks.messages import asking_messages
@@ -12,7 +11,7 @@ from data_tools.tasks.mix import compared, entries_of, turn_ends
 from megatron_ext.parallel.parts import OPENAI
 from megatron_ext.parallel.plan import Site
 from megatron_ext.rollout import endpoint
-from megatron_ext.rollout.endpoint import CHAT, LEFT_OUT, MIN_P, TEMPERATURE, TEMPLATE, TOP_K, TOP_P
+from megatron_ext.rollout.endpoint import CHAT, MIN_P, TEMPERATURE, TEMPLATE, TOP_K, TOP_P
 from megatron_ext.rollout.settings import Sampling, SamplingSettings
 
 # Settings of a phase that samples, and why a server cannot follow them.
@@ -74,19 +73,15 @@ def _check_tasks(config: SamplingSettings) -> list[Problem]:
     """Refuse tasks that want more of a model than one completion of a prompt."""
     try:
         entries = entries_of(config.mix)
+        replying = turn_ends(entries)
     except UserMistake:  # which check_mix told
         return []
-    try:
-        replying = list(turn_ends(entries))
-    except UserMistake:
-        replying = []
-    why = {name: "replies to the model, turn by turn, and a server is asked once: use another backend" for name in replying}
-    likeliest = "compares the likelihood of its choices, which no server tells: give it options {answered_by: text}"
+    why = dict.fromkeys(replying, "replies to the model, turn by turn, and a server is asked once: use another backend")
+    likeliest = (
+        "compares the likelihood of its choices, which no server tells: give it options {answered_by: generation}"
+    )
     why |= dict.fromkeys(compared(entries), likeliest)
     if config.endpoint.api != CHAT:
         messages = "asks in messages, which api completions has not: use endpoint.api: chat, or options {chat: false}"
         why |= dict.fromkeys(asking_messages(entries), messages)
     return [Problem(f"mix.entries.{name}", message) for name, message in why.items()]
-
-
-assert {field.name for field in fields(SamplingSettings)} >= {*_UNUSED} and {*LEFT_OUT} >= {TEMPERATURE, TOP_P}

@@ -3,7 +3,10 @@
 import random
 from dataclasses import dataclass, field
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0  # before the first and the later tries of a request, where the server names none
+FIRST_WAIT_S, LONGEST_WAIT_S = (
+    0.5,
+    60.0,
+)  # before the first and the later tries of a request, where the server names none
 _CHARACTERS = 3  # of a token, at the least, as far as nobody knows the tokenizer: a limit is kept rather than used up
 
 

@@ -14,12 +14,21 @@ from typing import Any
 
 from data_tools.base import durable
 from data_tools.progress import Progress, Stop, Stopped
-from data_tools.tasks.mix import Draw
+from data_tools.tasks.mix import Draw, Mix, entries_of
 from data_tools.tasks.outcome import Outcomes
 from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.rl import journal
 from megatron_ext.rl.makers import Backend, Maker, Work
-from megatron_ext.rl.prompts import Listed, Texts, all_of, mix_scorer, prompts_of, stop_ids_of
+from megatron_ext.rl.prompts import (
+    Listed,
+    OthersTexts,
+    Texts,
+    Unspelled,
+    all_of,
+    encoding_of,
+    mix_scorer,
+    stop_ids_of,
+)
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.settings import GenerateSettings
 from megatron_ext.rl.untrained import all_failed, failed_verdicts
@@ -30,7 +39,7 @@ _PROMPTS_TO_TELL = 16  # that a task's verifier is broken
 
 def run(
     config: GenerateSettings,
-    folder: ModelFolder,
+    folder: ModelFolder | None,
     keep: Path,
     backend: Backend,
     *,
@@ -43,23 +52,23 @@ def run(
     """Return the files of samples of element `index` of `count`, in the order of its prompts; for the writer to read.
 
     Every process of `backend` takes part. Raises Stopped, on every one, once any was asked to stop: what was drawn is
-    recorded, and it says which part of the prompts that is.
+    recorded, and it says which part of the prompts that is. Without a `folder` the model is another's.
     """
-    tokenizer, mix, encoding = prompts_of(config, folder)
+    mix = Mix(entries_of(config.mix), config.seed)
     if backend.is_writer:
         keep.mkdir(parents=True, exist_ok=True)
         durable.write_json(keep / RECORDS, mix.counts())
     draws = all_of(mix, list(mix.items))[index::count]
-    prompts = Listed(draws, encoding)
+    prompts, texts = _spelled(config, folder, draws)
     names = [draw.item.uid for draw in draws]
     named = {**identity, "prompts": names, "scoring": mix.scoring(draws), "chunk": config.chunk}
     key = durable.sha256_bytes(durable.canonical_json(named))
-    stop_ids = stop_ids_of(folder, tokenizer)
-    texts, outcomes, sampling = Texts(tokenizer, stop_ids), Outcomes(mix.entries), asdict(config.sampling)
+    outcomes, sampling = Outcomes(mix.entries), asdict(config.sampling)
+    weights = folder.weights_digest if folder else None
 
     def line(sample: Sample) -> str:
         place = index + sample.item * count
-        row = _row(sample, draws, place, texts, seed=config.seed, folder=folder, outcomes=outcomes)
+        row = _row(sample, draws, place, texts, seed=config.seed, weights=weights, outcomes=outcomes)
         return json.dumps({**row, "sampling": sampling}, ensure_ascii=False)
 
     starts, root = range(0, len(draws), config.chunk), keep / "rollouts"
@@ -67,7 +76,7 @@ def run(
     made = backend.from_writer([path.is_file() for path in files])
     scores = backend.speaks and not all(made)
     with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s, wanted=scores) as scorer:
-        work = Work(config, folder, mix, prompts, scorer, texts, stop_ids, root=root, identity=key, stop=stop)
+        work = Work(config, folder, mix, prompts, scorer, texts, texts.stop_ids, root=root, identity=key, stop=stop)
         maker: Maker | None = None
         for number, (start, path) in enumerate(zip(starts, files)):
             items = range(start, min(start + config.chunk, len(draws)))
@@ -85,6 +94,14 @@ def run(
                     journal.forget(root, number + 1)
             progress(items.stop, len(draws), "prompts")
     return files
+
+
+def _spelled(config: GenerateSettings, folder: ModelFolder | None, draws: list[Draw]) -> tuple[Listed, Texts]:
+    """Return an element's prompts as tokens, and what turns tokens into texts; neither where the model is another's."""
+    if folder is None:
+        return Unspelled(draws), OthersTexts()
+    tokenizer, encoding = encoding_of(config, folder)
+    return Listed(draws, encoding), Texts(tokenizer, stop_ids_of(folder, tokenizer))
 
 
 def _collected(maker: Maker, number: int, items: range, prompts: int) -> list[Sample]:
@@ -114,7 +131,7 @@ def _failed_entry(samples: list[Sample], draws: list[Draw]) -> tuple[str, list[S
 
 
 def _row(
-    sample: Sample, draws: list[Draw], place: int, texts: Texts, *, seed: int, folder: ModelFolder, outcomes: Outcomes
+    sample: Sample, draws: list[Draw], place: int, texts: Texts, *, seed: int, weights: str | None, outcomes: Outcomes
 ) -> dict[str, Any]:
     """Return one line of what rejection reads; `place` is the prompt's among all elements'."""
     draw, tokens = draws[sample.item], sample.tokens.tolist()
@@ -136,5 +153,6 @@ def _row(
         "place": place,
         "sample": sample.number,
         "seed": seed,
-        "weights": folder.weights_digest,
+        "weights": weights,
+        **sample.beside,
     }

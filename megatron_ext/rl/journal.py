@@ -34,7 +34,7 @@ class Entry:
     """What is recorded of one sample. `finish` is empty while it is under way, `score` None until it was judged.
 
     The tokens of replies are recorded as the model's are, each reply in one line; their log-prob is NaN. `text` is
-    that of a whole sample without tokens of ours, else None.
+    that of a whole sample without tokens of ours, else None, and `beside` what else its row says.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -42,6 +42,7 @@ class Entry:
     finish: str = ""
     score: dict[str, Any] | None = None
     text: str | None = None
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 class Journal:
@@ -59,7 +60,14 @@ class Journal:
         self._written = dict(lengths)
 
     def record(
-        self, key: Key, tokens: list[int], logprobs: list[float], finish: str = "", text: str | None = None
+        self,
+        key: Key,
+        tokens: list[int],
+        logprobs: list[float],
+        finish: str = "",
+        *,
+        text: str | None = None,
+        beside: Mapping[str, Any] = {},
     ) -> None:
         """Append what is new of a sample whose new tokens so far are `tokens`, with their log-probs; and the `text` of
         one that ended without tokens of ours."""
@@ -68,7 +76,7 @@ class Journal:
             return
         line = {"item": key[0], "sample": key[1], "at": at, "tokens": _packed(tokens[at:], numpy.int32)}
         line["logprobs"] = _packed(logprobs[at:], numpy.float32)
-        line |= {} if text is None else {"text": text}
+        line |= _said_by(text, beside)
         self._append({**line, "finish": finish} if finish else line)
         self._written[key] = len(tokens)
         self.recorded += len(tokens) - at
@@ -170,7 +178,11 @@ def read(root: Path, step: int, identity: str | None = None) -> dict[Key, Entry]
             elif line["at"] == len(entry.tokens) and not entry.finish:
                 entry.tokens += _unpacked(line["tokens"], numpy.int32)
                 entry.logprobs += _unpacked(line["logprobs"], numpy.float32)
-                entry.finish, entry.text = line.get("finish", ""), line.get("text")
+                entry.finish, entry.text, entry.beside = (
+                    line.get("finish", ""),
+                    line.get("text"),
+                    line.get("beside", {}),
+                )
     for entry in entries.values():
         if not entry.finish:  # a verdict is of a whole sample, whose lines are damaged
             entry.score = None
@@ -244,10 +256,14 @@ def _whole(entries: dict[Key, Entry], identity: str) -> Iterator[str]:
     for (item, sample), entry in sorted(entries.items()):
         line: dict[str, Any] = {"item": item, "sample": sample, "at": 0}
         line |= {"tokens": _packed(entry.tokens, numpy.int32), "logprobs": _packed(entry.logprobs, numpy.float32)}
-        line |= {} if entry.text is None else {"text": entry.text}
+        line |= _said_by(entry.text, entry.beside)
         yield _spelled({**line, "finish": entry.finish} if entry.finish else line)
         if entry.score is not None:
             yield _spelled({"item": item, "sample": sample, "score": entry.score})
+
+
+def _said_by(text: str | None, beside: Mapping[str, Any]) -> dict[str, Any]:
+    return ({} if text is None else {"text": text}) | ({"beside": dict(beside)} if beside else {})
 
 
 def _spelled(line: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ class Work:
     """
 
     config: GenerateSettings
-    folder: ModelFolder
+    folder: ModelFolder | None  # None: the model is another's, who spells the prompts too
     mix: Mix
     prompts: Listed
     scorer: MixScorer | None

@@ -111,6 +111,17 @@ class Listed(Encoded):
         return self.ids[draw.item.uid]
 
 
+class Unspelled(Listed):
+    """Given prompts, whose tokens are the affair of who is asked."""
+
+    def __init__(self, draws: Sequence[Draw]):
+        self.draws = list(draws)
+
+    def tokens(self, draw: Draw) -> tuple[int, ...]:
+        """Return no tokens."""
+        return ()
+
+
 def all_of(mix: Mix, names: Sequence[str], most: int | None = None) -> list[Draw]:
     """Return the first `most` prompts of each of these entries, entry after entry, in the order of their files."""
     return [mix.held_out(name, k) for name in names for k in range(len(mix.items[name][:most]))]
@@ -188,6 +199,17 @@ class Texts:
         return {"turns": [{"from": "model" if span.own else "task", "text": text} for span, text in zip(turns, said)]}
 
 
+class OthersTexts(Texts):
+    """Stands where no tokenizer is: samples come with their texts, in one turn."""
+
+    def __init__(self) -> None:
+        self.stop_ids = set()
+
+    def spell_turns(self, tokens: Sequence[int], logprobs: np.ndarray) -> dict[str, Any]:
+        """Return nothing: the model alone spoke."""
+        return {}
+
+
 def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> "Turns | None":
     """Return how the tasks of a mix reply; None where none does."""
     from megatron_ext.rl.turns import Turns  # which only ranks use
@@ -198,6 +220,12 @@ def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> "Turns | None"
 
 def prompts_of(config: GenerateSettings | GrpoSettings, folder: ModelFolder) -> tuple[Tokenizer, Mix, Encoding]:
     """Return the tokenizer of a model folder, the run's prompts, and how they become its tokens."""
+    tokenizer, encoding = encoding_of(config, folder)
+    return tokenizer, Mix(entries_of(config.mix), config.seed), encoding
+
+
+def encoding_of(config: GenerateSettings | GrpoSettings, folder: ModelFolder) -> tuple[Tokenizer, Encoding]:
+    """Return the tokenizer of a model folder, and how prompts become its tokens."""
     tokenizer = load_tokenizer(str(folder.hf))
     positions = folder.family.config.shape(folder.dims).max_positions or 2**62  # 0: no limit
     encoder = PromptEncoder(tokenizer, config.chat_arguments, config.bos)
@@ -205,7 +233,7 @@ def prompts_of(config: GenerateSettings | GrpoSettings, folder: ModelFolder) -> 
     encoding = Encoding(encoder, room)
     if 0 < config.prompt_tokens < room:
         encoding = Encoding(encoder, config.prompt_tokens, "the settings (prompt_tokens)")
-    return tokenizer, Mix(entries_of(config.mix), config.seed), encoding
+    return tokenizer, encoding
 
 
 def stop_ids_of(folder: ModelFolder, tokenizer: Tokenizer) -> set[int]:

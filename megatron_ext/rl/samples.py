@@ -25,7 +25,8 @@ class Sample:
     token is not the model's but a reply's. `finish` as the engine says it. `reward` is None where nobody could tell it.
     `answer` is what it answers, for majority votes, where its task can tell. `replica` made it, and has its tokens;
     other ranks know which `spans` of them are the model's own, and are brought those that they train (replica.py).
-    `text` is what it says where its maker gave no tokens of the folder's tokenizer, else None.
+    `text` is what it says where its maker gave no tokens of the folder's tokenizer, else None, and `beside` what more
+    its row says.
     """
 
     item: int
@@ -41,6 +42,7 @@ class Sample:
     replica: int = 0
     spans: tuple[Span, ...] = ()
     text: str | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.spans = self.spans or tuple(spans(self.logprobs))

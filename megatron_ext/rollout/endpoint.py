@@ -25,8 +25,7 @@ KEY_VARIABLE = "AFTEROK_ENDPOINT_KEY"  # where the worker puts a key that lies i
 _REFERENCE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*|file:[/~].*|cmd:.*\S.*", re.DOTALL)
 _SECRET = ("key", "apikey", "token", "secret", "password", "authorization", "bearer", "credential", "credentials")
 _OURS = {  # names of a request that are settings, or that would change what an answer is
-    **{name: "sampling.temperature" for name in (TEMPERATURE,)},
-    **{name: "sampling.top_p" for name in (TOP_P,)},
+    TEMPERATURE: "sampling.temperature", TOP_P: "sampling.top_p",
     TOP_K: "sampling.top_k and endpoint.takes", MIN_P: "sampling.min_p and endpoint.takes",
     TEMPLATE: "chat_arguments and endpoint.takes", WITH_STOP: "endpoint.takes",
     "max_tokens": "sampling.max_tokens", "max_completion_tokens": "sampling.max_tokens and endpoint.limit_as",
@@ -72,9 +71,7 @@ class Endpoint:
         list, "keys of an answer's message that are left out; others that are not understood are refused",
         example=["reasoning_details"], free=True,
     )  # fmt: skip
-    extra: dict[str, Any] = setting(
-        dict, "more that each request says", example={"reasoning_effort": "low"}, free=True
-    )
+    extra: dict[str, Any] = setting(dict, "more that each request says", example={"reasoning_effort": "low"}, free=True)
     concurrency: int = setting(
         32, "requests of an element that are under way together", unit="requests", least=1, keyed=False
     )
@@ -114,13 +111,15 @@ def check(endpoint: Endpoint, where: str = "endpoint") -> list[Problem]:
     """Refuse an address, a key or an extra that cannot be meant. No message shows what may be a secret."""
     problems = _check_url(endpoint.url, f"{where}.url")
     if not endpoint.model:
-        problems.append(Problem(f"{where}.model", "is missing: what the server calls the model (it tells under /models)"))
+        problems.append(Problem(f"{where}.model", "is missing: what the server calls the model"))
     if endpoint.key and not _REFERENCE.fullmatch(endpoint.key):
         message = "is no reference; write env:NAME, file:/PATH or cmd:COMMAND, never the key itself"
         problems.append(Problem(f"{where}.key", message))
     problems += _check_extra(endpoint.extra, f"{where}.extra")
     if endpoint.api == COMPLETIONS and TEMPLATE in endpoint.takes:
-        problems.append(Problem(f"{where}.takes", f"{TEMPLATE}: a text has no template; leave it out, or use api: chat"))
+        problems.append(
+            Problem(f"{where}.takes", f"{TEMPLATE}: a text has no template; leave it out, or use api: chat")
+        )
     if endpoint.ignored and endpoint.api == COMPLETIONS:
         problems.append(Problem(f"{where}.ignored", "api completions answers no messages; leave it out"))
     return problems
@@ -157,4 +156,6 @@ def _check_extra(extra: Mapping[str, Any], where: str) -> list[Problem]:
 
 def unknown_model(name: str, url: str, known: list[str]) -> str:
     """Return what is wrong with the name of a model that a server does not have."""
-    return f"{url} has no model {name!r}{nearest(name, known)}" if known else f"{url} says that it has no model {name!r}"
+    return (
+        f"{url} has no model {name!r}{nearest(name, known)}" if known else f"{url} says that it has no model {name!r}"
+    )

@@ -1,4 +1,4 @@
-"""All that a server's answer says is in the completion, or the answer is refused by name; how fast a server is asked."""
+"""All that an answer says is in the completion, or the answer is refused by name; how fast a server is asked."""
 
 from typing import Any
 

@@ -77,9 +77,15 @@ def test_a_server_that_says_nothing_is_given_up_after_a_while():
 @pytest.mark.parametrize(
     "fault, told",
     [
-        (failing(400, "context_length_exceeded", "8192 tokens at most"), "prompt p1 is too long for judge beside 9 new"),
+        (
+            failing(400, "context_length_exceeded", "8192 tokens at most"),
+            "prompt p1 is too long for judge beside 9 new",
+        ),
         (failing(400, 400, "This model's maximum context length is 64"), "is too long"),
-        (failing(400, None, "Unsupported parameter: 'top_p'"), "Unsupported parameter: 'top_p'; it was sent max_tokens"),
+        (
+            failing(400, None, "Unsupported parameter: 'top_p'"),
+            "Unsupported parameter: 'top_p'; it was sent max_tokens",
+        ),
         (failing(404, None, "no model judge"), "404 for model 'judge'"),
         (failing(403, None, f"not for {KEY}"), "refuses the key of env:TEACHER_KEY (403): not for ***TEACHER_KEY***"),
         (failing(429, "insufficient_quota"), "quota is used up"),
