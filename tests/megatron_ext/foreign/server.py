@@ -85,7 +85,7 @@ def serving(**settings: Any) -> Iterator[Server]:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with server.lock:
                 server.asked.append(asked)
-                server.headers.append(dict(self.headers))
+                server.headers.append({name.lower(): value for name, value in self.headers.items()})
                 fault = server.faults.pop(0) if server.faults else None
                 server.under_way += 1
                 server.most_under_way = max(server.most_under_way, server.under_way)

@@ -112,7 +112,7 @@ def test_address_key_and_model_are_checked_before_anything_is_spent():
         assert ask(server, secret=KEY, checked=True)[0].text
     with serving() as server:
         ask(server)
-        assert "Authorization" not in server.headers[0]  # where no key is named, none is sent
+        assert "authorization" not in server.headers[0]  # where no key is named, none is sent
 
 
 def test_a_request_says_what_was_set_and_no_more():
