@@ -57,8 +57,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     training = facts.forward(config, site)
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     if config.is_foreign:
-        asked = backends.Asked(config.sampling.max_tokens, config.sampling.stop_strings)
-        return problems + backends.check(config, asked, site, shape=training.shape)
+        return problems + backends.check(config, backends.Asked(config.sampling), site, shape=training.shape)
     problems += backends.check_unused(config)
     problems += check_recording(config, training.shape)
     problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)

@@ -27,12 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of an engine: new tokens at most, by which setting, stop strings, whether choices are compared."""
+    """What is asked of an engine: how tokens are chosen, and which setting says how many at most."""
 
-    max_tokens: int
-    stop_strings: list[str]
+    sampling: Sampling
     where: str = "sampling.max_tokens"
-    compares: bool = False
 
 
 def world_size_of_environment() -> int:
@@ -86,8 +84,8 @@ def check_server(config: SamplingSettings, ways: Sequence[Sampling], site: Site,
 def check(config: SamplingSettings, asked: Asked, site: Site, shape: ModelShape | None) -> list[Problem]:
     """Return what is wrong with the settings of a foreign engine. `shape` is None while the model is not known."""
     problems = check_unused(config) + _check_ours(config) + _check_turns(config)
-    problems += check_positions(shape, asked.max_tokens, asked.where)
-    return problems + vllm_limits.check(config, site, shape, stop_strings=asked.stop_strings, compares=asked.compares)
+    problems += check_positions(shape, asked.sampling.max_tokens, asked.where)
+    return problems + vllm_limits.check_sampling(asked.sampling) + vllm_limits.check(config, site, shape)
 
 
 def _check_ours(config: SamplingSettings) -> list[Problem]:
