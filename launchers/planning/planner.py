@@ -40,7 +40,7 @@ from slurm import exported
 from slurm.checks import by_check, sort_out, waiver_problems
 from slurm.detect import Cluster
 from slurm.options import own_setting_problems
-from slurm.profile.check import forwarding_problems, unreachable_secrets
+from slurm.profile.check import forwarding_problems, kept_secret, unreachable_secrets
 from slurm.profile.environments import environment_of, environments, why_not_shared
 from slurm.profile.images import COMMA_PARTS_MOUNTS, image_of, unseen
 from slurm.profile.schema import Mail, Profile, Resources
@@ -169,7 +169,8 @@ class _Planner:
         self.problems += limits.fit_submit_limit(self.cluster, self.run, self.planned.values())
         forwarded = {name for _, env in environments(profile) for name in env.forward}
         typed = os.environ.get(exported.VARIABLE, "")
-        given = exported.unknown(typed, self.pipeline.declared, forwarded) + self._secret_variables()
+        given = exported.unknown(typed, self.pipeline.declared, forwarded)
+        given += kept_secret(profile, self.pipeline.declared, f"{self.pipeline.source}: variables")
         self.problems += by_check("E002", [*forwarding_problems(profile, os.environ), *given])
         report = preflight(self.cluster, self.run, [self._job(name) for name in self.planned], self.costs)
         hours = {name: planned.gpu_hours for name, planned in self.planned.items() if planned.action in RUNS}
@@ -204,20 +205,6 @@ class _Planner:
         phase = self.pipeline.phases[name]
         where = f"{self.pipeline.source}: phases.{name}.resources"
         return Job(phase, self.planned[name], where, fits=self.fits[name], datasets=self.datasets[name])
-
-    def _secret_variables(self) -> list[Problem]:
-        """Refuse variables of the pipeline whose values the profile keeps secret: overrides are written down."""
-        secrets = self.cluster.profile.env.secrets
-        kept = {*secrets, *(reference[4:] for reference in secrets.values() if reference.startswith("env:"))}
-        return [
-            Problem(
-                f"{self.pipeline.source}: variables.{name}",
-                f"profile {self.cluster.profile.meta.name} has it in env.secrets, and overrides are written down; "
-                "give the variable another name",
-            )
-            for name in self.pipeline.declared
-            if name in kept
-        ]
 
     def _phase(self, phase: Phase) -> PlannedPhase:
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"

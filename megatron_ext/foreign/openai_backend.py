@@ -24,6 +24,8 @@ from megatron_ext.rl.prompts import Encoding
 from megatron_ext.rollout.endpoint import CHAT, WITH_STOP
 from megatron_ext.rollout.settings import SamplingSettings
 
+# What came, or why nothing does, and what is set once that is recorded.
+Answers = asyncio.Queue[tuple[Completion | BaseException, asyncio.Event]]
 _NAP_S = 0.2  # between two questions whether to stop
 
 
@@ -62,37 +64,43 @@ class Asker:
         if not asks:
             return
         with asyncio.Runner() as runner:
-            answers: asyncio.Queue[Completion | BaseException] = asyncio.Queue()
+            answers: Answers = asyncio.Queue()
             task = runner.get_loop().create_task(self._all(asks, answers))
             try:
                 left = len(asks)
                 while left:
-                    came = runner.run(_next(answers))
+                    came, recorded = runner.run(_next(answers))
                     if isinstance(came, BaseException):
                         raise came
                     left -= came is not None
                     yield came
+                    recorded.set()
                     if came is not None and answers.empty():
                         yield None
             finally:
                 runner.run(_ended(task))
 
-    async def _all(self, asks: Sequence[Ask], answers: "asyncio.Queue[Completion | BaseException]") -> None:
-        """Ask for each, so many at a time, and put into `answers` what comes; what goes wrong too."""
+    async def _all(self, asks: Sequence[Ask], answers: Answers) -> None:
+        """Ask for each, so many at a time, and put into `answers` what comes; what goes wrong too.
+
+        The next one is asked for once the answer is recorded: a kill costs no more than what goes together.
+        """
         waiting = iter(asks)
 
         async def one_after_the_other(asked: Client) -> None:
             for ask in waiting:
-                answers.put_nowait(await self._completion(asked, ask))
+                recorded = asyncio.Event()
+                answers.put_nowait((await self._completion(asked, ask), recorded))
+                await recorded.wait()
 
         try:
             async with self._client() as asked, asyncio.TaskGroup() as group:
                 for _ in range(min(self.endpoint.concurrency, len(asks))):
                     group.create_task(one_after_the_other(asked))
         except BaseExceptionGroup as errors:
-            answers.put_nowait(errors.exceptions[0])
+            answers.put_nowait((errors.exceptions[0], asyncio.Event()))
         except Exception as error:
-            answers.put_nowait(error)
+            answers.put_nowait((error, asyncio.Event()))
 
     @contextlib.asynccontextmanager
     async def _client(self) -> AsyncIterator[Client]:
@@ -154,12 +162,12 @@ def completion_of(ask: Ask, answer: Answer) -> Completion:
     )
 
 
-async def _next(answers: "asyncio.Queue[Completion | BaseException]") -> "Completion | BaseException | None":
-    """Return what has come; None where nothing does for a moment."""
+async def _next(answers: Answers) -> "tuple[Completion | BaseException | None, asyncio.Event]":
+    """Return what has come, and whom to tell that it is recorded; None where nothing comes for a moment."""
     try:
         return await asyncio.wait_for(answers.get(), _NAP_S)
     except TimeoutError:
-        return None
+        return None, asyncio.Event()
 
 
 async def _ended(task: "asyncio.Task[None]") -> None:

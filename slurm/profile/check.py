@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from data_tools.mistake import Problem, nearest
 from slurm.profile.environments import environment_of, environments, site_variables
@@ -260,6 +260,16 @@ def forwarding_problems(profile: Profile, environment: Mapping[str, str]) -> lis
         for source, place in places.items()
         if not environment.get(source)
     ]
+
+
+def kept_secret(profile: Profile, names: Iterable[str], where: str) -> list[Problem]:
+    """Refuse variables of a pipeline whose values the profile keeps secret: overrides are written down."""
+    kept = {*profile.env.secrets, *(text[4:] for text in profile.env.secrets.values() if text.startswith("env:"))}
+    message = (
+        f"profile {profile.meta.name} has it in env.secrets, and overrides are written down; "
+        "give the variable another name"
+    )
+    return [Problem(f"{where}.{name}", message) for name in names if name in kept]
 
 
 def unreachable_secrets(
