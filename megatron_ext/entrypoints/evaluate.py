@@ -247,6 +247,7 @@ def run(
         if count == 1:
             harness.write_results(out, evaluated, lines, result)
             write_tables(keep, result, folder.step)
+            backends.forget(config, keep)
     return {**result, **told}
 
 
@@ -428,6 +429,7 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
     harness.join_samples(out, evaluated, parts)
     harness.write_results(out, evaluated, lines, result)
     write_tables(keep, result, model_folder.open_folder(config.model).step)
+    backends.forget(config, keep)
     return result
 
 

@@ -103,6 +103,7 @@ def run(
         durable.write_json(out / RESULT, result)
         if count == 1:
             _table(keep, result, folder.step)
+            backends.forget(config, keep)
     return {**result, **told}
 
 
@@ -234,6 +235,7 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
     durable.write_json(out / RESULT, result)
     durable.fsync_tree(out)
     _table(keep, result, model_folder.open_folder(config.model).step)
+    backends.forget(config, keep)
     return result
 
 

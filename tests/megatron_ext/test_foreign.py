@@ -191,9 +191,9 @@ def test_a_foreign_engine_is_in_the_key_and_ours_is_not(calculator):
 
 def test_without_megatron_core_a_foreign_engine_can_be_opened():
     code = (
-        "import sys; sys.modules['megatron'] = None; import megatron_ext.foreign.vllm_backend, megatron_ext.rl.generation, "
-        "megatron_ext.foreign.exports, megatron_ext.model_folders.merge, megatron_ext.weights.convert, "
-        "megatron_ext.entrypoints.generate, megatron_ext.entrypoints.evaluate; import torch.distributed; "
+        "import sys; sys.modules['megatron'] = None; import megatron_ext.foreign.vllm_backend, "
+        "megatron_ext.rl.generation, megatron_ext.foreign.exports, megatron_ext.model_folders.merge, "
+        "megatron_ext.weights.convert, megatron_ext.entrypoints.generate, megatron_ext.entrypoints.evaluate; import torch.distributed; "
         "assert not torch.distributed.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
