@@ -59,7 +59,8 @@ setup(
             "mamba-ssm==2.2.6.post3",
             "causal-conv1d==1.5.3.post1",
         ],
-        "vllm": ["vllm>=0.29,<0.31"],
+        # Of a role's own environment, where transformers is older than here (megatron_ext/README.md).
+        "vllm": ["vllm>=0.32,<0.33"],
         "openai": ["openai>=3.57,<4"],  # backend openai of generate and evaluate
         "wandb": ["wandb>=0.31", "tensorboard>=2.20"],  # trackers that a training reports to when asked
         "plot": ["matplotlib>=3.10,<3.13"],  # `afterok plot`

@@ -256,6 +256,7 @@ def run(
         if count == 1:
             harness.write_results(out, evaluated, lines, result)
             write_tables(keep, result, backends.which(config, folder))
+            backends.forget(config, keep)
     return {**result, **told}
 
 
@@ -437,6 +438,7 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
     harness.join_samples(out, evaluated, parts)
     harness.write_results(out, evaluated, lines, result)
     write_tables(keep, result, backends.which(config, backends.folder_of(config)))
+    backends.forget(config, keep)
     return result
 
 

@@ -106,6 +106,7 @@ def run(
             durable.write_json(out / RESULT, result)
         if count == 1:
             _table(keep, result, backends.which(config, folder))
+            backends.forget(config, keep)
     return {**result, **told}
 
 
@@ -235,6 +236,7 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
     durable.write_json(out / RESULT, result)
     durable.fsync_tree(out)
     _table(keep, result, backends.which(config, backends.folder_of(config)))
+    backends.forget(config, keep)
     return result
 
 

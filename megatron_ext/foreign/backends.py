@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from data_tools.mistake import Problem, UserMistake
 from data_tools.tasks.mix import entries_of, turn_ends
-from megatron_ext.foreign import openai_limits, vllm_limits
+from megatron_ext.foreign import exports, openai_limits, vllm_limits
 from megatron_ext.parallel.parts import OPENAI, VLLM
 from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.parallel.shape import ModelShape
@@ -63,6 +63,12 @@ def opened(config: SamplingSettings, folder: "ModelFolder | None", keep: Path) -
     from megatron_ext.rl import ours
 
     return ours.opened(config, folder)
+
+
+def forget(config: SamplingSettings, keep: Path) -> None:
+    """Delete what foreign engines were given of the model, once a phase is over."""
+    if config.is_foreign:
+        exports.forget(keep)
 
 
 def check_unused(config: SamplingSettings) -> list[Problem]:
