@@ -29,7 +29,14 @@ def datasets(config: Config) -> list[str]:
 def run(config: Config, task: Task) -> dict[str, Any]:
     share = {"only": task.value} if isinstance(task.value, str) else {}
     return evaluate.run(
-        config, task.out, task.keep, progress=task.progress_or_stop, index=task.index, count=task.count, **share
+        config,
+        task.out,
+        task.keep,
+        progress=task.progress_or_stop,
+        index=task.index,
+        count=task.count,
+        shared=task.shared_keep,
+        **share,
     )
 
 

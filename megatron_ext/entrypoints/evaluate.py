@@ -218,9 +218,11 @@ def run(
     index: int = 0,
     count: int = 1,
     only: str = "",
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate element `index` of `count`, or the task `only` of a mix. Rank 0 writes OUT/samples.jsonl,
-    OUT/result.json, the harness's samples and, for the only element, what is said of all.
+    OUT/result.json, the harness's samples and, for the only element, what is said of all. SHARED is what all elements
+    keep together: a model that was exported; None: KEEP.
 
     Return the facts of accuracy.accuracy, and `records`: Mix.counts.
     """
@@ -233,7 +235,7 @@ def run(
     asking = replace(config, mix=MixConfig({only: entries_of(config.mix)[only]}), macro={}) if only else config
     share = Share(0, 1, only) if only else Share(index, count)
     lines_of_share = _lines_of_mix if of_mix(config) else _lines_of_rows
-    with backends.opened(config, folder, keep) as backend:
+    with backends.opened(config, folder, shared or keep) as backend:
         lines, records = lines_of_share(asking, folder, keep, backend, progress=progress, share=share)
         writer, told = backend.is_writer, backend.facts()
     opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
@@ -247,7 +249,7 @@ def run(
         if count == 1:
             harness.write_results(out, evaluated, lines, result)
             write_tables(keep, result, folder.step)
-            backends.forget(config, keep)
+            backends.forget(config, shared or keep)
     return {**result, **told}
 
 

@@ -78,9 +78,12 @@ def run(
     stop: Stop = never,
     index: int = 0,
     count: int = 1,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Sample element `index` of `count`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element,
     the tables.
+
+    SHARED is what all elements keep together: a model that was exported; None: KEEP.
 
     Return the facts of `_result`, and `records`: Mix.counts. Raise Stopped on every rank, with all that was sampled
     recorded, once `stop` says so on any of them.
@@ -91,7 +94,7 @@ def run(
     if problems:
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
-    with backends.opened(config, folder, keep) as backend:
+    with backends.opened(config, folder, shared or keep) as backend:
         kept = keep / f"element_{index:04d}"
         samples = sampled(config, folder, kept, backend, index=index, count=count, progress=progress, stop=stop)
         writer = backend.is_writer
@@ -103,7 +106,7 @@ def run(
         durable.write_json(out / RESULT, result)
         if count == 1:
             _table(keep, result, folder.step)
-            backends.forget(config, keep)
+            backends.forget(config, shared or keep)
     return {**result, **told}
 
 
