@@ -192,6 +192,12 @@ def test_a_plan_refuses_heads_that_the_cpu_build_does_not_have(calculator):
     assert generate.check(config(calculator), 1, replace(site, gpus_per_node=1)) == []
 
 
+def test_a_plan_refuses_a_family_that_vllm_does_not_have(calculator):
+    site = Site(1, gpus_per_node=1, forecasts={"made": {"hf_config": {"model_type": "nanochat"}}})
+    found = generate.check(replace(config(calculator), model="made"), 1, site)
+    assert "vLLM 0.32 has no nanochat models" in str(found[-1])
+
+
 def test_a_foreign_engine_is_in_the_key_and_ours_is_not(calculator):
     keyed = {name: keyed_settings(generate.Config, config(calculator, backend=name)) for name in ("auto", "te", "vllm")}
     assert keyed["auto"] == keyed["te"] and keyed["vllm"] == {**keyed["auto"], "backend": "vllm"}
