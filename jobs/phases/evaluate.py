@@ -36,7 +36,14 @@ def secrets(config: Config) -> dict[str, str]:
 def run(config: Config, task: Task) -> dict[str, Any]:
     share = {"only": task.value} if isinstance(task.value, str) else {}
     facts = evaluate.run(
-        config, task.out, task.keep, progress=task.progress_or_stop, index=task.index, count=task.count, **share
+        config,
+        task.out,
+        task.keep,
+        progress=task.progress_or_stop,
+        index=task.index,
+        count=task.count,
+        shared=task.shared_keep,
+        **share,
     )
     if task.count > 1 and task.rank == 0:
         bundle(task.out)

@@ -29,7 +29,14 @@ def secrets(config: Config) -> dict[str, str]:
 
 def run(config: Config, task: Task) -> dict[str, Any]:
     facts = generate.run(
-        config, task.out, task.keep, progress=task.progress, stop=task.stop, index=task.index, count=task.count
+        config,
+        task.out,
+        task.keep,
+        progress=task.progress,
+        stop=task.stop,
+        index=task.index,
+        count=task.count,
+        shared=task.shared_keep,
     )
     return _told(facts)
 

@@ -132,8 +132,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_rollouts(config, Sampling())
     site = site or Site(ranks)
     if config.backend == OPENAI:
-        ways = [way.sampling for way in _ways(config, {})]
-        return problems + backends.check_server(_asked(config), ways, site, "")
+        return problems + backends.check_server(_asked(config), [way.sampling for way in _ways(config, {})], site, "")
     training = facts.forward(config, site)
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     new, where, work = config.max_new_tokens, "max_new_tokens", _work(config)
@@ -229,9 +228,11 @@ def run(
     index: int = 0,
     count: int = 1,
     only: str = "",
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate element `index` of `count`, or the task `only` of a mix. Rank 0 writes OUT/samples.jsonl,
-    OUT/result.json, the harness's samples and, for the only element, what is said of all.
+    OUT/result.json, the harness's samples and, for the only element, what is said of all. SHARED is what all elements
+    keep together: a model that was exported; None: KEEP.
 
     Return the facts of accuracy.accuracy, and `records`: Mix.counts.
     """
@@ -242,7 +243,7 @@ def run(
     asking = replace(config, mix=MixConfig({only: entries_of(config.mix)[only]}), macro={}) if only else config
     share = Share(0, 1, only) if only else Share(index, count)
     lines_of_share = _lines_of_mix if of_mix(config) else _lines_of_rows
-    with backends.opened(config, folder, keep) as backend:
+    with backends.opened(config, folder, shared or keep) as backend:
         lines, records = lines_of_share(asking, folder, keep, backend, progress=progress, share=share)
         writer, told = backend.is_writer, backend.facts()
     opening = told_opening(load_tokenizer(str(folder.hf)), config.bos) if folder else {}
@@ -256,7 +257,7 @@ def run(
         if count == 1:
             harness.write_results(out, evaluated, lines, result)
             write_tables(keep, result, backends.which(config, folder))
-            backends.forget(config, keep)
+            backends.forget(config, shared or keep)
     return {**result, **told}
 
 
@@ -386,8 +387,9 @@ def _lines_of_rows(
     They are sampled and scored as the mix of this one task; an answer that does not end is wrong here.
     """
     kind, loaded = getattr(load_task(config.task), "kind", None), rows(config)
-    alone = _asked(config)
-    lines, records = _lines_of_mix(alone, folder, keep, backend, progress=progress, share=share, only_ended=True)
+    lines, records = _lines_of_mix(
+        _asked(config), folder, keep, backend, progress=progress, share=share, only_ended=True
+    )
     items = {item.uid: item for item in loaded.items}
     element = [items[line["prompt"]] for line in lines]
     finished, rows_asked = [], Counter(item.prompt for item in loaded.items)

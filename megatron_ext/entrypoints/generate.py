@@ -82,9 +82,12 @@ def run(
     stop: Stop = never,
     index: int = 0,
     count: int = 1,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Sample element `index` of `count`. Rank 0 writes OUT/samples.jsonl, for the first element OUT/result.json, which
     `finish` reads, and for the only one the tables.
+
+    SHARED is what all elements keep together: a model that was exported; None: KEEP.
 
     Return the facts of `_result`, and `records`: Mix.counts. Raise Stopped on every rank, with all that was sampled
     recorded, once `stop` says so on any of them.
@@ -93,7 +96,7 @@ def run(
     if problems:
         raise UserMistake(problems)
     folder = backends.folder_of(config)
-    with backends.opened(config, folder, keep) as backend:
+    with backends.opened(config, folder, shared or keep) as backend:
         kept = keep / f"element_{index:04d}"
         samples = sampled(config, folder, kept, backend, index=index, count=count, progress=progress, stop=stop)
         writer = backend.is_writer
@@ -106,7 +109,7 @@ def run(
             durable.write_json(out / RESULT, result)
         if count == 1:
             _table(keep, result, backends.which(config, folder))
-            backends.forget(config, keep)
+            backends.forget(config, shared or keep)
     return {**result, **told}
 
 

@@ -26,7 +26,7 @@ DEAD_S = 300.0  # a lock that nobody touched for so long, as the waiting process
 
 
 def exported(folder: "ModelFolder", dtype: str, keep: Path) -> Path:
-    """Return the Hugging Face folder of the model with weights of `dtype`, made unless it is there."""
+    """Return the Hugging Face folder of the model, made unless it is there; `dtype` "" keeps that of the weights."""
     config = durable.sha256_file(folder.hf / "config.json")
     named = durable.canonical_json([folder.weights_digest, dtype, config])
     target = keep / EXPORTED / durable.sha256_bytes(named)[:16]

@@ -71,13 +71,12 @@ class Vllm(Alone):
     @cached_property
     def engine(self) -> Stepped:
         """The engine, started. UserMistake where memory does not hold it."""
-        vllm, dtype = self.module, self.config.dtype or self.folder.dtype
-        model = exports.exported(self.folder, dtype, self.keep)
+        vllm, model = self.module, exports.exported(self.folder, self.config.dtype, self.keep)
         plan = self.config.parallel
         arguments = {
             "model": str(model),
             "skip_tokenizer_init": True,
-            "dtype": dtype,
+            "dtype": self.config.dtype or self.folder.dtype,
             "seed": 0,
             "tensor_parallel_size": plan.tensor,
             "pipeline_parallel_size": plan.pipeline,

@@ -7,14 +7,20 @@ from data_tools.mistake import Problem
 from megatron_ext.foreign import vllm_arguments
 from megatron_ext.parallel.plan import Site
 from megatron_ext.parallel.shape import ModelShape
+from megatron_ext.preflight import facts
 from megatron_ext.rollout.settings import Sampling, SamplingSettings
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # v1/attention/backends/cpu_attn.py of 0.32
+
+ABSENT = ("nanochat",)  # model types of ours that model_executor/models/registry.py of 0.32 does not have
 
 
 def check(config: SamplingSettings, site: Site, shape: ModelShape | None) -> list[Problem]:
     """Return what is wrong with a phase's settings for vLLM, as far as it is known."""
     problems = vllm_arguments.check(config.vllm) + _check_place(config, site)
+    model_type = (facts.model_config(config.model, site)[0] or {}).get("model_type")
+    if model_type in ABSENT:
+        problems.append(Problem("backend", f"vLLM 0.32 has no {model_type} models: use backend auto"))
     cpu = site.gpus_per_node == 0
     if cpu and config.parallel.pipeline > 1:
         message = f"{config.parallel.pipeline}: vLLM's CPU build was never seen with stages here: use tensor"

@@ -15,6 +15,8 @@ from data_tools.progress import Stopped
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
 from jobs.kind import keyed_settings
+from jobs.phases import generate as samples
+from jobs.task import Task
 from megatron_ext.entrypoints import evaluate, generate
 from megatron_ext.foreign.maker import seed_of
 from megatron_ext.foreign.vllm_engine import EngineDied
@@ -114,13 +116,19 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_string(calculato
     assert stand_in[-1].llm_engine.aborted
 
 
-def test_the_model_is_exported_once_for_all_elements(calculator, tmp_path, stand_in):
-    for index in range(2):
-        run(config(calculator), tmp_path, index=index, count=2)
-        (tmp_path / "out" / "samples.jsonl").unlink()
-    first, second = (llm.model for llm in stand_in)
-    assert first == second and first.startswith(str(tmp_path / "keep" / "exported"))
-    assert [path.name for path in (tmp_path / "keep" / "exported").iterdir()] == [first.rpartition("/")[2]]
+def test_the_model_is_exported_once_for_all_elements_and_goes_with_the_phase(calculator, tmp_path, stand_in):
+    phase, asked = tmp_path / "phase", config(calculator)
+    elements = [(tmp_path / f"out{index}", phase / "elements" / str(index)) for index in range(2)]
+    for index, (out, keep) in enumerate(elements):
+        task = Task("p", index, 2, value=None, out=out, keep=keep, rank=0, world_size=1)
+        out.mkdir()
+        keep.mkdir(parents=True)
+        samples.run(asked, task)
+    assert len({llm.model for llm in stand_in}) == 1 and len(stand_in) == 2
+    assert [path.parent for path in (phase / "exported").iterdir()] == [phase / "exported"]
+    (tmp_path / "out").mkdir()
+    joined = generate.finish(asked, [out for out, _ in elements], tmp_path / "out", phase)
+    assert joined["samples"] == PROMPTS * SAMPLES and not (phase / "exported").exists()
 
 
 def test_an_evaluation_asks_one_engine_for_answers_samples_and_choices(calculator, tmp_path, stand_in):
@@ -184,16 +192,20 @@ def test_a_plan_refuses_heads_that_the_cpu_build_does_not_have(calculator):
     assert generate.check(config(calculator), 1, replace(site, gpus_per_node=1)) == []
 
 
+def test_a_plan_refuses_a_family_that_vllm_does_not_have(calculator):
+    site = Site(1, gpus_per_node=1, forecasts={"made": {"hf_config": {"model_type": "nanochat"}}})
+    found = generate.check(replace(config(calculator), model="made"), 1, site)
+    assert "vLLM 0.32 has no nanochat models" in str(found[-1])
+
+
 def test_a_foreign_engine_is_in_the_key_and_ours_is_not(calculator):
     keyed = {name: keyed_settings(generate.Config, config(calculator, backend=name)) for name in ("auto", "te", "vllm")}
     assert keyed["auto"] == keyed["te"] and keyed["vllm"] == {**keyed["auto"], "backend": "vllm"}
 
 
 def test_without_megatron_core_a_foreign_engine_can_be_opened():
-    code = (
-        "import sys; sys.modules['megatron'] = None; import megatron_ext.foreign.vllm_backend, "
-        "megatron_ext.rl.generation, megatron_ext.foreign.exports, megatron_ext.model_folders.merge, "
-        "megatron_ext.weights.convert, megatron_ext.entrypoints.generate, megatron_ext.entrypoints.evaluate; import torch.distributed; "
-        "assert not torch.distributed.is_initialized()"
-    )
+    names = ("foreign.vllm_backend", "foreign.exports", "rl.generation", "model_folders.merge", "weights.convert",
+             "entrypoints.generate", "entrypoints.evaluate")  # fmt: skip
+    imports = "".join(f"import megatron_ext.{name}; " for name in names)
+    code = f"import sys; sys.modules['megatron'] = None; {imports}"
     subprocess.run([sys.executable, "-c", code], check=True)
