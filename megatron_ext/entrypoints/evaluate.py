@@ -132,7 +132,8 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_rollouts(config, Sampling())
     site = site or Site(ranks)
     if config.backend == OPENAI:
-        return problems + backends.check_server(_asked(config), [way.sampling for way in _ways(config, {})], site, "")
+        ways = [way.sampling for way in _ways(config, {})]
+        return problems + backends.check_server(_asked(config), ways, site, "")
     training = facts.forward(config, site)
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     new, where, work = config.max_new_tokens, "max_new_tokens", _work(config)
@@ -147,7 +148,6 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
 
 
 def _asked(config: Config) -> Config:
-    """Return the config with the one task's rows as a mix, where there is none."""
     return config if of_mix(config) else replace(config, mix=MixConfig({config.task: _entry(config)}))
 
 
@@ -271,9 +271,7 @@ def _evaluated(config: Config) -> harness.Evaluated:
     greedy: dict[str, Any] = {"do_sample": False, "temperature": 0.0, "max_gen_toks": config.max_new_tokens}
     sampled = {**greedy, "do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
     model = config.model or config.endpoint.model
-    return harness.Evaluated(
-        entries, model=model, samples=config.samples, seed=config.seed, greedy=greedy, sampled=sampled
-    )
+    return harness.Evaluated(entries, model, config.samples, seed=config.seed, greedy=greedy, sampled=sampled)
 
 
 def write_results(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -> None:
@@ -387,9 +385,8 @@ def _lines_of_rows(
     They are sampled and scored as the mix of this one task; an answer that does not end is wrong here.
     """
     kind, loaded = getattr(load_task(config.task), "kind", None), rows(config)
-    lines, records = _lines_of_mix(
-        _asked(config), folder, keep, backend, progress=progress, share=share, only_ended=True
-    )
+    asked = _asked(config)
+    lines, records = _lines_of_mix(asked, folder, keep, backend, progress=progress, share=share, only_ended=True)
     items = {item.uid: item for item in loaded.items}
     element = [items[line["prompt"]] for line in lines]
     finished, rows_asked = [], Counter(item.prompt for item in loaded.items)
