@@ -24,6 +24,9 @@ def inputs(request):
 def pytest_configure(config):
     config.addinivalue_line("markers", "soak: many trials of one fault; run with -m soak")
     config.addinivalue_line("markers", "rehearsal: the GPU path with stand-ins; run with -m rehearsal, as .ci/run does")
+    config.addinivalue_line(
+        "markers", "vllm: vLLM's CPU build, in its own environment; run with -m vllm, as .ci/run does"
+    )
     config.addinivalue_line("markers", "releases: needs two releases of megatron-core; run as .ci/run does")
     for noise in (
         "ignore::FutureWarning:torch",
@@ -34,7 +37,7 @@ def pytest_configure(config):
     ):
         config.addinivalue_line("filterwarnings", noise)
     if not config.option.markexpr:
-        config.option.markexpr = "not soak and not rehearsal and not releases"
+        config.option.markexpr = "not soak and not rehearsal and not releases and not vllm"
     config.option.loadscopereorder = False  # pytest-xdist's own order has the few long tests last, on one worker
 
 
