@@ -101,6 +101,15 @@ class RolloutSettings(ModelSettings):
     engine: EngineConfig = setting(EngineConfig, "what the rollout engine of a rank may use", keyed=False)
 
 
+# Arguments of vllm.LLM about memory and speed alone: as with `engine`, they change no more than the order of sums.
+VLLM_ROOM = (
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "max_num_seqs", "max_num_batched_tokens",
+    "max_model_len", "block_size", "enforce_eager", "enable_prefix_caching", "enable_chunked_prefill",
+    "async_scheduling", "disable_custom_all_reduce", "disable_log_stats", "compilation_config",
+    "distributed_executor_backend",
+)  # fmt: skip
+
+
 @dataclass
 class SamplingSettings(RolloutSettings):
     """What a phase that samples, and trains nothing, is told: by which engine besides."""
@@ -108,12 +117,12 @@ class SamplingSettings(RolloutSettings):
     backend: str = setting(
         "auto",
         "who computes: our engine, with layers as in other phases (auto, torch, te); or in its place vllm, offline, an "
-        "engine an element, from the role's own environment",
+        "engine an element, from the role's own environment, which changes the key",
         choices=(*BACKENDS, *FOREIGN),
         keyed=False,  # but `meaning`
     )
     vllm: dict[str, Any] = setting(
-        dict, "arguments of vllm.LLM by its names, with backend vllm", example={"gpu_memory_utilization": 0.8},
+        dict, "arguments of vllm.LLM by its names; but for those of memory and speed they change the key", example={"gpu_memory_utilization": 0.8},
         free=True, keyed=False,
     )  # fmt: skip
 
@@ -125,7 +134,10 @@ class SamplingSettings(RolloutSettings):
     @staticmethod
     def meaning(config: "SamplingSettings") -> dict[str, Any]:
         """Return what the key says besides: a foreign engine, whose samples are others than ours."""
-        return {"backend": config.backend} if config.backend in FOREIGN else {}
+        if config.backend not in FOREIGN:
+            return {}
+        telling = {name: value for name, value in config.vllm.items() if name not in VLLM_ROOM}
+        return {"backend": config.backend, **({"vllm": telling} if telling else {})}
 
 
 def check_rollouts(config: RolloutSettings, sampling: Sampling) -> list[Problem]:
