@@ -122,8 +122,8 @@ class SamplingSettings(RolloutSettings):
         keyed=False,  # but `meaning`
     )
     vllm: dict[str, Any] = setting(
-        dict, "arguments of vllm.LLM by its names; but for those of memory and speed they change the key", example={"gpu_memory_utilization": 0.8},
-        free=True, keyed=False,
+        dict, "arguments of vllm.LLM by name; but for those of memory and speed they change the key",
+        example={"gpu_memory_utilization": 0.8}, free=True, keyed=False,
     )  # fmt: skip
 
     @property
