@@ -103,6 +103,15 @@ class RolloutSettings(ModelSettings):
     engine: EngineConfig = setting(EngineConfig, "what the rollout engine of a rank may use", keyed=False)
 
 
+# Arguments of vllm.LLM about memory and speed alone: as with `engine`, they change no more than the order of sums.
+VLLM_ROOM = (
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "max_num_seqs", "max_num_batched_tokens",
+    "max_model_len", "block_size", "enforce_eager", "enable_prefix_caching", "enable_chunked_prefill",
+    "async_scheduling", "disable_custom_all_reduce", "disable_log_stats", "compilation_config",
+    "distributed_executor_backend",
+)  # fmt: skip
+
+
 @dataclass
 class SamplingSettings(RolloutSettings):
     """What a phase that samples, and trains nothing, is told: by which engine besides."""
@@ -114,13 +123,14 @@ class SamplingSettings(RolloutSettings):
     backend: str = setting(
         "auto",
         "who computes: our engine, with layers as in other phases (auto, torch, te); or in its place vllm, offline, an "
-        "engine an element, from the role's own environment; or openai, a server that is running (endpoint)",
+        "engine an element, from the role's own environment; or openai, a server that is running (endpoint); both "
+        "change the key",
         choices=(*BACKENDS, *FOREIGN),
         keyed=False,  # but `meaning`
     )
     vllm: dict[str, Any] = setting(
-        dict, "arguments of vllm.LLM by its names, with backend vllm", example={"gpu_memory_utilization": 0.8},
-        free=True, keyed=False,
+        dict, "arguments of vllm.LLM by name; but for those of memory and speed they change the key",
+        example={"gpu_memory_utilization": 0.8}, free=True, keyed=False,
     )  # fmt: skip
     # Not keyed but for `meaning`, too.
     endpoint: Endpoint = setting(Endpoint, "the server that is asked, with backend openai", keyed=False)
@@ -136,7 +146,8 @@ class SamplingSettings(RolloutSettings):
         if config.backend not in FOREIGN:
             return {}
         server = {"endpoint": endpoint.meaning(config.endpoint)} if config.backend == OPENAI else {}
-        return {"backend": config.backend, **server}
+        telling = {name: value for name, value in config.vllm.items() if name not in VLLM_ROOM}
+        return {"backend": config.backend, **({"vllm": telling} if telling else {}), **server}
 
 
 def check_rollouts(config: RolloutSettings, sampling: Sampling) -> list[Problem]:

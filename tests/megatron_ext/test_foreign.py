@@ -201,6 +201,8 @@ def test_a_plan_refuses_a_family_that_vllm_does_not_have(calculator):
 def test_a_foreign_engine_is_in_the_key_and_ours_is_not(calculator):
     keyed = {name: keyed_settings(generate.Config, config(calculator, backend=name)) for name in ("auto", "te", "vllm")}
     assert keyed["auto"] == keyed["te"] and keyed["vllm"] == {**keyed["auto"], "backend": "vllm"}
+    told = config(calculator, vllm={"max_num_seqs": 4, "quantization": "fp8"})
+    assert keyed_settings(generate.Config, told) == {**keyed["vllm"], "vllm": {"quantization": "fp8"}}
 
 
 def test_without_megatron_core_a_foreign_engine_can_be_opened():
