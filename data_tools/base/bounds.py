@@ -51,7 +51,8 @@ CSV = Bound("AFTEROK_CSV_MIB", 2048, "MiB of CSV", MIB)
 YAML = Bound("AFTEROK_YAML_MIB", 4, "MiB of YAML", MIB)
 YAML_VALUES = Bound("AFTEROK_YAML_VALUES", 1_000_000, "values of YAML, those of aliases counted each time")
 YAML_DEPTH = Bound("AFTEROK_YAML_DEPTH", 100, "levels of YAML within each other")
-BOUNDS = (LINE, JSON, JSON_DEPTH, CSV, YAML, YAML_VALUES, YAML_DEPTH)
+TEMPLATE = Bound("AFTEROK_TEMPLATE_MIB", 1, "MiB of a chat template", MIB)
+BOUNDS = (LINE, JSON, JSON_DEPTH, CSV, YAML, YAML_VALUES, YAML_DEPTH, TEMPLATE)
 
 
 class NoFile(OSError):

@@ -23,7 +23,7 @@ from data_tools.chats.encoder import Encoder
 from data_tools.chats.fields import LOSABLE, Fields, inline_reasoning
 from data_tools.chats.spans import Rendered, Span, Unclear
 from data_tools.chats.template import ChatTemplate, TemplateError
-from data_tools.chats.tokenizer import Tokenizer
+from data_tools.chats.tokenizer import Tokenizer, read_template
 from data_tools.chats.turn_parts import (
     Part,
     calls_of,
@@ -303,7 +303,7 @@ def _letters(text: str) -> str:
 
 
 def _load_turns(config: ChatConfig, tokenizer: Tokenizer) -> Turns:
-    source = Path(config.template).expanduser().read_text() if config.template else tokenizer.chat_template
+    source = read_template(Path(config.template).expanduser()) if config.template else tokenizer.chat_template
     if not source:
         raise UserMistake(f"tokenizer {tokenizer.name} has no chat template; name a file in chat.template")
     day = datetime.date.fromisoformat(config.date)

@@ -24,6 +24,7 @@ import regex
 
 from data_tools.chats.conversation import BadRecord
 from data_tools.chats.tokenizer import Tokenizer
+from data_tools.chats.unknown import CannotEncode, cannot_encode, check_kept, check_unicode
 from data_tools.mistake import Problem, UserMistake
 
 ENCODERS = ("auto", "huggingface", "gigatoken")
@@ -50,6 +51,7 @@ class Encoder:
         self._slow = tokenizer.fast
         self._byte_lengths = _byte_lengths(self._slow)
         self._counts = _keeps_bytes(self._slow)
+        self._check_kept = check_kept(self._tokenizer, self._slow)
         self._rows = 0
         self._fast: Callable[[str], np.ndarray] | None = None
         self.name = "huggingface"  # whose ids these are; gigatoken only as long as it passed
@@ -70,12 +72,23 @@ class Encoder:
     def encode(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids int32[n], mask uint8[n]) of the text; the mask is 1 where a token holds a character of a span.
 
-        Raise BadRecord where the text is no Unicode (JSON may spell half a surrogate pair).
+        Raise BadRecord where the text is no Unicode (JSON may spell half a surrogate pair), or the tokenizer has no
+        token for something in it, nor an unknown one.
         """
         try:
-            size = len(text.encode())
-        except UnicodeEncodeError as error:
-            raise BadRecord(f"not Unicode: {error.reason}", "not_unicode") from None
+            return self._encode(text, spans)
+        except CannotEncode as error:
+            raise BadRecord(str(error), error.bucket) from None
+        except Exception as error:
+            if type(error) is not Exception:  # as the library raises for a text
+                raise
+            told = cannot_encode(self._tokenizer, self._slow, text, error)
+            raise BadRecord(str(told), told.bucket) from None
+
+    def _encode(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `encode` does. Raise CannotEncode where the tokenizer has no ids for the text."""
+        check_unicode(text)
+        size = len(text.encode())
         characters = np.array(spans, dtype=np.int64).reshape(-1, 2)
         if self._byte_lengths is not None:
             ids = self._ids(text)
@@ -84,6 +97,7 @@ class Encoder:
             if lengths.sum() == size and self._counts(text):
                 bounds = characters if size == len(text) else _byte_bounds(text, spans)
                 return ids, _mask(stops - lengths, stops, bounds)
+        self._check_kept(text)
         encoded = self._slow.encode(text, add_special_tokens=False)
         starts, stops = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
         return np.array(encoded.ids, dtype=np.int32), _mask(starts, stops, characters)

@@ -22,8 +22,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import Context, LoopContext
 from jinja2.utils import Namespace
 
+from data_tools.base import bounds
 from data_tools.chats.conversation import Conversation
-from data_tools.chats.template_bounds import MOST_SOURCE, BoundedSandbox, OverBound
+from data_tools.chats.template_bounds import BoundedSandbox, OverBound
 from data_tools.mistake import UserMistake
 
 LOOP_END, OPEN, CLOSE = "end", "open", "close"  # marks; any other is the number of a message
@@ -68,8 +69,8 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str], arguments: Mapping[str, Any], day: date):
         self._variables = {**special_tokens, **arguments}
         self._environment = _environment(day)
-        if len(source) > MOST_SOURCE:
-            raise UserMistake(f"chat template: {len(source):,} characters long; the most is {MOST_SOURCE:,}")
+        if len(source) > bounds.TEMPLATE.most:
+            raise UserMistake(f"chat template: has {bounds.TEMPLATE.exceeded()}")
         try:
             self._compile(source)
         except jinja2.TemplateSyntaxError as error:

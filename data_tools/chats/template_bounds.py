@@ -5,7 +5,7 @@ end or a text of 10 GB. Here each pass of a loop, call and filter is a step, lon
 and what would make a text longer by much is asked for before it is made. So a template that is over a bound is so on
 any machine; only the clock, for what steps do not see, is not.
 
-    source        1 MiB of characters
+    source        1 MiB of characters (bounds.TEMPLATE)
     steps         20 million: a pass of a loop, a call, a filter, 64 characters or one item that they look at
     output        64 Mi characters; any text on the way to it alike
     made          512 Mi characters of all texts on the way
@@ -31,7 +31,6 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MOST_SOURCE = 1 << 20  # characters
 MOST_STEPS = 20_000_000
 MOST_CHARACTERS = 1 << 26  # of any one text
 MOST_MADE = 1 << 29  # characters of all texts of one rendering

@@ -1,15 +1,18 @@
 """The tokenizer of a folder or a hub repository; transformers is imported only where tokenizer.json does not say it
 all."""
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_tools.base import bounds
 from data_tools.base.durable import TornFile, read_json
 from data_tools.base.inside import files, inside
+from data_tools.chats.unknown import CannotEncode, cannot_encode, check_kept, check_unicode, unknown_of
 from data_tools.mistake import Problem, UserMistake
 
 # Classes for which transformers uses tokenizer.json as it stands. For any other it may rebuild the pipeline from the
@@ -33,18 +36,42 @@ class Tokenizer:
     chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of the text alone, no special tokens around it."""
-        encoded = self.backend.encode(text, add_special_tokens=False)
-        return encoded if isinstance(encoded, list) else encoded.ids
+        """Return the token ids of the text alone, no special tokens around it. Raise CannotEncode, which names the
+        place in the text, where the tokenizer has none for it."""
+        check_unicode(text)
+        self._check_kept(text)
+        try:
+            return _ids(self.backend.encode(text, add_special_tokens=False))
+        except Exception as error:  # the library raises bare Exception
+            raise cannot_encode(self.name, self._fast, text, error) from None
+
+    @cached_property
+    def _check_kept(self) -> Callable[[str], None]:
+        """Raise CannotEncode for a text of which a character would be left out in silence."""
+        return check_kept(self.name, self._fast)
+
+    @property
+    def _fast(self) -> Any:
+        """Return the `tokenizers.Tokenizer` that does the work; None where there is none."""
+        fast = getattr(self.backend, "backend_tokenizer", self.backend)
+        return fast if hasattr(fast, "encode_batch_fast") else None
 
     @cached_property
     def opening(self) -> list[int]:
         """Return the ids that transformers' tokenizer(text) puts before a text, such as a BOS; what it puts after is no
         part of a text that goes on."""
-        encoded = self.backend.encode("a", add_special_tokens=True)
-        whole, plain = encoded if isinstance(encoded, list) else encoded.ids, self.encode("a")
-        starts = [n for n in range(len(whole)) if plain and whole[n : n + len(plain)] == plain]
-        return whole[: starts[0]] if starts else []
+        for text in ("a", *self._some_tokens):  # a tokenizer of few words may have no "a"
+            with contextlib.suppress(CannotEncode):
+                plain = self.encode(text)
+                whole = _ids(self.backend.encode(text, add_special_tokens=True))
+                starts = [n for n in range(len(whole)) if plain and whole[n : n + len(plain)] == plain]
+                return whole[: starts[0]] if starts else []
+        return []
+
+    @property
+    def _some_tokens(self) -> list[str]:
+        """Return texts of tokens, the likely words first."""
+        return sorted(self.backend.get_vocab(), key=lambda token: (not token.isalnum(), len(token), token))[:64]
 
     def encode_opened(self, text: str) -> list[int]:
         """Return the ids of a text from its opening on, which a text that has it already gets no second time."""
@@ -57,17 +84,20 @@ class Tokenizer:
     @property
     def fast(self) -> Any:
         """Return the `tokenizers.Tokenizer` that does the work. Raise UserMistake where the tokenizer has none."""
-        fast = getattr(self.backend, "backend_tokenizer", self.backend)
-        if not hasattr(fast, "encode_batch_fast"):
+        if self._fast is None:
             remedy = "which loss masks need; convert it"
             raise UserMistake(f"tokenizer {self.name} has no fast form (tokenizer.json), {remedy}")
-        return fast
+        return self._fast
 
     def check_end(self) -> None:
         """Raise UserMistake unless there is an end token. It may be the padding token too, as it is in many a base
         model: a pack's padding is never in the loss, whatever its id."""
         if self.eos_id is None:
             raise UserMistake(f"tokenizer {self.name} has no eos token; name one in its tokenizer_config.json")
+
+
+def _ids(encoded: Any) -> list[int]:
+    return encoded if isinstance(encoded, list) else encoded.ids
 
 
 def told_opening(tokenizer: Tokenizer, bos: str) -> dict[str, str]:
@@ -179,7 +209,7 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
         vocab_size=backend.get_vocab_size(with_added_tokens=True),
         pad_id=pad,
         eos_id=eos,
-        unk_id=unk,
+        unk_id=unknown_of(backend) if unk is None else unk,
         backend=backend,
         special_tokens=tokens,
         chat_template=_read_template(folder, config),
@@ -190,10 +220,28 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
     """Return chat_template.jinja, or the template of the config; of several the one named default, as transformers
     does."""
     file = inside(folder, "chat_template.jinja", needed=False)
-    found = file.read_text() if file else config.get("chat_template")
+    found = read_template(file) if file else config.get("chat_template")
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        entries = [entry for entry in found if isinstance(entry, dict) and entry.keys() >= {"name", "template"}]
+        if len(entries) < len(found):
+            said = "chat_template is a list of what is no name and template"
+            raise UserMistake(f"tokenizer {folder}: tokenizer_config.json: {said}; mend the list")
+        found = next((entry["template"] for entry in reversed(entries) if entry["name"] == "default"), None)
+    if not isinstance(found, str | None):
+        said = f"chat_template is {found!r:.60}, no text"
+        raise UserMistake(f"tokenizer {folder}: tokenizer_config.json: {said}; mend it or remove the key")
     return found
+
+
+def read_template(path: Path) -> str:
+    """Return the text of a file with a chat template. Raise UserMistake for what is none, OSError as open does."""
+    try:
+        return bounds.read_text(path, bounds.TEMPLATE)
+    except UnicodeDecodeError as error:
+        said = f"is no text in UTF-8 (byte {error.start:,}: {error.reason}); save it as UTF-8"
+        raise UserMistake(Problem(str(path), said)) from None
+    except bounds.NoFile as error:
+        raise UserMistake(Problem(str(path), f"{error.strerror}; give a file with a chat template")) from None
 
 
 def has_template(folder: Path) -> bool | None:
@@ -222,7 +270,7 @@ def _load_with_transformers(name: str, revision: str | None) -> Tokenizer:
         at = f" at revision {revision}" if revision else ""
         remedy = f"run `hf download {name}` on a machine with internet, or give a folder"
         raise UserMistake(f"tokenizer {name}{at}: no such folder and not in the hub cache; {remedy}") from None
-    template = backend.chat_template
+    template, told = backend.chat_template, backend.unk_token_id
     if isinstance(template, dict):
         template = template.get("default")
     return Tokenizer(
@@ -230,7 +278,7 @@ def _load_with_transformers(name: str, revision: str | None) -> Tokenizer:
         vocab_size=len(backend),
         pad_id=backend.pad_token_id,
         eos_id=backend.eos_token_id,
-        unk_id=backend.unk_token_id,
+        unk_id=unknown_of(backend.backend_tokenizer) if told is None and backend.is_fast else told,
         backend=backend,
         special_tokens=backend.special_tokens_map,
         chat_template=template,

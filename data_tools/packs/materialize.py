@@ -33,6 +33,7 @@ from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, Refused, Result
 from data_tools.chats.conversation import BadRecord
 from data_tools.chats.encoder import ENCODERS, Encoder, check_encoder
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer
+from data_tools.chats.unknown import CannotEncode
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.join import join, write_balance
 from data_tools.packs.left_out import FILE as LIST
@@ -62,6 +63,7 @@ from data_tools.tasks.task import (
 )
 
 ON_BAD_ROW = ("fail", "bucket")
+NO_CHATS = "no rows; give files in source.inputs, or name a task or a recipe"
 _REPORT_EVERY = 500  # lines or rows between two calls of progress
 _CHUNKS_AHEAD = 4  # a worker; what is read ahead of the oldest unfinished chunk
 
@@ -195,7 +197,7 @@ def _check_conversations(config: Config) -> list[Problem]:
     if config.task:
         return problems + _check_no_recipe(config) + check_chats(config.task, config.task_options, config.source)
     problems += _check_recipe(config)
-    problems += [] if config.recipe else check_source(config.source)
+    problems += [] if config.recipe else check_source(config.source, NO_CHATS)
     if config.source.synthetic_rows:
         message = "only a task makes rows; name one in task, or give inputs alone"
         problems.append(Problem("source.synthetic_rows", message))
@@ -329,7 +331,10 @@ class TaskRows:
         if bucket is not None:
             return Refused(bucket)
         row = self.task.canonical(row)
-        ids, mask = encode_row(self.tokenizer, row.prompt, self.task.encode_answer(row.answer, self.options))
+        try:
+            ids, mask = encode_row(self.tokenizer, row.prompt, self.task.encode_answer(row.answer, self.options))
+        except CannotEncode as error:
+            return Refused(error.bucket, reason=str(error))
         if self.tokenizer.unk_id is not None and (ids[:-1] == self.tokenizer.unk_id).any():  # GPT-2 ends with its unk
             return Refused("unknown_character", len(ids))
         return Encoded(ids, mask, prompt=row.prompt, answer=row.answer, turns=1)

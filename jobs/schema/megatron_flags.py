@@ -22,6 +22,7 @@ class Flag:
     key: str = ""  # the override that takes its value
     fixed: tuple[str, ...] = ()  # overrides of a flag without value, or of one whose value is looked up
     why: str = ""  # why there is no override
+    unlike: str = ""  # what its value means otherwise here
     values: int = 1  # how many words follow
     convert: Callable[[str], str] = str  # from its value to ours
 
@@ -84,7 +85,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--inference-dynamic-batching-buffer-size-gb",), "grpo.with.engine.kv_gib"),
     Flag(("--inference-dynamic-batching-block-size",), "grpo.with.engine.block_size"),
     Flag(("--inference-dynamic-batching-max-tokens",), "grpo.with.engine.token_budget"),
-    Flag(("--inference-max-seq-length",), "grpo.with.sampling.max_tokens"),
+    Flag(("--inference-max-seq-length",), "grpo.with.sampling.max_tokens",
+         unlike="counts the prompt too there, new tokens alone here: take off what your prompts have"),
     _switch("--enable-cuda-graph", sets=("grpo.with.engine.cuda_graphs=true",)),
     _none("--inference-dynamic-batching-num-cuda-graphs",
           why="one for each power of two of samples and of blocks, as they come"),
@@ -192,6 +194,7 @@ def translate(text: str) -> tuple[list[str], list[str]]:
         if row.key:
             try:
                 overrides[row.key] = row.convert(value)
+                notes += [f"{name}: {row.unlike}"] if row.unlike else []
             except ValueError:
                 problems.append(Problem("--from-megatron", f"{name} {value}: not a number"))
     if problems:
@@ -213,5 +216,5 @@ def table() -> str:
     for row in FLAGS:
         names = ", ".join(f"`{name}`" for name in row.names)
         ours = f"`{row.key}`" if row.key else ", ".join(f"`{override}`" for override in row.fixed) or row.why
-        lines.append(f"| {names} | {ours} |")
+        lines.append(f"| {names} | {ours}{row.unlike and f' ({row.unlike})'} |")
     return "\n".join(lines)

@@ -82,7 +82,7 @@ def _room(config: Config, training: Training) -> Room | None:
     """Return what the memory of the rollouts holds; None while the model is not known."""
     if training.shape is None:
         return None
-    tokens = 1 + config.sampling.max_tokens
+    tokens = (config.prompt_tokens or 1) + config.sampling.max_tokens
     return room(config.engine, config.parallel, training.shape, dtype=training.dtype, tokens=tokens)
 
 

@@ -129,6 +129,19 @@ def divisors(number: int) -> list[int]:
 # ---------------------------------------------------------------- who sits where
 
 
+def multiples(value: int, unit: int) -> list[int]:
+    """Return the multiples of `unit` around `value`."""
+    below = value // unit * unit
+    return [multiple for multiple in (below, below + unit) if multiple > 0]
+
+
+def even_as_can_be(layers: int, stages: int) -> list[int]:
+    """Return the layers of each stage; the first, which has the embedding, is the last to take one of the surplus."""
+    base, surplus = divmod(layers, stages)
+    order = [*range(1, stages), 0]
+    return [base + (stage in order[:surplus]) for stage in range(stages)]
+
+
 @dataclass(frozen=True)
 class Grid:
     """Who computes with whom. Each list of ranks is one group, in mcore's order."""

@@ -14,7 +14,15 @@ from typing import Any
 from data_tools.base import declared
 from data_tools.mistake import Problem
 from megatron_ext.parallel import parts
-from megatron_ext.parallel.plan import CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
+from megatron_ext.parallel.plan import (
+    CONTEXT_COMMS,
+    RECOMPUTES,
+    ParallelPlan,
+    Workload,
+    divisors,
+    even_as_can_be,
+    multiples,
+)
 from megatron_ext.parallel.shape import MAMBA, MLP, MOE, MXFP4_BLOCK
 from megatron_ext.versions import planned
 
@@ -64,7 +72,19 @@ def tensor_splits_attention(p: ParallelPlan, w: Workload) -> str:
         return ""
     shared = p.tensor % s.kv_groups == 0 and not s.wide_qk_norm  # a norm over all heads knows no replicas
     even = s.heads % p.tensor == 0 and (s.kv_groups % p.tensor == 0 or shared)
-    return "" if even else f"{p.tensor} does not split {s.heads} heads and {s.kv_groups} KV groups evenly"
+    if not even:
+        return f"{p.tensor} does not split {s.heads} heads and {s.kv_groups} KV groups evenly"
+    rows = (s.heads + 2 * s.kv_groups) * s.head_dim  # of one matrix, cut before groups are replicated
+    return f"{p.tensor} does not split the {rows:,} rows of queries, keys and values" if rows % p.tensor else ""
+
+
+@rule("context")
+def context_splits_yarns_positions(p: ParallelPlan, w: Workload) -> str:
+    """Want YaRN's original positions in zig-zag halves: each rank keeps its part (yarn_rotary_pos_embedding.py)."""
+    positions = w.shape.yarn_positions if w.shape else 0
+    if p.context == 1 or positions % (2 * p.context) == 0:
+        return ""
+    return f"2 x {p.context} zig-zag halves do not split YaRN's {positions:,} original positions evenly"
 
 
 @rule("tensor")
@@ -338,43 +358,26 @@ def nearest(value: int, legal: Iterable[int]) -> int:
     return min(legal, key=lambda candidate: (abs(candidate - value), candidate))
 
 
-def _multiples(value: int, unit: int) -> list[int]:
-    """Return the multiples of `unit` around `value`."""
-    below = value // unit * unit
-    return [multiple for multiple in (below, below + unit) if multiple > 0]
-
-
-def _even_as_can_be(layers: int, stages: int) -> list[int]:
-    """Return the layers of each stage; the first, which has the embedding, is the last to take one of the surplus."""
-    base, surplus = divmod(layers, stages)
-    order = [*range(1, stages), 0]
-    return [base + (stage in order[:surplus]) for stage in range(stages)]
-
-
 def candidates(name: str, plan: ParallelPlan, workload: Workload) -> list[Any]:
     """Return the values of a field of plan or workload that could be legal, the nearest to the present one first."""
     w, unit = workload, plan.data(workload.ranks) * plan.micro_batch or 1
-    layers = len(w.shape.layers) if w.shape else plan.stages
-    batch = w.global_batch or 1
+    layers, batch = len(w.shape.layers) if w.shape else plan.stages, w.global_batch or 1
     values: dict[str, Callable[[], Iterable[int]]] = {
-        "ranks": lambda: _multiples(w.ranks, math.lcm(plan.model, plan.expert_model)),
-        "pack_length": lambda: _multiples(w.pack_length or 1, math.lcm(plan.token_unit(), w.align or 1)),
-        "align": lambda: _multiples(w.align or 1, plan.document_unit()),
+        "ranks": lambda: multiples(w.ranks, math.lcm(plan.model, plan.expert_model)),
+        "pack_length": lambda: multiples(w.pack_length or 1, math.lcm(plan.token_unit(), w.align or 1)),
+        "align": lambda: multiples(w.align or 1, plan.document_unit()),
         "longest": lambda: [w.shape.max_positions] if w.shape else [],
-        "global_batch": lambda: {*_multiples(batch, unit), *_multiples(batch, unit * plan.pipeline)},
+        "global_batch": lambda: {*multiples(batch, unit), *multiples(batch, unit * plan.pipeline)},
         "virtual": lambda: range(1, layers + 1),
         "micro_batch": lambda: divisors(batch),
     }
     if name == "sequence_parallel":
         return [not plan.sequence_parallel]
-    if name == "context_comm":
-        return list(CONTEXT_COMMS)
-    if name == "recompute":
-        return list(RECOMPUTES)
-    if name in ("backend", "base"):
-        return list(parts.BACKENDS if name == "backend" else parts.BASES)
+    words = {"context_comm": CONTEXT_COMMS, "recompute": RECOMPUTES, "backend": parts.BACKENDS, "base": parts.BASES}
+    if name in words:
+        return list(words[name])
     if name == "pipeline_layers":
-        return [[], _even_as_can_be(layers, plan.stages)] if layers >= plan.stages else [[]]
+        return [[], even_as_can_be(layers, plan.stages)] if layers >= plan.stages else [[]]
     present = getattr(plan if hasattr(plan, name) else w, name)
     possible = values.get(name, lambda: divisors(w.ranks))()
     return sorted(possible, key=lambda value: (abs(value - present), value))

@@ -52,6 +52,7 @@ class ModelShape:
     kv_groups: int = 0  # g
     head_dim: int = 0  # d
     window: int = 0  # tokens that a WINDOW block sees, itself included
+    yarn_positions: int = 0  # those before YaRN stretched them
     sinks: bool = False  # a learned logit per head
     qkv_bias: bool = False
     attention_output_bias: bool = False
@@ -61,6 +62,7 @@ class ModelShape:
 
     ffn: int = 0  # f, of MLP blocks
     gated: bool = True  # gate and up projections, here and in experts
+    activation_steps: int = 0  # of the gate's activation beyond silu's: of gpt-oss the clamp and the sigmoid
     own_mlp_names: tuple[str, ...] = ()  # of an MLP's matrices in Hugging Face's model, if they are not the usual ones
 
     experts: int = 0  # E

@@ -97,18 +97,20 @@ def _stages(shape: ModelShape, parts: tuple[range, ...], pipeline: int, tensor: 
 def block_activations(shape: ModelShape, kind: str, plan: ParallelPlan, fused: bool = True) -> float:
     """Return the bytes for each token of one context rank that a block keeps for backward on a tensor rank (bf16).
 
-    `fused`: gate and activation are one function, which keeps one tensor less.
+    `fused`: gate and activation are one function. Else each step keeps what it made: the activated gate, up with its
+    offset, an expert's product before it is weighted, and what the model's own activation keeps besides.
     """
     s, h = shape, shape.hidden
     outer = 4 * h / (plan.tensor if plan.sequence_parallel else 1)  # input of the norm, input of the first matrix
     projected = 2 * (s.mlp_matrices - 1) + 2  # bytes a column: gate and up, or up alone; the activation
-    projected += 0 if fused or not s.gated else 2  # the activated gate, before it meets up
+    steps = 0 if fused or not s.gated else 2 + s.activation_steps
+    projected, weighted = projected + 2 * steps, 2 * (steps > 0)
     if kind in (ATTENTION, WINDOW):
         inner = 2 * s.qkv_rows + 2 * s.heads * s.head_dim + 4 * s.heads
     elif kind == MLP:
         inner = projected * s.ffn
     elif kind == MOE:
-        routed = s.top_k * (2 * h * plan.expert_tensor + projected * s.expert_ffn)
+        routed = s.top_k * (2 * h * plan.expert_tensor + (projected + weighted) * s.expert_ffn)
         inner = routed + projected * s.shared_ffn + 8 * s.experts
     else:
         inner = 2 * s.mamba_projection + 6 * s.mamba_inner

@@ -10,6 +10,7 @@ import numpy as np
 
 from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer, stop_ids
+from data_tools.chats.unknown import CannotEncode
 from data_tools.mistake import Problem, UserMistake
 from data_tools.tasks.mix import Draw, Entry, Mix, entries_of, turn_ends, verifiers
 from data_tools.tasks.outcome import Outcomes, graded
@@ -40,7 +41,10 @@ class Encoded:
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
         """Return a prompt's tokens."""
-        tokens = tuple(self.encoder.encode(draw.item.prompt))
+        try:
+            tokens = tuple(self.encoder.encode(draw.item.prompt))
+        except CannotEncode as error:
+            raise UserMistake(Problem(f"mix.entries.{draw.entry}", f"prompt {draw.item.uid}: {error}")) from None
         if not 0 < len(tokens) <= self.longest:
             what = f"prompt {draw.item.uid} has {len(tokens):,} tokens"
             remedy = f"leave it out, or {'raise prompt_tokens' if 'prompt_tokens' in self.by else 'lower max_tokens'}"

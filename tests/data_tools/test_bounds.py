@@ -12,9 +12,13 @@ import yaml
 
 from data_tools.base import bounds, durable
 from data_tools.base.yaml_loaders import load, read_file, read_values
+from data_tools.chats.chat import ChatConfig, ChatRows
+from data_tools.chats.encoder import Encoder
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.records import readers, shares
 from data_tools.records.csv_tables import read_table
+from tests.data_tools.chats import write_tokenizer
 from tests.data_tools.test_readers import spell
 
 MIB = 1 << 20
@@ -166,3 +170,25 @@ def test_the_manual_has_each_bound_with_its_default():
         name.strip(" `"): int(most) for names, most in rows for name, most in zip(names.split(","), most.split(","))
     }
     assert told == {bound.variable: bound.default for bound in bounds.BOUNDS}
+
+
+@pytest.mark.parametrize("said, told", [
+    (b"x" * (MIB + 1), "AFTEROK_TEMPLATE_MIB raises it"), (b"\xff\xfe", "no text in UTF-8"), (None, "no regular file"),
+])  # fmt: skip
+@pytest.mark.parametrize("place", ["chat.template", "chat_template.jinja"])
+def test_a_file_of_a_chat_template_is_bounded_text(place, said, told, tmp_path):
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    path = tmp_path / "mine.jinja" if place == "chat.template" else folder / place
+    path.write_bytes(said) if said else os.mkfifo(path)
+    with pytest.raises(UserMistake, match=told):
+        tokenizer = load_tokenizer(str(folder))
+        ChatRows(ChatConfig(template=str(path)), tokenizer, Encoder(tokenizer, "huggingface"))
+
+
+@pytest.mark.parametrize("value", [5, {"a": 1}, [5], [{"name": "default"}], [{"name": "default", "template": 5}]])
+def test_a_chat_template_of_another_type_is_a_mistake(value, tmp_path):
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": value}))
+    with pytest.raises(UserMistake, match="tokenizer_config.json: chat_template is .*mend"):
+        load_tokenizer(str(folder))

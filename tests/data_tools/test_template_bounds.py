@@ -4,6 +4,7 @@ from datetime import date
 
 import pytest
 
+from data_tools.base import bounds
 from data_tools.chats import template_bounds
 from data_tools.chats.conversation import Conversation
 from data_tools.chats.template import ChatTemplate, Overdone, TemplateError
@@ -100,7 +101,7 @@ TOO_DEEP = {
     "not": "{{ " + "not " * 5000 + "1 }}",
     "blocks": "{% if 1 %}" * 300 + "{% endif %}" * 300,
     "digits": "{{ " + "9" * 5000 + " }}",
-    "length": "x" * (template_bounds.MOST_SOURCE + 1),
+    "length": "x" * (bounds.TEMPLATE.most + 1),
 }
 
 

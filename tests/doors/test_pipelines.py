@@ -26,11 +26,11 @@ phases:
     resources: {role: cpu, time: "0:30:00"}
   packed:
     uses: pack
-    needs: [data]
+    needs: [{data: afterany}]
     with: {store: "${phases.data.out}", pack_length: "${params.length}"}
   trained:
     uses: sft
-    needs: [{packed: afterok}]
+    needs: [{packed: afterany}]
     with:
       packs: "${phases.packed.out}"
       steps: 4

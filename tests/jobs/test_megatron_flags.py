@@ -53,6 +53,13 @@ def test_the_examples_flags_are_the_pipelines_settings():
     assert len(overrides) > 30 and any(note.startswith("--langrl-inference-server-type") for note in notes)
 
 
+def test_a_bound_that_means_something_else_here_is_said():
+    overrides, notes = translate("--inference-max-seq-length 11999 --lr 1e-6")
+    assert overrides == ["grpo.with.sampling.max_tokens=11999", "grpo.with.lr=1e-6"]
+    (note,) = notes
+    assert note.startswith("--inference-max-seq-length: counts the prompt too there, new tokens alone here")
+
+
 def _same(value: str, said) -> bool:
     try:
         return float(value) == float(said)

@@ -156,6 +156,7 @@ EXAMPLES = {  # rule: a plan that breaks it and, of its workload, shape, ranks a
     "ranks_divide_by_the_dense_grid": (dict(tensor=4), None, 6, {}),
     "ranks_divide_by_the_expert_grid": (dict(expert=4), GPT_OSS_20B, 6, {}),
     "tensor_splits_attention": (dict(tensor=16, **SP), QWEN_32B, 16, {}),
+    "context_splits_yarns_positions": (dict(context=3), replace(QWEN_32B, yarn_positions=32768), 3, {}),
     "tensor_splits_mlp_columns": (dict(tensor=2, **SP), replace(QWEN_32B, ffn=27649), 2, {}),
     "tensor_splits_mamba": (dict(tensor=16, expert=16, **SP), NANO, 16, {}),
     "context_splits_mamba": (dict(context=6), replace(NANO, mamba_heads=66, mamba_groups=4), 6, {}),
@@ -203,6 +204,14 @@ def test_every_rule_refuses_what_no_other_does(name):
         return
     assert name in broken
     assert broken == {name} or name.startswith("te_")
+
+
+def test_queries_keys_and_values_are_one_matrix_that_tensor_ranks_split():
+    """Of 48 heads and 2 groups, 6 ranks split the heads, and each group goes to three of them; 52 x 128 rows do not."""
+    shape = replace(QWEN_32B, heads=48, kv_groups=2, hidden=6144, ffn=24576)
+    plan = ParallelPlan(tensor=6, sequence_parallel=True)
+    (found,) = messages(plan, 6, shape=shape)
+    assert found == "parallel.tensor: 6 does not split the 6,656 rows of queries, keys and values: use tensor 2"
 
 
 def test_every_rule_has_its_example():

@@ -11,7 +11,7 @@ from typing import Any
 from data_tools.mistake import Problem
 from megatron_ext.models.config_reading import ROPE_KEYS, Reading, file_of, small_dims
 from megatron_ext.models.qwen2.kinds import KINDS, Experts, Kind
-from megatron_ext.models.rotary import Stretch, settings_of, stretch_of
+from megatron_ext.models.rotary import Stretch, Yarn, settings_of, stretch_of
 from megatron_ext.models.routing import routing_of
 from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape
 
@@ -290,6 +290,7 @@ def shape(dims: Dims) -> ModelShape:
         kv_groups=dims.kv_groups,
         head_dim=dims.head_dim,
         window=dims.window,
+        yarn_positions=dims.stretch.original_positions if isinstance(dims.stretch, Yarn) else 0,
         qkv_bias=dims.qkv_bias,
         qk_norm=dims.qk_norm == "head",
         wide_qk_norm=dims.qk_norm == "all",
