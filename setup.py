@@ -26,10 +26,11 @@ setup(
     + ["afterok"],
     package_dir={"afterok": "launchers/console"},
     package_data={
-        "data_tools": ["recipes/*.yaml"],
-        "jobs": ["pipelines/*.yaml"],
-        "launchers": ["report/assets/*", "report/assets/uplot/*"],
-        "slurm": ["profiles/*.yaml", "*.sbatch", "door.sh"],
+        "data_tools": ["README.md", "recipes/*.yaml"],
+        "jobs": ["README.md", "pipelines/*.yaml", "pipelines/README.md"],
+        "launchers": ["README.md", "report/assets/*", "report/assets/uplot/*"],
+        "megatron_ext": ["README.md"],
+        "slurm": ["README.md", "profiles/*.yaml", "*.sbatch", "door.sh"],
     },
     install_requires=[
         "submitit>=1.5.4,<1.6",

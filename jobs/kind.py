@@ -31,7 +31,7 @@ import importlib
 import importlib.util
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +76,13 @@ class PhaseKind:
     def can_stop(self) -> bool:
         """Whether it stops when it is asked to, and goes on later."""
         return getattr(self.module, "STOPS", False)
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether an element may be given its partner's part of a phase (aftercorr). Kinds of ours that do not say so
+        take a share of it again; of a user's own nobody knows what it does.
+        """
+        return "." in self.name or getattr(self.module, "TAKES_PARTS", False)
 
     @property
     def run(self) -> Callable[..., dict[str, Any] | None]:
@@ -173,6 +180,15 @@ def wrong_makers(kind: "PhaseKind", config: Any, uses: Mapping[str, str]) -> Ite
             if "." not in uses[phase] and uses[phase] not in makers:
                 told = f"phase {phase} uses {uses[phase]}, which makes no such thing; {' or '.join(makers)} does"
                 yield Problem(key, told)
+
+
+def shares_of_parts(kind: "PhaseKind", config: Any, paired: Collection[str]) -> Iterator[Problem]:
+    """Yield a problem for each input that is one element's part of a phase in `paired` (aftercorr), of which a kind of
+    ours would take a share, as of the whole: most of it would be left out."""
+    for key, entry, _ in () if kind.takes_parts else _inputs(kind.config, config):
+        for phase in sorted(references(entry) & set(paired)):
+            told = f"aftercorr gives each element its partner's part of {phase} alone, which {kind.name} would take for"
+            yield Problem(key, f"{told} all of it; say afterok: then its elements share all that {phase} made")
 
 
 def _inputs(schema: type, config: Any, prefix: str = "") -> "Iterator[tuple[str, str, dataclasses.Field[Any]]]":

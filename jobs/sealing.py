@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.artifacts import standing
 from jobs.artifacts.artifact import Artifact, Lease, LeaseHeld, Sealed
-from jobs.artifacts.consolidate import consolidate
+from jobs.artifacts.consolidate import consolidate, forget_journals
 from jobs.artifacts.layout import FINISH
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase
@@ -47,7 +47,9 @@ class Sealer:
         if lease is not None and not self.artifact.seal(lease, self._record(facts, whole=False)):
             return self._lost_to_twin()
         if self.phase.elements > 1:
-            forget_progress(self.artifact.keep_folder(self.upstream.index, self.phase.elements), self.upstream.index)
+            keep = self.artifact.keep_folder(self.upstream.index, self.phase.elements)
+            forget_journals(self.phase, keep)
+            forget_progress(keep, self.upstream.index)
         if self.artifact.fans_in and self.artifact.all_are_sealed():
             self._fan_in()
         if self.artifact.seal_path.exists():

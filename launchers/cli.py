@@ -219,7 +219,7 @@ def _add_preflight(sub: argparse.ArgumentParser) -> None:
         metavar="ID",
         action="append",
         default=[],
-        help="let a warning of the check ID not stop it (slurm/checks.py lists them); may be said again",
+        help="let this warning not stop it, by the id that it ends with, such as V001; may be repeated",
     )
     sub.add_argument("--budget", type=_hours, metavar="HOURS", help="refuse a plan that may use more GPU-hours")
 
@@ -228,7 +228,7 @@ def _add_submission_verbs(verb: AddVerb) -> None:
     """Add the verbs that change a run: resubmit, bundle and repair."""
     resubmit = verb("resubmit", runs.do_resubmit, "a new attempt at one phase; what waits on it is rewired")
     resubmit.add_argument("run", help=RUN_HELP.partition(" (")[0])
-    resubmit.add_argument("phase", metavar="PHASE")
+    resubmit.add_argument("phase", metavar="PHASE", help="the phase that is tried again")
     resubmit.add_argument(
         "overrides", nargs="*", metavar="key=value", help="further overrides, on top of those it was submitted with"
     )
@@ -298,10 +298,10 @@ def _add_looking_verbs(verb: AddVerb) -> None:
     inspect.add_argument(
         "--documents", type=int, default=3, metavar="N", help="how many documents, or prompts, to show (default: 3)"
     )
-    inspect.add_argument("--pack", type=int, metavar="N", help="of this pack")
-    inspect.add_argument("--seed", type=int, default=0, help="draws other ones")
+    inspect.add_argument("--pack", type=int, metavar="N", help="the documents of this pack")
+    inspect.add_argument("--seed", type=int, default=0, metavar="N", help="another number shows other ones")
     inspect.add_argument(
-        "--tokens", type=int, default=400, metavar="N", help="at most so many of a document (default: 400)"
+        "--tokens", type=int, default=400, metavar="N", help="show at most so many tokens of each (default: 400)"
     )
 
 
@@ -327,11 +327,13 @@ def _add_result_verbs(verb: AddVerb) -> None:
     plot = verb("plot", results.do_plot, "draw the curves of a run's metrics into one SVG, PNG or PDF file")
     plot.add_argument("run", nargs="?", help=RUN_HELP)
     plot.add_argument("phases", nargs="*", metavar="PHASE", help="only these (default: all that wrote metrics)")
-    plot.add_argument("--metric", action="append", default=[], metavar="NAME", help="only this one; may be said again")
+    plot.add_argument(
+        "--metric", action="append", default=[], metavar="NAME", help="only this one; may be given several times"
+    )
     plot.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there (default: RUN/curves.svg)")
 
     cleaned = verb("clean", cleaning.do_clean, "show what of runs nothing needs any more; with --yes, delete it")
-    cleaned.add_argument("runs", nargs="*", metavar="RUN", help=f"{RUN_HELP}, or a folder of runs; several may be said")
+    cleaned.add_argument("runs", nargs="*", metavar="RUN", help=f"{RUN_HELP}, or a folder of runs; one or more")
     cleaned.add_argument("--yes", action="store_true", help="delete it; without this word nothing is deleted")
     cleaned.add_argument(
         "--only",

@@ -32,6 +32,7 @@ class Release:
     hybrid_pattern: str = "hybrid_override_pattern"  # the argument that says the kinds of a hybrid model's blocks
     mamba_norm_has_epsilon: bool = False  # MambaLayer passes its norm the configuration's
     reduces_whole_experts: bool = False  # their gradients over tensor ranks, without expert ranks too
+    has_muon: bool = False  # beside the release of emerging-optimizers that training/muon.py names
     needs_triton: str = ""  # the module that imports Triton whether it is there or not
 
 
@@ -54,6 +55,7 @@ RELEASES = {
         hybrid_pattern="hybrid_layer_pattern",
         mamba_norm_has_epsilon=True,
         reduces_whole_experts=True,
+        has_muon=True,
         needs_triton="transformer.moe.ops.paged_stash",
     ),
 }

@@ -175,6 +175,9 @@ def read_indices(text: str) -> Indices:
     return Indices.of_spans(spans)
 
 
+SHOWN_RANGES = 6  # of elements, in a sentence
+
+
 def format_indices(indices: Iterable[int], most: int | None = None) -> str:
     """Return the array indices as Slurm spells them, "3,7-9"; for people at most `most` ranges, then "…"."""
     spans = Indices.of(indices).spans

@@ -50,7 +50,10 @@ _PAIRS = (  # marks that enclose a whole answer
 )
 _LONELY = ("**", "__")  # one of which is left where the other stands before the form's own words: **Answer: 34**
 _THINKING = re.compile(r"</think>")
-_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>(.*?)(?=<\|(?:end|start|return|call)\|>|\Z)", re.DOTALL)
+_HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+_CHANNEL = re.compile(  # as in <|channel|>final <|constrain|>json<|message|>{"action": "[2]"}<|return|>
+    r"<\|channel\|>\s*(\w+)(?:[^<]|<\|constrain\|>)*<\|message\|>(.*?)(?=<\|(?:end|start|return|call)\|>|\Z)", re.DOTALL
+)
 
 
 def final_text(completion: str) -> str | None:
@@ -61,7 +64,7 @@ def final_text(completion: str) -> str | None:
     if channels := _CHANNEL.findall(completion):
         finals = [text for name, text in channels if name == "final"]
         return finals[-1] if finals else None
-    if "<|channel|>" in completion or "<|end|>" in completion:
+    if any(token in completion for token in _HARMONY):  # a message whose header is broken or names no channel
         return None
     thoughts = list(_THINKING.finditer(completion))
     rest = completion[thoughts[-1].end() :] if thoughts else completion

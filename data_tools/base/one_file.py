@@ -5,7 +5,6 @@ either way.
 """
 
 import io
-import os
 import shutil
 import zipfile
 from functools import cached_property
@@ -21,8 +20,8 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files give the same bytes
 
 
 def bundle(folder: Path) -> None:
-    """Put the files of a folder, which has no folders in it, into its part.zip, and remove them."""
-    names = sorted(os.listdir(folder))
+    """Put the files of a folder, those of its folders too, into its part.zip, and remove them."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     with zipfile.ZipFile(folder / NAME, "w", zipfile.ZIP_STORED) as archive:
         for name in names:
             entry = zipfile.ZipInfo(name, _EPOCH)
@@ -30,11 +29,25 @@ def bundle(folder: Path) -> None:
                 shutil.copyfileobj(file, member, 1 << 20)
     for name in names:
         (folder / name).unlink()
+    for path in sorted(folder.rglob("*/"), reverse=True):
+        path.rmdir()
 
 
 def open_part(path: Path) -> IO[bytes]:
-    """Return the file of that path, open to be read, which may lie in its folder's part.zip."""
-    return Files(path.parent).open(path.name)
+    """Return the file of that path, open to be read; it may lie in the part.zip of its folder or of that above."""
+    folder = _part_of(path)
+    return Files(folder).open(path.relative_to(folder).as_posix())
+
+
+def has_part(path: Path) -> bool:
+    """Return whether there is a file of that path, which may lie in a part.zip as for `open_part`."""
+    folder = _part_of(path)
+    return Files(folder).has(path.relative_to(folder).as_posix())
+
+
+def _part_of(path: Path) -> Path:
+    above = path.parent.parent
+    return above if (above / NAME).exists() else path.parent
 
 
 class Files:

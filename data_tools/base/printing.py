@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -34,6 +35,14 @@ def clean_log(text: str) -> str:
 def set_in(text: str) -> str:
     """Return `text` whose further lines are set in, so that none of what it quotes looks like a line of ours."""
     return text.replace("\n", "\n  ")
+
+
+def as_typed(path: Path) -> str:
+    """Return a path as the user would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, FileNotFoundError):  # another folder; or this one was deleted
+        return str(path)
 
 
 def size_text(size: float) -> str:
@@ -98,7 +107,8 @@ def clean_streams() -> Iterator[None]:
     """Clean what is written to stdout and stderr within, and the traceback of what nobody caught.
 
     A stream that is closed, as some services start programs, is one to /dev/null: else the next file that is opened
-    would get its number, and what children print.
+    would get its number, and what children print. What the encoding of a stream lacks (an arrow in Latin-1, a file's
+    name that is no Unicode) is written as its number.
     """
     for number in range(3):
         try:
@@ -107,6 +117,9 @@ def clean_streams() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)  # the least number that is free
     before = sys.stdout, sys.stderr
     sys.excepthook = _print_cleaned
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = (CleanStream(raw(stream or open(os.devnull, "w"))) for stream in before)
     try:
         yield

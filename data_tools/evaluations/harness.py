@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from data_tools.base import durable
 from data_tools.base.json_text import json_line
+from data_tools.base.one_file import has_part
 from data_tools.evaluations.accuracy import MEANS, Values, intervals_of, samples_of, values_of
 from data_tools.evaluations.lines import Line, asked
 from data_tools.records import readers
@@ -79,7 +80,7 @@ def join_samples(out: Path, evaluated: Evaluated, parts: Sequence[Path]) -> None
     """Join the samples of all elements, in the order of the prompts. Elements of an older afterok have none."""
     (out / FOLDER).mkdir(exist_ok=True)
     for name in evaluated.entries:
-        files = [_file(part, name) for part in parts if _file(part, name).is_file()]
+        files = [_file(part, name) for part in parts if has_part(_file(part, name))]
         if files:
             with merged(files, _read, lambda row: row["doc_id"], scratch=out) as rows:
                 text = "".join(map(json_line, rows()))
@@ -136,7 +137,7 @@ def _file(folder: Path, task: str) -> Path:
 
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
-    for record in readers.records(file, "jsonl"):
+    for record in readers.records_of_part(file):
         if record.problem:
             raise record.mistake(remedy="restore the file, or evaluate again")
         yield record.value

@@ -63,6 +63,7 @@ from data_tools.tasks.task import (
 )
 
 ON_BAD_ROW = ("fail", "bucket")
+NO_CHATS = "no rows; give files in source.inputs, or name a task or a recipe"
 _REPORT_EVERY = 500  # lines or rows between two calls of progress
 _CHUNKS_AHEAD = 4  # a worker; what is read ahead of the oldest unfinished chunk
 
@@ -196,7 +197,7 @@ def _check_conversations(config: Config) -> list[Problem]:
     if config.task:
         return problems + _check_no_recipe(config) + check_chats(config.task, config.task_options, config.source)
     problems += _check_recipe(config)
-    problems += [] if config.recipe else check_source(config.source)
+    problems += [] if config.recipe else check_source(config.source, NO_CHATS)
     if config.source.synthetic_rows:
         message = "only a task makes rows; name one in task, or give inputs alone"
         problems.append(Problem("source.synthetic_rows", message))

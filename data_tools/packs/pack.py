@@ -51,7 +51,7 @@ class Config:
     pack_length: int = setting(2048, "length of a pack", unit="tokens", least=2)
     align: int = setting(
         1, "documents are padded to a multiple of it: 2 * context, times tensor with sequence parallelism",
-        unit="tokens", least=1,
+        unit="tokens", least=1, example=16
     )  # fmt: skip
     overlong: str = setting("drop", "what becomes of a document longer than a pack", choices=OVERLONG)
     overlong_of: dict[str, str] = setting(

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
 from data_tools.base.declared import SEEDS, setting
 from data_tools.base.durable import canonical_json, fsync_tree
+from data_tools.base.one_file import open_part
 from data_tools.base.open_cache import OpenCache
 from data_tools.chats.conversation import BadRecord, Conversation, read_record
 from data_tools.chats.encoder import Encoder
@@ -331,7 +332,7 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
     Rows come in the order of the draw, categories mixed. UserMistake, with the numbers, where a share cannot be filled
     and `redistribute` is fail.
     """
-    indices = [np.load(part / INDEX) for part in parts]
+    indices = list(map(_index, parts))
     entries, part_of = np.concatenate(indices), np.repeat(np.arange(len(parts)), list(map(len, indices)))
     # Of equal rows the first counts: of the first file, and in it of the first element.
     order = np.lexsort((part_of, entries["source"], entries["priority"]))
@@ -374,6 +375,12 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
     }
 
 
+def _index(part: Path) -> np.ndarray:
+    """Return the index of the rows that an element left."""
+    with open_part(part / INDEX) as file:
+        return np.load(file)
+
+
 def _balance(parts: Sequence[Path], entries: np.ndarray, first: np.ndarray, chosen: np.ndarray) -> Balance:
     """Return the elements' sheets together, less what the draw left."""
     sheets = [Balance.read(part) for part in parts]
@@ -388,7 +395,7 @@ def _balance(parts: Sequence[Path], entries: np.ndarray, first: np.ndarray, chos
 
 def _write(parts: Sequence[Path], entries: np.ndarray, part_of: np.ndarray, out: Path, progress: Progress) -> None:
     with (
-        OpenCache[int, BinaryIO](lambda part: open(parts[part] / ROWS, "rb")) as files,
+        OpenCache[int, IO[bytes]](lambda part: open_part(parts[part] / ROWS)) as files,
         open(out / SAMPLE, "wb") as sample,
     ):
         for done, (offset, part) in enumerate(zip(entries["offset"].tolist(), part_of.tolist())):

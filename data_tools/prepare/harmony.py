@@ -30,7 +30,9 @@ SUFFIX = "_harmony"
 ON_BAD_ROW = ("fail", "drop")
 
 _ROLE = re.compile(r"^[ \t]*(system|user)[ \t]*:[ \t]*", re.IGNORECASE)
-_SPECIAL = re.compile(r"<\|(?:start|end|message|channel|constrain|return|call)\|>")
+_SPECIAL = re.compile(  # every special token of gpt-oss, from 199998 on: its tokenizer reads them in any text
+    r"<\|(?:start|end|message|channel|constrain|return|call|(?:start|end)oftext|endofprompt|reserved_20[01][0-9]{3})\|>"
+)
 _MOST_PROBLEMS = 20
 
 

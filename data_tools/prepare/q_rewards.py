@@ -37,7 +37,8 @@ class Config:
 
 def boltzmann(q: np.ndarray, tau: float) -> np.ndarray:
     """Return float64[rows, actions] action values → rewards that sum to 1 in each row."""
-    scaled = np.exp((q - q.max(axis=1, keepdims=True)) / tau)
+    with np.errstate(over="ignore"):  # further apart than float64 reaches is a reward of 0 all the same
+        scaled = np.exp((q - q.max(axis=1, keepdims=True)) / tau)
     return scaled / scaled.sum(axis=1, keepdims=True)
 
 

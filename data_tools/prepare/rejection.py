@@ -39,8 +39,8 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 class Band:
     """A band of difficulty: the prompts whose share of right samples lies in it, and how many of them stay."""
 
-    least: float = setting(0.0, "share of right samples, at least", least=0, most=1)
-    most: float = setting(1.0, "share of right samples, at most", least=0, most=1)
+    least: float = setting(0.0, "share of right samples, at least", least=0, most=1, example=0.25)
+    most: float = setting(1.0, "share of right samples, at most", least=0, most=1, example=0.75)
     prompts: int = setting(0, "prompts of the band that stay, drawn by the seed; 0: all", unit="prompts", least=0)
 
 
@@ -54,7 +54,7 @@ class Config:
     correct: bool = setting(True, "only samples whose verifier said so; false: also unscored and wrong ones")
     majority: float = setting(
         0.0, "where no sample of a prompt has a verdict, right is the answer of most, if this share of all gave it; 0: "
-        "never", least=0, most=1, keyed="if_set",
+        "never", least=0, most=1, keyed="if_set", example=0.6
     )  # fmt: skip
     truncated: bool = setting(False, "samples that reached their length limit are kept")
     thinking: str = setting("any", "<think> … </think> before the answer; half of it is never kept", choices=THINKING)
@@ -64,10 +64,10 @@ class Config:
     min_tokens: int = setting(0, "tokens of a sample, at least", unit="tokens", least=0)
     max_tokens: int = setting(0, "tokens of a sample, at most; 0: no limit", unit="tokens", least=0)
     min_pass_rate: float = setting(
-        0.0, "prompts go of whose scored samples a smaller share is correct: too hard", least=0, most=1
+        0.0, "prompts go of whose scored samples a smaller share is correct: too hard", least=0, most=1, example=0.1
     )
     max_pass_rate: float = setting(
-        1.0, "prompts go of whose scored samples a larger share is correct: too easy", least=0, most=1
+        1.0, "prompts go of whose scored samples a larger share is correct: too easy", least=0, most=1, example=0.9
     )
     evaluation_sets: list[str] = setting(
         list,
@@ -80,7 +80,11 @@ class Config:
         unit="words", least=SHORTEST,
     )  # fmt: skip
     near_duplicate: float = setting(
-        0.8, "Jaccard similarity of 5-word runs at which the second sample of a prompt goes; 1: never", above=0, most=1
+        0.8,
+        "Jaccard similarity of 5-word runs at which the second sample of a prompt goes; 1: never",
+        above=0,
+        most=1,
+        example=0.7,
     )
     one_of_a_method: str = setting(
         "", "of samples that are the same but for their numbers one is kept: of a prompt, or of the run; \"\": all are",
@@ -94,8 +98,10 @@ class Config:
     bands: dict[str, Band] = setting(
         dict, "bands of difficulty; a prompt is of the first that has its share of right samples", keyed="if_set"
     )
-    per_task: int = setting(0, "samples of a task, at most; 0: all", unit="samples", least=0, keyed="if_set")
-    most: int = setting(0, "samples in all, at most; 0: all", unit="samples", least=0, keyed="if_set")
+    per_task: int = setting(
+        0, "samples of a task, at most; 0: all", unit="samples", least=0, keyed="if_set", example=20000
+    )
+    most: int = setting(0, "samples in all, at most; 0: all", unit="samples", least=0, keyed="if_set", example=100_000)
     seed: int = setting(0, "draw of the prompts where there are too many", free=True, keyed="if_set")
     on_bad_row: str = setting("fail", "what a line that is no sample does", choices=ON_BAD_ROW)
 

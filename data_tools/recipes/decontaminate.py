@@ -23,6 +23,7 @@ from typing import Any
 from data_tools.base.declared import setting
 from data_tools.base.durable import fsync_tree
 from data_tools.base.json_text import json_line
+from data_tools.base.one_file import open_part
 from data_tools.mistake import Problem, UserMistake
 from data_tools.prepare.contamination import (
     NGRAM,
@@ -205,9 +206,10 @@ def finish(config: Config, parts: Sequence[Path], out: Path) -> dict[str, Any]:
     for name in map(out_name, config.inputs):
         with open(out / name, "wb") as whole:
             for part in parts:
-                with open(part / name, "rb") as file:
+                with open_part(part / name) as file:
                     shutil.copyfileobj(file, whole)
-    shutil.copyfile(parts[0] / QUESTIONS, out / QUESTIONS)
+    with open_part(parts[0] / QUESTIONS) as file, open(out / QUESTIONS, "wb") as whole:
+        shutil.copyfileobj(file, whole)
     sheets = [Balance.read(part) for part in parts]
     found = _found(config, parts, sheets)
     _write_lines(out / FOUND, found)
@@ -268,5 +270,5 @@ def _write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
+    with open_part(path) as file:
         yield from map(json.loads, file)

@@ -5,6 +5,7 @@ Other columns keep their text. Numbers are written so that reading gives the sam
 
 import csv
 import io
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -54,14 +55,11 @@ class Table:
     def floats(self, names: Sequence[str]) -> np.ndarray:
         """Return float64[rows, names]. Raise UserMistake naming every line (of the first 20) with something else than a
         number."""
-        values = np.full((len(self.rows), len(names)), np.nan)
+        values = np.empty((len(self.rows), len(names)))
         problems = []
         for place, name in enumerate(names):
             for row, text in enumerate(self.column(name)):
-                try:
-                    values[row, place] = float(text)
-                except ValueError:
-                    pass
+                values[row, place] = number_of(text)
                 if not np.isfinite(values[row, place]):
                     problems.append((self.lines[row], name, text))
         if problems:
@@ -73,6 +71,16 @@ class Table:
                 told.append(Problem(str(self.path), f"and {len(problems) - len(told)} more"))
             raise UserMistake(told)
         return values
+
+
+def number_of(value: object) -> float:
+    """Return the number that a cell is or spells, nan for what is none. Python alone reads 1_000 as a number."""
+    if isinstance(value, bool) or isinstance(value, str) and "_" in value:
+        return math.nan
+    try:
+        return float(value)  # type: ignore[arg-type]  # what it cannot be made of raises
+    except (OverflowError, TypeError, ValueError):
+        return math.nan
 
 
 def read_table(path: Path) -> Table:

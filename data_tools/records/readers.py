@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.base.json_text import json_line, json_value
+from data_tools.base.one_file import open_part
 from data_tools.mistake import Problem, UserMistake
 from data_tools.records.shares import Share, open_share
 
@@ -52,6 +53,13 @@ class Record(NamedTuple):
 def records(path: Path, format: str = "auto") -> Iterator[Record]:
     """Yield every record of a file in its order, blank lines too. Raise UserMistake where it cannot be read at all."""
     return records_of(open_share(path, format=format))
+
+
+def records_of_part(path: Path) -> Iterator[Record]:
+    """Yield every record of a JSONL file that an element left, by itself or in its part.zip (base/one_file.py)."""
+    with open_part(path) as file:
+        for number, raw in enumerate(file, 1):
+            yield record_of(raw, f"{path}:{number}")
 
 
 def records_of(share: Share) -> Iterator[Record]:

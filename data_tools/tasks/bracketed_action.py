@@ -14,12 +14,14 @@ from typing import Any
 from data_tools.answers.forms import final_text
 from data_tools.mistake import nearest
 from data_tools.prepare.q_rewards import REWARD
+from data_tools.records.csv_tables import number_of
 from data_tools.tasks.task import Item
 
 REWARDS = {"action": 1.0}
 HUB = ""
 ON_INVALID = ("mask", "penalty")
 
+_DIGITS = 9  # of an action, as in the names of columns; of more than 4,300 Python makes no number
 _ACTION = re.compile(r"\[\s*(\d+)\s*\]")
 
 
@@ -61,10 +63,7 @@ def _rewards(record: dict[str, Any]) -> list[float]:
         name = f"{REWARD}{action}"
         if name not in found:
             raise ValueError(f"has {', '.join(found)} but no column {name}")
-        try:
-            values.append(float(found[name]))
-        except (TypeError, ValueError):
-            values.append(math.nan)
+        values.append(number_of(found[name]))
         if not math.isfinite(values[-1]):
             raise ValueError(f"{name} is {found[name]!r}, not a finite number")
     return values
@@ -79,7 +78,10 @@ def final_answer(item: Item, completion: str, options: Options) -> str | None:
     """Return the last action in brackets of what is said to the user, None where that is none of the row's."""
     said = final_text(completion)
     found = _ACTION.findall(said) if said is not None else []
-    return str(int(found[-1])) if found and int(found[-1]) < len(item.columns["rewards"]) else None
+    leading, own = (found[-1][:-_DIGITS], found[-1][-_DIGITS:]) if found else ("", "")
+    if not own or leading.strip("0") or int(own) >= len(item.columns["rewards"]):
+        return None
+    return str(int(own))
 
 
 def best(item: Item, options: Options) -> dict[str, float]:

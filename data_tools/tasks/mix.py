@@ -41,6 +41,7 @@ from data_tools.tasks.task import (
     check_task,
     code_digest,
     load_task,
+    rows_from,
     task_names,
     task_options,
 )
@@ -218,7 +219,10 @@ def _check_prompts(entry: Entry, task: Any, where: str) -> list[Problem]:
             Problem(f"{where}.hub", f"{entry.hub!r} is no dataset: write org/name, org/name@revision or org/name:glob")
         ]
     if not has_source and not entry.hub and not getattr(task, "HUB", ""):
-        return [Problem(f"{where}.source", "no prompts; give files in source.inputs, or a dataset in hub")]
+        unread = "; the HUB of a module of yours is not read" if task is None else ""
+        return [
+            Problem(f"{where}.source", f"no prompts; give {rows_from(task)}, or a dataset of the hub in hub{unread}")
+        ]
     if entry.source.synthetic_rows > 0 and task and not hasattr(task, "synthetic_row"):
         return [
             Problem(f"{where}.source.synthetic_rows", f"task {entry.task} makes no rows; give files in source.inputs")

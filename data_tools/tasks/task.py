@@ -385,7 +385,15 @@ def check_rows(name: str, options: dict[str, Any], source: Source) -> list[Probl
         if source.synthetic_rows and not hasattr(task, "synthetic_row"):
             message = f"task {name} makes no rows; give files in source.inputs"
             problems.append(Problem("source.synthetic_rows", message))
+        problems += check_source(source, f"no rows; give {rows_from(task)}")
+        return problems
     return problems + check_source(source)
+
+
+def rows_from(task: Any) -> str:
+    """Return where the rows of a task may come from, for the remedy of a source that names none."""
+    made = ", or a number in source.synthetic_rows" if hasattr(task, "synthetic_row") else ""
+    return f"files in source.inputs{made}"
 
 
 def check_options(task: Any, values: Mapping[str, Any], where: str = "task_options") -> list[Problem]:
@@ -401,11 +409,14 @@ def check_options(task: Any, values: Mapping[str, Any], where: str = "task_optio
     return refused or [Problem(where, message) for message in own(options)]
 
 
-def check_source(source: Source) -> list[Problem]:
-    """Wrong values of the setting `source`; opens no file."""
+def check_source(source: Source, none: str = "") -> list[Problem]:
+    """Wrong values of the setting `source`; opens no file.
+
+    `none` is what to say of one that names no rows, with the remedy, which depends on the task; "": nothing.
+    """
     problems: list[Problem] = []
-    if not source.inputs and source.synthetic_rows == 0:
-        problems.append(Problem("source", "no rows: neither inputs nor synthetic_rows; give one of them"))
+    if none and not source.inputs and source.synthetic_rows == 0:
+        problems.append(Problem("source", none))
     for place, file in enumerate(source.inputs):
         if file in source.inputs[:place]:
             problems.append(Problem(f"source.inputs[{place}]", f"{file} is given twice; name each file once"))

@@ -1,21 +1,24 @@
 """What is left of an array once its phase is sealed: how its elements ended in one file, and few of their leases.
 
-A phase of thousands of elements otherwise keeps two small files of each for good. The leases of sealed elements decide
+A phase of thousands of elements otherwise keeps two small files of each for good, and the journals that its samples
+could be taken up from: those go as soon as an element is sealed. The leases of sealed elements decide
 nothing any more: whoever would work on one finds its seal, and owners before the one that sealed cannot seal.
 """
 
 import contextlib
 import os
+import shutil
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from data_tools.base import durable
 from data_tools.base.indices import Indices
 from jobs.artifacts.gathered import Gathered, gathered_line
-from jobs.artifacts.layout import read_lease_name
+from jobs.artifacts.layout import journals_of, read_lease_name
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 
-FROM_ELEMENTS = 1000  # of a phase
+# Of a phase. Below, all that is left of its elements is a few hundred files, and each stays where people look for it.
+FROM_ELEMENTS = 100
 
 
 def consolidate(run: RunFolder, phase: FrozenPhase, attempt: int, sealed_by: Mapping[int, tuple[int, int]]) -> None:
@@ -31,6 +34,16 @@ def consolidate(run: RunFolder, phase: FrozenPhase, attempt: int, sealed_by: Map
         idle = _idle_leases(run, phase, sealed_by)
         _remove(_gathered(run, phase, attempt, idle))
         _remove(idle.values())
+
+
+def forget_journals(phase: FrozenPhase, keep: Path) -> None:
+    """Delete what a sealed element of a large array wrote down to go on from after a stop, in what it keeps.
+
+    What a user's own kind keeps under such a name may be something else.
+    """
+    if phase.elements >= FROM_ELEMENTS and "." not in phase.uses:
+        for path in journals_of(keep):
+            shutil.rmtree(path, ignore_errors=True)  # a late twin may look in
 
 
 def _remove(paths: Iterable[Path]) -> None:

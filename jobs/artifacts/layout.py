@@ -78,9 +78,8 @@ def _groups(folder: Path) -> list[Path]:
 
 
 def _of_element(folder: Path, element: int | str, owners: str) -> list[Path]:
-    """Return what lies in `folder` of the owners of an element whose names begin with `owners`.
-
-    Runs of before have no groups: all of theirs lies in the folder itself.
+    """Return what lies in `folder` of the owners of an element whose names begin with `owners`; runs of before have no
+    groups: all of theirs lies in the folder itself.
     """
     begins, places = f"{element_name(element)}.{owners}", []
     for place in dict.fromkeys((folder, _group(folder, element))):
@@ -398,6 +397,11 @@ class ArtifactLayout:
         """Yield the folders in which elements keep what survives attempts, however many elements there are."""
         yield self.folder
         yield from (self.folder / "elements").glob("[0-9]*")
+
+
+def journals_of(keep: Path) -> list[Path]:
+    """Return the journals in what an element keeps."""
+    return [path for pattern in JOURNALS for path in sorted(keep.glob(pattern))]
 
 
 def checkpoints_of(keep: Path) -> Iterator[Path]:

@@ -300,6 +300,15 @@ class RunFolder(RunLayout):
             key=lambda seal: (seal.content["submission"], seal.content["restart"], seal.content["sealed_at"]),
         )
 
+    def sealed_before(self, phase: FrozenPhase) -> Path | None:
+        """Return the PHASE/KEY folder that was sealed last under another key of a phase; None where there is none."""
+        sealed = [
+            (path.stat().st_mtime, path.parent)
+            for path in self.seal_paths(phase.name)
+            if path.parent.name != phase.key and not path.parent.is_symlink()
+        ]
+        return max(sealed)[1] if sealed else None
+
     def record_outcome(self, phase: str, outcome: Outcome) -> None:
         """Write how a life of an element ended.
 

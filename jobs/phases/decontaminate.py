@@ -1,8 +1,9 @@
-"""Training data to the same without the questions of evaluated tasks: an array over shares of the files."""
+"""Removes the rows that hold a question of an evaluated task from training data: an array over shares of the files."""
 
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.one_file import bundle
 from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
 from data_tools.recipes import decontaminate
@@ -18,7 +19,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return decontaminate.decontaminate(config, task.out, task.index, task.count, progress=task.progress_or_stop)
+    facts = decontaminate.decontaminate(config, task.out, task.index, task.count, progress=task.progress_or_stop)
+    if task.count > 1:
+        bundle(task.out)
+    return facts
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Dolci-Think to a stratified English sample: an array over the shards, drawn to a target number of rows."""
+"""Draws a stratified English sample of Dolci-Think of a target number of rows: an array over its shards."""
 
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.one_file import bundle
 from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
 from data_tools.prepare import dolci
@@ -19,7 +20,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return dolci.sample_shard(config, task.out, task.index, task.count, progress=task.progress)
+    facts = dolci.sample_shard(config, task.out, task.index, task.count, progress=task.progress)
+    if task.count > 1:
+        bundle(task.out)
+    return facts
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:

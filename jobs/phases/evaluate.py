@@ -1,4 +1,4 @@
-"""Accuracies of a model folder, on a task's rows or on the tasks of a mix, each by itself.
+"""Measures the accuracy of a model folder, on a task's rows or on the tasks of a mix, each by itself.
 
 An array over prompts (array: 4), or over the tasks of a mix (array: [gsm8k, math500]); counts are added up.
 """
@@ -6,6 +6,7 @@ An array over prompts (array: 4), or over the tasks of a mix (array: [gsm8k, mat
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.one_file import bundle
 from data_tools.evaluations.accuracy import headline
 from data_tools.mistake import Problem
 from data_tools.tasks import mix
@@ -28,9 +29,12 @@ def datasets(config: Config) -> list[str]:
 
 def run(config: Config, task: Task) -> dict[str, Any]:
     share = {"only": task.value} if isinstance(task.value, str) else {}
-    return evaluate.run(
+    facts = evaluate.run(
         config, task.out, task.keep, progress=task.progress_or_stop, index=task.index, count=task.count, **share
     )
+    if task.count > 1 and task.rank == 0:
+        bundle(task.out)
+    return facts
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:

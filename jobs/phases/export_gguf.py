@@ -1,4 +1,4 @@
-"""A Hugging Face folder, or an adapter in PEFT's format, as a GGUF file, by llama.cpp's own converter."""
+"""Writes a Hugging Face folder, or an adapter in PEFT's format, as a GGUF file, by llama.cpp's own converter."""
 
 from typing import Any
 

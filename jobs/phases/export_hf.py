@@ -1,4 +1,4 @@
-"""A model folder back into a Hugging Face checkpoint that transformers loads.
+"""Turns a model folder back into a Hugging Face checkpoint that transformers loads.
 
 As an array, each element writes a share of the files."""
 

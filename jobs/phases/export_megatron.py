@@ -1,4 +1,4 @@
-"""A model folder as a distributed checkpoint that Megatron-LM loads."""
+"""Writes a model folder as a distributed checkpoint that Megatron-LM loads."""
 
 from typing import Any
 

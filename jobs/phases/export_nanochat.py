@@ -1,4 +1,4 @@
-"""A model folder of the family nanochat back into nanochat's own checkpoint."""
+"""Turns a model folder of the family nanochat back into nanochat's own checkpoint."""
 
 from typing import Any
 

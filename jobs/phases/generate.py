@@ -1,4 +1,4 @@
-"""Samples of a model folder on the prompts of tasks: an array over prompts, what reject_filter chooses from."""
+"""Samples a model folder on the prompts of tasks, for reject_filter to choose from: an array over prompts."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""In-place GRPO of a model folder on tasks."""
+"""Trains a model folder by GRPO on tasks; the model in training draws the samples itself."""
 
 from typing import Any
 

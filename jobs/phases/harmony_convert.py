@@ -1,4 +1,4 @@
-"""Legacy CSV prompts to Harmony chat prompts, the format of gpt-oss; NAME.csv becomes NAME_harmony.csv."""
+"""Turns CSV prompts into Harmony chat prompts, the format of gpt-oss; NAME.csv becomes NAME_harmony.csv."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint into a model folder: megatron-core's distributed format, any layout reads it.
+"""Turns a Hugging Face checkpoint into a model folder: megatron-core's format, which any parallel layout reads.
 
 As an array, each element converts a share of the tensors."""
 

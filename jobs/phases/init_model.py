@@ -1,4 +1,4 @@
-"""A random Hugging Face checkpoint from a small config, with its tokenizer: a model to rehearse with."""
+"""Makes a random Hugging Face checkpoint from a small config, with its tokenizer: a model to rehearse with."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Conversations or task rows to token ids and loss masks: an array over shares of the inputs, merged into one store."""
+"""Turns conversations or a task's rows into token ids and loss masks: an array over shares of the inputs."""
 
 import contextlib
 from pathlib import Path

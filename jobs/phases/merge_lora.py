@@ -1,4 +1,4 @@
-"""A model folder with an adapter into a plain one that computes the same.
+"""Merges the adapter of a model folder into its weights: a plain model folder that computes the same.
 
 As an array, each element merges a share of the tensors."""
 

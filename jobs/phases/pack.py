@@ -1,4 +1,4 @@
-"""A token store's documents into packs of one length: the plan of every batch, apart from the tokens."""
+"""Lays a token store's documents into packs of one length: the plan of every batch, apart from the tokens."""
 
 from pathlib import Path
 from typing import Any

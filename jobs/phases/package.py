@@ -1,4 +1,4 @@
-"""A model folder to hand on: weights, adapter, GGUF files, Ollama's and vLLM's files, a card with the run's lineage."""
+"""Makes a folder to hand on: weights, adapter, GGUF files, files for Ollama and vLLM, a card with the lineage."""
 
 from typing import Any, cast
 

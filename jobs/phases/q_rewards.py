@@ -1,4 +1,4 @@
-"""CSV prompts with action values to CSV prompts with rewards: the Boltzmann softmax of each row's `q_action_*`."""
+"""Turns CSV prompts with action values into prompts with rewards: the Boltzmann softmax of each row's `q_action_*`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Sampled completions to JSONL chat: right, well-formed, not too alike, some a prompt, none of an evaluation set.
+"""Keeps sampled completions that are right, whole and unlike one another, as JSONL chats; none of an evaluation set.
 
 An array over prompts; behind a generate of as many elements it follows that one by one (needs: aftercorr).
 """
@@ -18,6 +18,8 @@ from data_tools.records.inputs import JSONL, files_of
 from data_tools.records.shares import read_over
 from jobs.kind import Placement
 from jobs.task import Task
+
+TAKES_PARTS = True  # an element takes all that its partner sampled
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""An exported folder asked by transformers, or its GGUF by llama.cpp, on prompts of tasks, beside the base model."""
+"""Asks an exported folder by transformers, or its GGUF by llama.cpp, prompts of tasks, beside the base model."""
 
 from typing import Any
 

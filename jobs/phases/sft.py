@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a model folder on packs."""
+"""Fine-tunes a model folder on packs."""
 
 from typing import Any
 

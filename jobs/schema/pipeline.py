@@ -28,7 +28,7 @@ import yaml
 from data_tools.base.yaml_loaders import read_file, read_typed, read_values
 from data_tools.mistake import UserMistake, nearest
 from jobs.kind import PhaseKind, find_kind, kind_names
-from jobs.schema.problems import Problems
+from jobs.schema.problems import Problems, no_such_pipeline
 from jobs.schema.references import PARAM, Resolver, references
 from jobs.schema.typed import structured
 from jobs.schema.variables import Variable, beaten, declared, given
@@ -184,7 +184,7 @@ class _Loader:
         try:
             raw = read_values(read_file(self.path))
         except FileNotFoundError:
-            raise UserMistake(f"{self.path}: no such pipeline file") from None
+            raise no_such_pipeline(self.path) from None
         except (OSError, ValueError) as error:  # ValueError: of a name with \0
             raise UserMistake(f"{self.path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         except yaml.YAMLError as error:

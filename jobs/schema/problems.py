@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_tools.mistake import Problem, nearest
+from data_tools.mistake import Problem, UserMistake, nearest
 
 
 class Problems:
@@ -33,3 +33,10 @@ class Problems:
         for key in written:
             if key not in known:
                 self.note(f"{prefix}{key}", f"unknown key{nearest(str(key), known)}")
+
+
+def no_such_pipeline(path: Path) -> UserMistake:
+    """Return the mistake of naming a pipeline file that is not there; of one of ours it says where that lies."""
+    own = Path(__file__).parents[1] / "pipelines" / f"{path.name.removesuffix('.yaml')}.yaml"
+    hint = f"; the one that comes with afterok is {own}" if own.is_file() else ""
+    return UserMistake(f"{path}: no such pipeline file{hint}")

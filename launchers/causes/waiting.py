@@ -68,7 +68,7 @@ def still_waits(e: Evidence) -> Diagnosis | None:
     if remedy := remedy_if_stuck(e.reason):
         return Diagnosis(Cause.NEVER_STARTS, "will not start by itself", e.said, remedy)
     if e.state == RUNNING:
-        return Diagnosis(Cause.WAITING, "runs", e.said, "nothing is wrong")
+        return Diagnosis(Cause.WAITING, "is under way", e.said, "nothing is wrong")
     if e.state == "SUSPENDED":
         return Diagnosis(Cause.WAITING, "is suspended", e.said, "it goes on when Slurm resumes it")
     if e.reason not in PLAIN_WAIT and e.reason.startswith(("ReqNodeNotAvail", "Nodes required", "Nodes_required")):

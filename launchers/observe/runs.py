@@ -4,10 +4,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.printing import as_typed
 from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.layout import CHANGING, is_run, runs_below
 from jobs.artifacts.run_folder import RunFolder
 from launchers.observe.status import run_status
+from launchers.planning.ledger import Ledger
 
 
 def find_run(name: str | None) -> RunFolder:
@@ -23,7 +25,16 @@ def find_run(name: str | None) -> RunFolder:
     runs = [RunFolder(path.absolute()) for path in runs_below(Path("runs"))]
     if not runs:
         raise UserMistake("no run below ./runs; name one: afterok status RUN")
-    return max(runs, key=lambda run: run.ledger.stat().st_mtime)
+    return max(runs, key=_last_submission)
+
+
+def _last_submission(run: RunFolder) -> float:
+    """Return when something was submitted in a run last, in seconds since the epoch: no cancel or repair counts."""
+    try:
+        times = [event["time"] for event in Ledger(run.ledger).events() if event["event"] in ("submission", "bundle")]
+        return max(times)
+    except (UserMistake, KeyError, TypeError, ValueError):  # damaged, which the verb tells of it; or of before
+        return run.ledger.stat().st_mtime
 
 
 def _no_run(name: str) -> str:
@@ -33,14 +44,6 @@ def _no_run(name: str) -> str:
 def _names() -> list[str]:
     """Return the names of the runs below ./runs."""
     return [path.name for path in runs_below(Path("runs"))]
-
-
-def as_typed(path: Path) -> str:
-    """Return a path as the user would type it from here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def run_and_phase(words: list[str]) -> tuple[RunFolder, str | None]:

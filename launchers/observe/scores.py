@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from data_tools.evaluations.side_by_side import SideBySide, side_by_side, table_of
 from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.run_folder import RunFolder
+from launchers.observe.evaluated import KINDS
 from launchers.observe.show import console, table
-
-KIND = "evaluate"
 
 
 def scores(run: RunFolder, names: Sequence[str] = ()) -> SideBySide:
@@ -17,7 +16,7 @@ def scores(run: RunFolder, names: Sequence[str] = ()) -> SideBySide:
     Raise UserMistake where a name is no evaluation, one of `names` is not sealed, or there is none at all.
     """
     phases = run.frozen(run.newest_submission())
-    known = [name for name, phase in phases.items() if phase.uses == KIND]
+    known = [name for name, phase in phases.items() if phase.uses in KINDS]
     for name in names:
         if name not in known:
             raise UserMistake(f"{name!r} is no evaluation of {run.path}{nearest(name, known)}")

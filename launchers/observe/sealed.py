@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_tools.base.printing import as_typed
 from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.layout import is_run
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
@@ -30,5 +31,13 @@ def find_sealed(run: RunFolder, name: str) -> tuple[FrozenPhase, Seal]:
         raise no_phase(run, name, list(phases))
     seal = run.seal(name, phases[name].key)
     if seal is None:
-        raise UserMistake(f"{name} is not sealed yet; see `afterok status {run.path}`")
+        before = run.sealed_before(phases[name])
+        said = f"; under other settings or inputs it was, and lies in {as_typed(before)}" if before else ""
+        raise UserMistake(f"{name} is not sealed yet{said}; see `afterok status {as_typed(run.path)}`")
     return phases[name], seal
+
+
+def readable(run: RunFolder, phase: str, seal: Seal) -> Path:
+    """Return where a seal's content lies: by the link RUN/PHASE/latest where it leads there."""
+    link = run.latest_link(phase)
+    return link if link.exists() and link.resolve() == seal.folder.resolve() else seal.folder

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.base.printing import clean, raw, size_text
+from data_tools.base.printing import as_typed, clean, raw, size_text
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
-from launchers.observe.runs import RunLine, as_typed
+from launchers.observe.runs import RunLine
 from launchers.observe.status import PhaseStatus, RunStatus
 from launchers.submission.superfluous import WHAT
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # imported where they are needed, so that a --json answer doe
     from launchers.submission.clean import Cleaned, Item
     from launchers.submission.submit import Submitted
 
+SHORT = 16  # columns of a cell that is not folded
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
 COLOURS = {
     COMPLETED: "green",
@@ -57,16 +58,35 @@ def console() -> "Console":
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str = "") -> "Table":
-    """Return a table whose cells are printed as they are, states and actions in their colours."""
+    """Return a table whose cells are printed as they are, states and actions in their colours.
+
+    Short cells are never folded. On a terminal that is too narrow for that, each row is told line by line instead.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    out = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in columns:
-        out.add_column(column, overflow="fold")
-    for row in rows:
-        out.add_row(*(Text(str(cell), style=COLOURS.get(str(cell), "")) for cell in row))
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    needed = sum(width if width <= SHORT else SHORT for width in widths) + 3 * len(widths)
+
+    class Narrowing(Table):
+        def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+            if options.max_width >= needed or not console.is_terminal:
+                yield from super().__rich_console__(console, options)
+                return
+            yield from [Text(title, style="italic")] if title else []
+            for first, *others in cells:
+                yield Text(first, style="bold")
+                told = [f"  {name}: {cell}" if name else f"  {cell}" for name, cell in zip(columns[1:], others) if cell]
+                yield from map(Text, told)
+            yield Text("")
+
+    out = Narrowing(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column, width in zip(columns, widths):
+        out.add_column(column, overflow="fold", no_wrap=width <= SHORT)
+    for row in cells:
+        out.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
     return out
 
 
@@ -86,7 +106,7 @@ def plan_table(plan: "Plan", starts: "Mapping[str, str] | None" = None) -> "Tabl
             size += f", {r.gpus_per_node} GPUs"
         if phase.frozen.links:
             size += f", up to {phase.frozen.links} links"
-        missing = f"{len(phase.missing)}/{phase.frozen.elements}" if phase.missing else str(phase.frozen.elements)
+        to_run = f"{len(phase.missing) if phase in plan.to_run else 0} of {phase.frozen.elements}"
         why = "; ".join(phase.reasons)
         if phase.code_changed:
             why += f"; code changed since: {', '.join(phase.code_changed[:3])}" + (
@@ -94,10 +114,10 @@ def plan_table(plan: "Plan", starts: "Mapping[str, str] | None" = None) -> "Tabl
             )
         known = [_at_most(phase.gpu_hours)] if costly else []
         known += [starts.get(phase.name, "").replace("T", " ")] if starts else []
-        rows.append([phase.name, missing, phase.role, size, *known, phase.action, why])
+        rows.append([phase.name, to_run, phase.role, size, *known, phase.action, why])
     known = [*(["GPU-h at most"] if costly else []), *(["starts"] if starts else [])]
     return table(
-        ["phase", "elements", "role", "resources", *known, "action", "why"],
+        ["phase", "to run", "role", "resources", *known, "action", "why"],
         rows,
         f"{plan.pipeline.name} in {plan.run.path} on {plan.cluster.name}",
     )
@@ -235,12 +255,12 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_hours(value: float | None) -> str:
-    """Return 0.0031, 0.42, 7.10 or 1,234.5: few digits, but never 0.00 for what is not nothing."""
+    """Return 0.0031, 0.032, 0.42, 7.10 or 1,234.5: few digits, and never 0.00 for what is not nothing."""
     if value is None:
         return ""
     if value >= 10:
         return f"{value:,.1f}"
-    return f"{value:.2f}" if value >= 0.01 or not value else f"{value:.2g}"
+    return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.2g}"
 
 
 def runs_table(runs: list[RunLine]) -> "Table":

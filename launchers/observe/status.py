@@ -26,6 +26,7 @@ from launchers.causes.states import (
 from launchers.causes.traces import keep_folder
 from launchers.observe.gpu_hours import gpu_hours
 from launchers.observe.look import Element, Look, look_at
+from launchers.observe.sealed import readable
 from launchers.planning import held
 from launchers.planning.ledger import Ledger
 from slurm.detect import NoDevCluster
@@ -60,6 +61,7 @@ class PhaseStatus:
     latest: str = ""  # the link to what is sealed, which people use; "" where there is none
     gpu_hours: float | None = None  # None: no attempt asked for GPUs
     gpu_hours_lost: float | None = None
+    sealed_before: str = ""  # what is sealed of it under other settings or inputs, the newest, where this one is not
     written_before: bool = False  # sealed before seals had a sum over themselves
 
     @property
@@ -124,6 +126,11 @@ def status_of(look: Look) -> RunStatus:
         status.notes.append(given_up)
     if folder := ledger.unsent(look.number):
         status.notes.append(f"submission {look.number} is a bundle that was not sent yet: sh {folder}/submit.sh")
+    if sealed_before := [phase.phase for phase in status.phases if phase.sealed_before]:
+        status.notes.append(
+            f"sealed before, under other settings or inputs: {', '.join(sealed_before)}. That is kept, and counts "
+            "again once they are as they were"
+        )
     if before := [phase.phase for phase in status.phases if phase.written_before]:
         status.notes.append(
             f"no sum: written before, so that nobody can tell whether it was altered: the seal of {', '.join(before)}"
@@ -172,6 +179,8 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
                 _tell_open(status, look, phase, elements=elements, open_elements=open_elements)
     if seal is not None:
         _tell_sealed(status, look, phase, seal)
+    elif status.state != NOT_NEEDED and not status.active and (before := look.run.sealed_before(phase)) is not None:
+        status.sealed_before = str(before)
     return status
 
 
@@ -184,8 +193,8 @@ def _tell_sealed(status: PhaseStatus, look: Look, phase: FrozenPhase, seal: Seal
     status.seconds = max(0.0, seal.content["sealed_at"] - began)  # two hosts' clocks, for eyes only
     status.facts, status.folder, status.written_before = seal.facts, str(seal.folder), not seal.has_sum
     status.tables = read_tables(look.run.artifact(phase).folder)
-    link = look.run.latest_link(phase.name)
-    status.latest = str(link) if link.exists() and link.resolve() == seal.folder.resolve() else ""
+    place = readable(look.run, phase.name, seal)
+    status.latest = str(place) if place != seal.folder else ""
 
 
 def _tell_open(
@@ -214,8 +223,12 @@ def _fan_in_outcome(outcomes: list[Outcome]) -> Outcome | None:
 
 
 def _worst(open_tasks: list[tuple[TaskState, Element]]) -> tuple[TaskState, Element | None]:
-    """Return the element that speaks for the phase: one that goes on, else one that failed, else a cancelled one."""
-    order = {FAILED: 0, UNKNOWN: 1, RUNNING: 3, PENDING: 4, CANCELLED: 5}
+    """Return the element that speaks for the phase: one that goes on, else one that failed, else a cancelled one.
+
+    Of those that go on, one that may need a person (suspended, held) comes before one that runs; one that is about to
+    leave says nothing of the others.
+    """
+    order = {FAILED: 0, UNKNOWN: 1, RUNNING: 3, "CONFIGURING": 4, PENDING: 5, "COMPLETING": 6, CANCELLED: 7}
     if not open_tasks:
         return TaskState("", -1, FAILED, "all elements are sealed, their fan-in is not; submit again"), None
     going_on = [(task, element) for task, element in open_tasks if is_active(task.state, task.reason)]

@@ -24,13 +24,12 @@ from launchers.observe.look import Element, Look, look_at
 from launchers.observe.sealed import no_phase
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm, SlurmError
-from slurm.printed import AccountingRow, format_indices
+from slurm.printed import SHOWN_RANGES, AccountingRow, format_indices
 from slurm.profile.check import contact_note
 from slurm.profile.files import load
 
 MAX_ASKED = 8  # elements of a phase whose end is asked of scontrol one by one; the rest are judged by their logs
 SAMPLED = 200  # logs that are read of elements that nothing else tells apart
-SHOWN_RANGES = 6  # of elements, in a sentence
 ASK_THE_SITE = (Cause.NEVER_STARTS, Cause.NODE, Cause.ENVIRONMENT)  # what a profile's contact has to hear of
 
 

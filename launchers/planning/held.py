@@ -5,15 +5,14 @@ without them. `resubmit`, `status` and `plan` say so, and how to go back.
 """
 
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.printing import as_typed
 from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.pipeline import Pipeline
-from launchers.planning.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,6 @@ class Held:
 
     override: str  # KEY=VALUE
     submission: int
-    given_at: float | None  # seconds since the epoch, by the submitting host's clock; None: of a run of before
-
-
-def _spelled(kept: list[Held]) -> str:
-    """Return overrides in words, those of one submission together."""
-    told = []
-    for number in sorted({each.submission for each in kept}):
-        own = [each for each in kept if each.submission == number]
-        given_at = own[0].given_at
-        when = time.strftime(", %Y-%m-%d %H:%M", time.localtime(given_at)) if given_at else ""
-        told.append(f"{' '.join(each.override for each in own)} (submission {number}{when})")
-    return "; ".join(told)
 
 
 def held(run: RunFolder) -> list[Held]:
@@ -42,8 +29,6 @@ def held(run: RunFolder) -> list[Held]:
     given = {number: _given(run, number) for number in numbers}
     if not numbers:
         return []
-    times = {event["submission"]: event.get("time") for event in Ledger(run.ledger).events()
-             if event["event"] == "submission"}  # fmt: skip
     found = []
     for key, override in given[numbers[-1]].items():
         first = numbers[-1]
@@ -51,7 +36,7 @@ def held(run: RunFolder) -> list[Held]:
             if given[number].get(key) != override:
                 break
             first = number
-        found.append(Held(override, first, times.get(first)))
+        found.append(Held(override, first))
     return found
 
 
@@ -64,30 +49,24 @@ def file_of(run: RunFolder) -> Path | None:
 
 def told(run: RunFolder) -> str:
     """Return which overrides are in force in a run, and how to go back to its file; "" where none is."""
-    kept = held(run)
-    if not kept:
-        return ""
-    return f"in force beside the pipeline file: {_spelled(kept)}. {way_back(run)}"
+    kept = [f"{shlex.quote(each.override)} (submission {each.submission})" for each in held(run)]
+    return f"overrides in force: {', '.join(kept)}; `{_way_back(run)}` takes them back" if kept else ""
 
 
-def way_back(run: RunFolder) -> str:
-    """Return how to make the pipeline file's own values count again."""
-    file = file_of(run)
-    command = shlex.join(["afterok", "submit", str(file) if file else "PIPELINE", "--run", str(run.path)])
-    return f"`{command}` without them goes back to the file's values"
+def _way_back(run: RunFolder) -> str:
+    """Return the command that makes the pipeline file's own values count again."""
+    file, own = file_of(run), Path.cwd() / "runs" / run.pipeline_name(run.newest_submission())
+    where = [] if run.path == own else ["--run", as_typed(run.path)]
+    return shlex.join(["afterok", "submit", as_typed(file) if file else "PIPELINE", *where])
 
 
 def remarks(pipeline: Pipeline, run: RunFolder) -> list[str]:
     """Return what `plan` and `submit` say of overrides that the newest submission has and this command leaves out."""
     own = _by_key([*(variable.override for variable in pipeline.variables), *pipeline.overrides])
-    missing = [each for each in held(run) if _key(each.override) not in own]
+    missing = [each.override for each in held(run) if _key(each.override) not in own]
     if not missing:
         return []
-    words = shlex.join(each.override for each in missing)
-    return [
-        f"the run holds {_spelled(missing)}, which this command leaves out: what they changed goes back to "
-        f"the file's values. To keep them, add {words}"
-    ]
+    return [f"this takes back overrides of the run; add those that are to stay: {shlex.join(missing)}"]
 
 
 def _origin(run: RunFolder, number: int) -> dict[str, Any]:

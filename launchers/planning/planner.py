@@ -17,7 +17,16 @@ from jobs.artifacts.hash_cache import HashCache
 from jobs.artifacts.keys import content_digest, key_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder, path_problem
 from jobs.artifacts.seal import Seal
-from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, user_modules, wrong_makers
+from jobs.kind import (
+    Placement,
+    inputs,
+    keyed_settings,
+    kind_names,
+    shares_of_parts,
+    user_code,
+    user_modules,
+    wrong_makers,
+)
 from jobs.schema.pipeline import Phase, Pipeline
 from jobs.schema.references import references, substitute
 from launchers.planning import held, limits, rehearsal
@@ -348,6 +357,7 @@ class _Planner:
             up = self.planned[name].frozen
             folders[name] = str(seal.folder if seal else self.run.artifact(up).folder)
         config = substitute(phase.config, folders)
+        paired = standing.partners(frozen, {name: each.frozen for name, each in self.planned.items()})
         placement = Placement(
             ranks=resources.ranks_per_node * resources.nodes,
             nodes=resources.nodes,
@@ -357,14 +367,12 @@ class _Planner:
             environment=environment_of(self.cluster.profile, resources.role).set,
             elements=phase.elements,
             values=tuple(phase.array) if isinstance(phase.array, list) else (),
-            partners={
-                folders[name]: self.planned[name].frozen.elements
-                for name in standing.partners(frozen, {name: each.frozen for name, each in self.planned.items()})
-            },
+            partners={folders[name]: self.planned[name].frozen.elements for name in paired},
             forecasts={folder: self.forecasts[name] for name, folder in folders.items()},
         )
         uses = {name: each.uses for name, each in self.pipeline.phases.items()}
-        problems = [*wrong_makers(phase.kind, phase.config, uses), *phase.kind.check(config, placement)]
+        problems = [*wrong_makers(phase.kind, phase.config, uses), *shares_of_parts(phase.kind, phase.config, paired)]
+        problems += phase.kind.check(config, placement)
         for problem in problems:
             if self.cluster.unasked and problem.where.endswith(".inputs"):  # files, or the hub's cache, of there
                 self.not_asked.append(f"{phase.name}: with.{problem}")

@@ -14,9 +14,10 @@ from data_tools.records.balance import Balance, SourceBalance
 from jobs.artifacts.run_folder import RunFolder
 from launchers.causes.states import COMPLETED
 from launchers.causes.traces import log_tail
+from launchers.observe.evaluated import KINDS
 from launchers.observe.look import Look, look_at
 from launchers.observe.sampled import SampledGroups, groups_of
-from launchers.observe.scores import KIND, scores
+from launchers.observe.scores import scores
 from launchers.observe.status import PhaseStatus, RunStatus, status_of
 from launchers.observe.why import Finding, why_of
 from launchers.report.attempts import Attempt, attempts_of
@@ -147,7 +148,7 @@ def _balances(phases: Sequence[PhaseStatus], notes: list[str]) -> dict[str, Sour
 
 def _scores(look: Look, notes: list[str]) -> SideBySide | None:
     """Return the evaluations side by side; None where there is none, or one cannot be read, which is noted."""
-    evaluations = [phase for phase in look.phases.values() if phase.uses == KIND]
+    evaluations = [phase for phase in look.phases.values() if phase.uses in KINDS]
     if not any(look.seal(phase) is not None for phase in evaluations):
         return None
     try:

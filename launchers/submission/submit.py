@@ -27,7 +27,7 @@ from launchers.submission.live import LiveJob, live_jobs
 from launchers.submission.lock import submit_lock
 from launchers.submission.patience import Unfinished
 from launchers.submission.repair import release_held, settle_unreleased
-from slurm.printed import format_indices
+from slurm.printed import SHOWN_RANGES, format_indices
 
 LEAVING_S = 10.0  # how long a job may take to leave once its work is sealed
 PLAN_TRIES = 3  # how often a submission is planned anew because the queue changed while it was carried out
@@ -109,7 +109,7 @@ def _refuse_elements(plan: Plan, planned: PlannedPhase, elements: list[int]) -> 
         )
         changes = "; ".join([*changed, f"key {before.key} → {frozen.key}"])
         raise UserMistake(
-            f"--elements {format_indices(elements)}: {name} is no more what submission {number} runs "
+            f"--elements {format_indices(elements, SHOWN_RANGES)}: {name} is no more what submission {number} runs "
             f"({changes}), and all its elements belong under one key; leave --elements out, so that all of "
             "them run under the new one, or leave the change out"
         )
@@ -118,7 +118,8 @@ def _refuse_elements(plan: Plan, planned: PlannedPhase, elements: list[int]) -> 
         raise UserMistake(f"{name} has elements 0 to {frozen.elements - 1}, not {wrong[0]}")
     sealed = [i for i in elements if i not in planned.missing]
     if sealed:
-        raise UserMistake(f"{name}: element {sealed[0]} is sealed already; missing are {planned.missing}")
+        missing = format_indices(planned.missing, SHOWN_RANGES)
+        raise UserMistake(f"{name}: element {sealed[0]} is sealed already; missing are {missing}")
 
 
 def _begun(run: RunFolder, jobs: list[JobEntry]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from jobs.artifacts.artifact import Artifact
-from jobs.artifacts.layout import CLEANED, JOURNALS, durable_checkpoints_of, read_lease_name
+from jobs.artifacts.layout import CLEANED, durable_checkpoints_of, journals_of, read_lease_name
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.kind import find_kind
@@ -248,10 +248,9 @@ class _Finder:
         for kept in artifact.keep_folders():
             steps = sorted(durable_checkpoints_of(kept), key=_step_of)
             old = [manifest.parent for manifest in steps[: -keep or None]] if keep else []
-            journals = [path for pattern in JOURNALS for path in sorted(kept.glob(pattern))]
             self._leftovers(kept, phase.name)
             self._leftovers(kept / "checkpoints", phase.name)
-            for what, paths in (("milestones", old), ("journals", journals)):
+            for what, paths in (("milestones", old), ("journals", journals_of(kept))):
                 for path in paths:
                     if reader:
                         self.found.kept[path] = f"{reader} reads {artifact.folder}"

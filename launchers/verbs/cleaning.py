@@ -17,8 +17,7 @@ MOST_KEPT = 10  # of a run, of which each is told in a line
 
 def do_clean(args: argparse.Namespace) -> int:
     """Show what of some runs nothing needs any more, and with --yes delete it."""
-    from data_tools.base.printing import size_text
-    from launchers.observe.runs import as_typed
+    from data_tools.base.printing import as_typed, size_text
     from launchers.submission.clean import clean, why_going
     from launchers.submission.superfluous import WHAT
 
@@ -55,7 +54,7 @@ def _tell_total(args: argparse.Namespace, done: "list[Cleaned]") -> None:
 
 def _show(cleaned: "Cleaned") -> None:
     """Print what of one run may go or went, and why other things stay."""
-    from launchers.observe.runs import as_typed
+    from data_tools.base.printing import as_typed
     from launchers.observe.show import cleaned_table, console
 
     where = as_typed(cleaned.run.path)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_tools.base.printing import as_typed
 from launchers.verbs.said import print_json
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ WATCH_S = 10  # between two reports of a run that goes on, and how often a brows
 
 def do_report(args: argparse.Namespace) -> int:
     """Write the report of a run; with --watch, again and again until nothing is active."""
-    from launchers.observe.runs import as_typed, find_run
+    from launchers.observe.runs import find_run
     from launchers.report.contents import contents_of
     from launchers.report.page import write_report
 
@@ -43,7 +44,7 @@ def do_report(args: argparse.Namespace) -> int:
 
 def do_plot(args: argparse.Namespace) -> int:
     """Draw the curves of a run into a file."""
-    from launchers.observe.runs import as_typed, find_run
+    from launchers.observe.runs import find_run
     from launchers.report.curves import curves_of
     from launchers.report.figure import chosen, draw
 
@@ -66,15 +67,16 @@ def do_plot(args: argparse.Namespace) -> int:
 def do_path(args: argparse.Namespace) -> int:
     """Print where the sealed result of a phase lies."""
     from launchers.observe.runs import find_run
-    from launchers.observe.sealed import find_sealed
+    from launchers.observe.sealed import find_sealed, readable
 
     run = find_run(args.run)
     phase, seal = find_sealed(run, args.phase)
+    place = readable(run, phase.name, seal)
     if args.json:
         files = {name: entry["size"] for name, entry in seal.content["files"].items()}
         told = {"run": str(run.path), "phase": phase.name, "kind": phase.uses, "key": phase.key}
-        return print_json({**told, "path": str(seal.folder), "files": files})
-    print(seal.folder)
+        return print_json({**told, "path": str(seal.folder), "link": str(place), "files": files})
+    print(place)
     return 0
 
 

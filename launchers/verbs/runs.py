@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from data_tools.base.printing import set_in
+from data_tools.base.printing import as_typed, set_in
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
 from data_tools.own_packages import environment
 from launchers.verbs.plans import make_plan_of, plan_here
@@ -136,7 +136,7 @@ def _indices(text: str | None) -> list[int] | None:
 
 
 def do_repair(args: argparse.Namespace) -> int:
-    from launchers.observe.runs import as_typed, find_run
+    from launchers.observe.runs import find_run
     from launchers.submission.repair import repair
 
     run = find_run(args.run)
@@ -154,7 +154,6 @@ def do_run(args: argparse.Namespace) -> int:
 def _follow(args: argparse.Namespace, plan: "Plan") -> int:
     """Submit a plan, follow it to its end, and print a summary."""
     from launchers.observe.follow import follow
-    from launchers.observe.runs import as_typed
     from launchers.observe.scores import print_scores
     from launchers.observe.show import console, print_submitted, summary
     from launchers.submission.submit import submit
@@ -186,7 +185,6 @@ def _follow(args: argparse.Namespace, plan: "Plan") -> int:
 
 def _exit_code(status: "RunStatus", run: "RunFolder") -> int:
     """Tell what is missing of a run that was followed to its end, and return what `run` exits with."""
-    from launchers.observe.runs import as_typed
 
     if status.finished:
         return 0
@@ -341,7 +339,7 @@ def _inspect_samples(args: argparse.Namespace, run: "RunFolder", phase: "FrozenP
 
 
 def do_cancel(args: argparse.Namespace) -> int:
-    from launchers.observe.runs import as_typed, find_run
+    from launchers.observe.runs import find_run
     from launchers.submission.cancel import cancel
 
     run = find_run(args.run)

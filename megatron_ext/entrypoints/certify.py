@@ -33,7 +33,8 @@ from data_tools.base.ports import PORTS
 from data_tools.base.rendezvous_server import Server
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
-from megatron_ext.models.registry import Family, read_config
+from megatron_ext.models.registry import Family, model_type, read_config
+from megatron_ext.parallel import shown
 from megatron_ext.parallel.plan import ParallelPlan, Workload
 from megatron_ext.parallel.rules import check as check_plan
 
@@ -136,7 +137,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     """Measure on these ranks and, on rank 0, alone before. Rank 0 writes OUT/certificate.json.
 
     Return the facts: holds, versions (of torch and megatron-core), ranks, plan (degrees that are not 1), loss, gradient
-    and norm (relative differences), tensor (whose gradient differs most), isolation (gradients, changes by document).
+    and norm (relative differences), tensor (whose gradient differs most), isolation (gradients, changes by document),
+    releases (what the test suite found of the same under which megatron-core: parallel/shown.py).
     """
     from megatron_ext.parallel import ranks
 
@@ -166,6 +168,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
         "plan": {name: value for name, value in asdict(plan).items() if value != plain[name]},
         **asdict(difference),
         "isolation": asdict(alone),
+        "releases": shown.of(shown.layout(plan, world), model_type(family, dims)),
     }
     durable.write_json(out / CERTIFICATE, facts)
     return facts

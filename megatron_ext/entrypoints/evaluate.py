@@ -78,7 +78,9 @@ class Config(RolloutSettings):
     samples: int = setting(
         0, "samples of each prompt, at `temperature`, besides the greedy one", unit="samples", least=0
     )
-    temperature: float = setting(1.0, "temperature of the samples; greedy accuracy is always there", above=0)
+    temperature: float = setting(
+        1.0, "temperature of the samples; greedy accuracy is always there", above=0, example=0.7
+    )
     top_p: float = with_default(Sampling, "top_p", 1.0)
     seed: int = setting(0, "noise of the samples", **SEEDS)
     compare_with: str | None = setting(

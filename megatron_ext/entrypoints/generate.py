@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.base import durable
+from data_tools.base.one_file import Files
 from data_tools.base.tables import write_table
 from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.mistake import Problem, UserMistake
@@ -74,8 +75,8 @@ def run(
     index: int = 0,
     count: int = 1,
 ) -> dict[str, Any]:
-    """Sample element `index` of `count`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element,
-    the tables.
+    """Sample element `index` of `count`. Rank 0 writes OUT/samples.jsonl, for the first element OUT/result.json, which
+    `finish` reads, and for the only one the tables.
 
     Return the facts of `_result`, and `records`: Mix.counts. Raise Stopped on every rank, with all that was sampled
     recorded, once `stop` says so on any of them.
@@ -103,7 +104,8 @@ def run(
         result = from_rank_zero({**_result(samples), "records": records_of(kept), **opening} if writer else None)
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
-        durable.write_json(out / RESULT, result)
+        if index == 0:
+            durable.write_json(out / RESULT, result)
         if count == 1:
             _table(keep, result, folder.step)
     return {**result, "parts": choice.facts()}
@@ -152,7 +154,7 @@ def _identity(config: Config, digest: str) -> dict[str, Any]:
 def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """Yield the samples of these files, a line each. Raise UserMistake for a line that is damaged."""
     for file in files:
-        for record in readers.records(file, "jsonl"):
+        for record in readers.records_of_part(file):
             if record.problem:
                 raise record.mistake(remedy="restore the file, or sample again")
             yield record.value
@@ -167,8 +169,8 @@ def records_of(keep: Path) -> dict[str, Any]:
 
 def told_of_parts(parts: list[Path]) -> dict[str, Any]:
     """Return the facts JOINED, which each element found alike; no records where they did not write them down yet."""
-    file = parts[0] / RESULT
-    found = durable.read_json(file) if file.is_file() else {}
+    files = Files(parts[0])
+    found = json.loads(files.read(RESULT)) if files.has(RESULT) else {}
     return {"records": {}, **{name: found[name] for name in JOINED if name in found}}
 
 

@@ -30,10 +30,12 @@ from megatron_ext.rl.settings import (
     check_completions,
     check_loss,
     check_rewarding,
+    check_routing,
 )
 from megatron_ext.rollout.dealing import idle, idle_notes
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import check_recording, check_rollouts
+from megatron_ext.training import muon as muons
 from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
 
@@ -47,7 +49,8 @@ def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
     """
     training, problems = facts.prepare(config, "", global_batch=1, site=site)
     workload = replace(training.workload, pack_length=None, global_batch=None)
-    return replace(training, workload=workload, lora=config.lora), problems
+    muon = config.optimizer == muons.MUON
+    return replace(training, workload=workload, lora=config.lora, muon=muon), problems
 
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
@@ -65,8 +68,12 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     adapter = facts.model_adapter(config.model, site)[1]
     problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
     problems += loras.check_base(config.base, config.lora)
+    problems += muons.check(
+        config.optimizer, config.muon, lora=config.lora, plan=config.parallel, shape=training.shape,
+        offload=config.offload,
+    )  # fmt: skip
     problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)
-    problems += check_recording(config, training.shape)
+    problems += check_recording(config, training.shape) + check_routing(config, training.shape)
     problems += refusals.check(config.parallel, training, site)
     return problems + memory.check(config, training, site)
 
@@ -75,7 +82,7 @@ def _room(config: Config, training: Training) -> Room | None:
     """Return what the memory of the rollouts holds; None while the model is not known."""
     if training.shape is None:
         return None
-    tokens = 1 + config.sampling.max_tokens
+    tokens = (config.prompt_tokens or 1) + config.sampling.max_tokens
     return room(config.engine, config.parallel, training.shape, dtype=training.dtype, tokens=tokens)
 
 

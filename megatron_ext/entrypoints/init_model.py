@@ -36,8 +36,8 @@ class Config:
     ffn: int = setting(256, "width within an MLP", unit="numbers a token", least=1)
     tied: bool | None = setting(None, "whether the output layer shares the embedding; null: as the family has it")
     max_positions: int = setting(2048, "longest sequence", unit="tokens", least=1)
-    rope_base: float = setting(10000.0, "base of the rotary embedding", above=0)
-    norm_epsilon: float = setting(1e-6, "epsilon of the norms", above=0)
+    rope_base: float = setting(10000.0, "base of the rotary embedding", above=0, example=1e6)
+    norm_epsilon: float = setting(1e-6, "epsilon of the norms", above=0, example=1e-5)
     dtype: str = setting("float32", "type of the weights", choices=DTYPES)
     config: dict[str, Any] = setting(
         dict, "further keys of config.json, or other values of them", example={"rope_theta": 1000000}, free=True

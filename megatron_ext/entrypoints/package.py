@@ -43,6 +43,7 @@ SERVE, SERVE_ADAPTER = "serve_vllm.sh", "serve_vllm_adapter.sh"
 NOT_TAKEN = ("conversion.json",)  # names folders of the cluster, which concern nobody else
 BASE_CARD = "README.base.md"
 MADE = (MODELFILE, ADAPTER_MODELFILE, SERVE, SERVE_ADAPTER, BASE_CARD)
+BASE_OF_ADAPTER = "base_model_name_or_path"
 DAYS = ("2001-02-03", "2004-05-06")  # two days, to see whether a template writes one
 
 
@@ -84,14 +85,19 @@ class Config:
     chat_arguments: dict[str, Any] = setting(
         dict, "variables of the chat template: reasoning_effort: low", example={"reasoning_effort": "low"}, free=True
     )
-    temperature: float = setting(1.0, "of completions, for Ollama", above=0)
-    top_p: float = setting(1.0, "share of the likeliest tokens that are drawn from, for Ollama", above=0, most=1)
-    top_k: int = setting(0, "likeliest tokens that are drawn from, for Ollama; 0: all", unit="tokens", least=0)
+    temperature: float = setting(1.0, "of completions, for Ollama", above=0, example=0.7)
+    top_p: float = setting(
+        1.0, "share of the likeliest tokens that are drawn from, for Ollama", above=0, most=1, example=0.95
+    )
+    top_k: int = setting(
+        0, "likeliest tokens that are drawn from, for Ollama; 0: all", unit="tokens", least=0, example=50
+    )
     context: int = setting(
         0,
         "tokens that Ollama and vLLM keep room for; 0 leaves it to them (Ollama cuts at 4,096)",
         unit="tokens",
         least=0,
+        example=32768,
     )
     repo: str = setting("", "repository on the Hub, OWNER/NAME", example="me/my-model", free=True)
     push: bool = setting(False, "upload the folder to `repo`, which is private")
@@ -129,7 +135,7 @@ def run(
     if problems or wrong or family is None:
         raise UserMistake(problems + wrong)
     name = config.name or model_type(family, dims)
-    if is_path(config.base) or Path(config.base).exists():  # "" too
+    if is_local(config.base):
         config = replace(config, base="")
     results = _results(config, lineage)
     rank = _vllm_rank(config)
@@ -172,9 +178,7 @@ def _copy(config: Config, out: Path) -> dict[str, str]:
             _link(inside(Path(config.model), path.name), out / (path.name if path.name != CARD else BASE_CARD))
     told["*.safetensors"] = "the weights, for transformers and vLLM"
     if config.adapter:
-        (out / "adapter").mkdir()
-        for path in files(Path(config.adapter)):
-            _link(inside(Path(config.adapter), path.name), out / "adapter" / path.name)
+        _copy_adapter(config, out / "adapter")
         told["adapter/"] = "the adapter alone, in PEFT's format"
     for folder in config.gguf:
         found = [name for name in (export_gguf.MODEL, export_gguf.ADAPTER) if (Path(folder) / name).is_file()]
@@ -184,6 +188,23 @@ def _copy(config: Config, out: Path) -> dict[str, str]:
             _link(inside(Path(folder), name), out / name)
             told[name] = "for llama.cpp and Ollama" + (": the adapter alone" if name == export_gguf.ADAPTER else "")
     return told
+
+
+def _copy_adapter(config: Config, out: Path) -> None:
+    """Put the adapter's files in place. Its base is a name on the Hub or none: a folder of the cluster concerns nobody
+    else."""
+    out.mkdir()
+    for path in files(Path(config.adapter)):
+        file = inside(Path(config.adapter), path.name)
+        if path.name == peft_config.PEFT_CONFIG and is_local((said := durable.read_json(file)).get(BASE_OF_ADAPTER)):
+            durable.write_json(out / path.name, {**said, BASE_OF_ADAPTER: config.base or None})
+        else:
+            _link(file, out / path.name)
+
+
+def is_local(base: Any) -> bool:
+    """Return whether the name of a base model is that of a folder, "" too."""
+    return isinstance(base, str) and (is_path(base) or os.path.exists(base) or not base)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -64,7 +64,9 @@ class Config:
     samples: int = setting(
         0, "samples of each prompt, at `temperature`, besides the greedy one", unit="samples", least=0
     )
-    temperature: float = setting(1.0, "temperature of the samples; the greedy completion is always there", above=0)
+    temperature: float = setting(
+        1.0, "temperature of the samples; the greedy completion is always there", above=0, example=0.7
+    )
     top_p: float = with_default(Sampling, "top_p", 1.0)
     batch: int = setting(8, "prompts that are generated together", unit="prompts", least=1)
     seed: int = setting(0, "noise of the samples", **SEEDS)
@@ -247,6 +249,9 @@ class _Model:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         self._model = model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps it without its types
+        # What the folder's generation_config.json would add, such as Qwen2.5's repetition_penalty, is no part of the
+        # distribution that was trained; the tokens that it says end a completion are in stop_ids.
+        self._model.generation_config = transformers.GenerationConfig()
         self._config, self._tokenizer, self._stops = config, tokenizer, stop_ids(folder, tokenizer)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.version = transformers.__version__

@@ -25,6 +25,7 @@ from megatron_ext.preflight import facts, refusals, tables
 from megatron_ext.preflight.costs import costs as costs_of
 from megatron_ext.preflight.facts import Training
 from megatron_ext.preflight.flops import training_flops
+from megatron_ext.training import muon as muons
 from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
 from megatron_ext.training.settings import SftSettings
@@ -39,7 +40,8 @@ Config = SftSettings
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
     """Return what the training would carry, as far as it is known, and what is wrong with its model."""
     training, problems = facts.prepare(config, config.packs, global_batch=config.global_batch, site=site)
-    return replace(training, offload=config.engine.offload_optimizer, lora=config.lora), problems
+    muon = config.optimizer == muons.MUON
+    return replace(training, offload=config.engine.offload_optimizer, lora=config.lora, muon=muon), problems
 
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
@@ -53,6 +55,14 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     needs = rules.needs_of(config.parallel, training.workload)
     problems += options.check(config.engine, facts.parts_of(config.parallel, training.workload), needs)
     problems += loras.check(config.lora, training.shape) + _check_base(config, site)
+    problems += muons.check(
+        config.optimizer,
+        config.muon,
+        lora=config.lora,
+        plan=config.parallel,
+        shape=training.shape,
+        engine=config.engine,
+    )
     return problems + refusals.check(config.parallel, training, site)
 
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 from megatron_ext.files.pickles import DTYPES, ORDERED, SIZE, Node, Pair, Refused, Shape, count, nodes, understood
 
@@ -53,6 +55,53 @@ class Stored:
 
     tensors: dict[str, StoredTensor]
     objects: dict[str, StoredPiece]
+
+
+Box = tuple[Shape, Shape]  # the offset in its tensor, and the size
+
+
+@dataclass(frozen=True)
+class Table:
+    """What Stored has, in a few arrays: 120,000 pieces of 900 tensors are 7 MB to tell, and a rank takes its own."""
+
+    files: list[str]
+    rows: dict[str, tuple[str, Shape, numpy.ndarray]]  # key -> dtype, shape, int64[pieces, 2 * dimensions + 3]
+    objects: dict[str, StoredPiece]
+
+    @classmethod
+    def of(cls, whole: Stored) -> "Table":
+        """Return the table of all that is stored."""
+        files: dict[str, int] = {}
+        rows = {}
+        for key, tensor in whole.tensors.items():
+            numbers = [
+                (*piece.offset, *piece.size, files.setdefault(piece.file, len(files)), piece.start, piece.length)
+                for piece in tensor.pieces
+            ]
+            width = 2 * len(tensor.shape) + 3
+            rows[key] = tensor.dtype, tensor.shape, numpy.array(numbers, numpy.int64).reshape(-1, width)
+        return cls(list(files), rows, whole.objects)
+
+    def cut(self, wanted: Mapping[str, Sequence[Box]]) -> Stored:
+        """Return what is stored of these tensors in these boxes of them; of a tensor that is not stored nothing."""
+        tensors = {}
+        for key, boxes in wanted.items():
+            if key in self.rows:
+                dtype, shape, rows = self.rows[key]
+                tensors[key] = StoredTensor(dtype, shape, list(self._pieces(rows, len(shape), boxes)))
+        return Stored(tensors, self.objects)
+
+    def _pieces(self, rows: numpy.ndarray, dimensions: int, boxes: Sequence[Box]) -> Iterator[StoredPiece]:
+        low, high = rows[:, :dimensions], rows[:, :dimensions] + rows[:, dimensions : 2 * dimensions]
+        touched = numpy.zeros(len(rows), bool)
+        for offset, size in boxes:
+            begin = numpy.array(offset, numpy.int64)
+            touched |= ((low < begin + numpy.array(size, numpy.int64)) & (high > begin)).all(axis=1)
+        for row in rows[touched].tolist():
+            file, start, length = row[2 * dimensions :]
+            yield StoredPiece(
+                tuple(row[:dimensions]), tuple(row[dimensions : 2 * dimensions]), self.files[file], start, length
+            )
 
 
 def read(path: Path, foreign: bool = False) -> Stored:

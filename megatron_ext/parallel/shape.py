@@ -62,6 +62,7 @@ class ModelShape:
 
     ffn: int = 0  # f, of MLP blocks
     gated: bool = True  # gate and up projections, here and in experts
+    activation_steps: int = 0  # of the gate's activation beyond silu's: of gpt-oss the clamp and the sigmoid
     own_mlp_names: tuple[str, ...] = ()  # of an MLP's matrices in Hugging Face's model, if they are not the usual ones
 
     experts: int = 0  # E

@@ -63,6 +63,7 @@ class Training:
     gpus_per_node: int = 8
     offload: float = 0.0  # share of the optimizer's state in host memory
     lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: all parameters are trained
+    muon: bool = False  # in AdamW's place, of matrices between the layers
     assumed: tuple[str, ...] = ()  # of the machines, in sentences
 
     @property

@@ -15,11 +15,23 @@ from megatron_ext.parallel.calibration import CHUNK_LOGITS, RESERVE, TILE
 from megatron_ext.parallel.parts import TE, choose
 from megatron_ext.parallel.plan import DEGREES, ParallelPlan, Workload, padded_rows
 from megatron_ext.parallel.rules import needs_of
-from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, MXFP4_BLOCK, WINDOW, ModelShape, Parameters, count_blocks
+from megatron_ext.parallel.shape import (
+    ATTENTION,
+    MAMBA,
+    MLP,
+    MOE,
+    MXFP4_BLOCK,
+    WINDOW,
+    ModelShape,
+    Parameters,
+    count_blocks,
+)
 from megatron_ext.preflight.facts import Training
 
 LOGIT_BYTES = 10  # a logit: 2 in bf16, 4 in fp32, 4 for its softmax and gradient
 PACKED_BYTES = 1 / 2 + 1 / MXFP4_BLOCK  # a value of MXFP4: half a byte, and its share of a scale
+# An element of the matrix that Muon updates, all in fp32: gathered twice, iterate twice, two squares, what was there.
+MUON_WORK_BYTES = 28
 TILE_BYTES = 10  # a value that is dequantised, beside it: 2 of its index, 2 in bf16, 4 in fp32, 2 in bf16 again
 
 
@@ -85,18 +97,20 @@ def _stages(shape: ModelShape, parts: tuple[range, ...], pipeline: int, tensor: 
 def block_activations(shape: ModelShape, kind: str, plan: ParallelPlan, fused: bool = True) -> float:
     """Return the bytes for each token of one context rank that a block keeps for backward on a tensor rank (bf16).
 
-    `fused`: gate and activation are one function, which keeps one tensor less.
+    `fused`: gate and activation are one function. Else each step keeps what it made: the activated gate, up with its
+    offset, an expert's product before it is weighted, and what the model's own activation keeps besides.
     """
     s, h = shape, shape.hidden
     outer = 4 * h / (plan.tensor if plan.sequence_parallel else 1)  # input of the norm, input of the first matrix
     projected = 2 * (s.mlp_matrices - 1) + 2  # bytes a column: gate and up, or up alone; the activation
-    projected += 0 if fused or not s.gated else 2  # the activated gate, before it meets up
+    steps = 0 if fused or not s.gated else 2 + s.activation_steps
+    projected, weighted = projected + 2 * steps, 2 * (steps > 0)
     if kind in (ATTENTION, WINDOW):
         inner = 2 * s.qkv_rows + 2 * s.heads * s.head_dim + 4 * s.heads
     elif kind == MLP:
         inner = projected * s.ffn
     elif kind == MOE:
-        routed = s.top_k * (2 * h * plan.expert_tensor + projected * s.expert_ffn)
+        routed = s.top_k * (2 * h * plan.expert_tensor + (projected + weighted) * s.expert_ffn)
         inner = routed + projected * s.shared_ffn + 8 * s.experts
     else:
         inner = 2 * s.mamba_projection + 6 * s.mamba_inner
@@ -220,12 +234,40 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     return Memory(
         weights=weight_bytes(plan, t, stage),
         gradients=4 * (dense + expert),
-        optimizer=moments * (1 - t.offload) * (dense / sharing + expert / plan.expert_data(w.ranks)),
+        optimizer=muon_bytes(plan, t, stage)
+        if t.muon
+        else moments * (1 - t.offload) * (dense / sharing + expert / plan.expert_data(w.ranks)),
         activations=tokens * (held * in_flight(plan, stage, micro_batches(plan, w)) + on_top),
         logits=logits,
         exchange=tokens * exchange_bytes(plan, shape),
         dequantised=dequantised_bytes(plan, t, stage),
     )
+
+
+def muon_bytes(plan: ParallelPlan, t: Training, stage: Stage) -> float:
+    """Return the bytes of Muon's state on a rank of a stage, which no other rank shares, and of its largest update.
+
+    A matrix has one moment, embedding and output layer two, as all that is replicated is taken to have. The largest
+    matrix is there whole, whatever the tensor ranks.
+    """
+    shape, held, master = t.known_shape, stage.parameters, 0 if t.dtype == "float32" else 4
+    ends = (stage.number == 0) + stage.last
+    vocabulary = padded_rows(shape.vocabulary, plan.tensor) * shape.hidden // plan.tensor
+    of_adam = (min(ends, 1) if shape.tied else ends) * vocabulary + held.replicated
+    return (8 + master) * of_adam + (4 + master) * (held.total - of_adam) + MUON_WORK_BYTES * largest_matrix(shape)
+
+
+def largest_matrix(shape: ModelShape) -> int:
+    """Return the elements of the largest matrix that Muon updates at once: gate and up are one, q, k and v three."""
+    up = shape.mlp_matrices - 1
+    widths = {
+        ATTENTION: shape.heads * shape.head_dim,
+        WINDOW: shape.heads * shape.head_dim,
+        MLP: up * shape.ffn,
+        MOE: up * max(shape.expert_ffn, shape.shared_ffn),
+        MAMBA: shape.mamba_projection,
+    }
+    return shape.hidden * max(widths[kind] for kind in shape.blocks)
 
 
 def memory(plan: ParallelPlan, t: Training) -> Memory:

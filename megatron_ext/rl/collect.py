@@ -141,7 +141,10 @@ class Collector:
         self.journal = None
         if self.replica.speaks:
             self.journal = Journal(self.root, step, self.identity, f"rank_{dist.get_rank()}")
-            self.journal.resume({key: sample.length for key, sample in self.recorded.items()})
+            self.journal.resume(
+                {key: sample.length for key, sample in self.recorded.items()},
+                {key: sample.routed[0] for key, sample in self.recorded.items()},
+            )
         self.counts, self.kv_use, self.seconds = Counter(), 0.0, {}
 
     def _left_of(self, step: int) -> dict[Key, Sample]:
@@ -263,13 +266,14 @@ class Collector:
         """Return the sample that a sequence became, and record its end."""
         request, logprobs = sequence.prefix.request, self._comparable(sequence)
         k = self.numbers[request.uid]
-        entry = Entry(sequence.completion, logprobs, sequence.finish)
+        routing = sequence.routing
+        entry = Entry(sequence.completion, logprobs, sequence.finish, routing)
         sample = _sample(k, sequence.sample, request.prompt, entry, self.replica.number)
         unscorable: dict[str, Any] | None = None
         if sequence.note:
             unscorable = {"reward": None, "parts": {}, "note": sequence.note}
         if self.journal is not None:
-            self.journal.record(sample.key, sequence.completion, logprobs, sequence.finish)
+            self.journal.record(sample.key, sequence.completion, logprobs, sequence.finish, routing)
             if unscorable:
                 self.journal.judge(sample.key, unscorable)
         return _scored(sample, unscorable)
@@ -290,7 +294,8 @@ class Collector:
         if self.journal is not None:
             for sequence in self.engine.unfinished:
                 key = (self.numbers[sequence.prefix.request.uid], sequence.sample)
-                self.journal.record(key, sequence.completion, self._comparable(sequence))
+                logprobs = self._comparable(sequence)
+                self.journal.record(key, sequence.completion, logprobs, routing=sequence.routing)
             self.journal.flush()
         self._flushed = time.monotonic()
 
@@ -351,7 +356,7 @@ def _as_recorded(sample: Sample | None) -> Recorded:
     if sample is None:
         return Recorded()
     tokens, logprobs = tuple(sample.tokens.tolist()), tuple(sample.logprobs.tolist())
-    return Recorded(tokens, logprobs, logprobs)
+    return Recorded(tokens, logprobs, logprobs, sample.routing)
 
 
 def _sample(item: int, number: int, prompt: Many[int], entry: Entry, replica: int = 0) -> Sample:
@@ -364,6 +369,7 @@ def _sample(item: int, number: int, prompt: Many[int], entry: Entry, replica: in
         logprobs=np.array(entry.logprobs, dtype=np.float32),
         finish=entry.finish,
         replica=replica,
+        routing=entry.routing,
     )
 
 

@@ -39,6 +39,7 @@ class Entry:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
+    routing: numpy.ndarray | None = None  # int16 [computed tokens, r]: Sample.routing
     score: dict[str, Any] | None = None
 
 
@@ -51,18 +52,29 @@ class Journal:
         self.recorded = 0  # tokens, by this writer
         self._file: Any = None
         self._written: dict[Key, int] = {}
+        self._routed: dict[Key, int] = {}
 
-    def resume(self, lengths: Mapping[Key, int]) -> None:
-        """Hear how many tokens of which samples are recorded already."""
-        self._written = dict(lengths)
+    def resume(self, lengths: Mapping[Key, int], routed: Mapping[Key, int] = {}) -> None:
+        """Hear how many tokens of which samples are recorded already, and the routing of how many."""
+        self._written, self._routed = dict(lengths), dict(routed)
 
-    def record(self, key: Key, tokens: list[int], logprobs: list[float], finish: str = "") -> None:
-        """Append what is new of a sample whose new tokens so far are `tokens`, with their log-probs."""
+    def record(
+        self,
+        key: Key,
+        tokens: list[int],
+        logprobs: list[float],
+        finish: str = "",
+        routing: numpy.ndarray | None = None,
+    ) -> None:
+        """Append what is new of a sample whose new tokens so far are `tokens`, with their log-probs, and `routing`."""
         at = self._written.get(key, 0)
         if at == len(tokens) and not finish:
             return
         line = {"item": key[0], "sample": key[1], "at": at, "tokens": _packed(tokens[at:], numpy.int32)}
         line["logprobs"] = _packed(logprobs[at:], numpy.float32)
+        if routing is not None:
+            line |= _routed(routing[self._routed.get(key, 0) :])
+            self._routed[key] = len(routing)
         self._append({**line, "finish": finish} if finish else line)
         self._written[key] = len(tokens)
         self.recorded += len(tokens) - at
@@ -164,6 +176,7 @@ def read(root: Path, step: int, identity: str | None = None) -> dict[Key, Entry]
             elif line["at"] == len(entry.tokens) and not entry.finish:
                 entry.tokens += _unpacked(line["tokens"], numpy.int32)
                 entry.logprobs += _unpacked(line["logprobs"], numpy.float32)
+                entry.routing = _further(entry.routing, line)
                 entry.finish = line.get("finish", "")
     for entry in entries.values():
         if not entry.finish:  # a verdict is of a whole sample, whose lines are damaged
@@ -238,6 +251,7 @@ def _whole(entries: dict[Key, Entry], identity: str) -> Iterator[str]:
     for (item, sample), entry in sorted(entries.items()):
         line: dict[str, Any] = {"item": item, "sample": sample, "at": 0}
         line |= {"tokens": _packed(entry.tokens, numpy.int32), "logprobs": _packed(entry.logprobs, numpy.float32)}
+        line |= {} if entry.routing is None else _routed(entry.routing)
         yield _spelled({**line, "finish": entry.finish} if entry.finish else line)
         if entry.score is not None:
             yield _spelled({"item": item, "sample": sample, "score": entry.score})
@@ -247,7 +261,20 @@ def _spelled(line: dict[str, Any]) -> str:
     return json.dumps(durable.with_sum(line)) + "\n"
 
 
-def _packed(values: list[Any], kind: Any) -> str:
+def _routed(rows: numpy.ndarray) -> dict[str, Any]:
+    """Return what a line has of routing, int16 [tokens, r]."""
+    return {"routing": _packed(rows.ravel(), numpy.int16), "routes": rows.shape[1]}
+
+
+def _further(before: numpy.ndarray | None, line: Mapping[str, Any]) -> numpy.ndarray | None:
+    """Return the routing of a sample with what a line adds."""
+    if "routing" not in line:
+        return before
+    added = numpy.array(_unpacked(line["routing"], numpy.int16), numpy.int16).reshape(-1, line["routes"])
+    return added if before is None else numpy.concatenate([before, added])
+
+
+def _packed(values: Any, kind: Any) -> str:
     """Return the numbers as base64: a quarter of their JSON, and exact."""
     return base64.b64encode(numpy.array(values, dtype=kind).tobytes()).decode()
 

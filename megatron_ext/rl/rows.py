@@ -17,6 +17,7 @@ from torch.distributed.nn.functional import all_reduce
 from data_tools.packs.plan import padded_to
 from megatron_ext.device import device, plain_torch
 from megatron_ext.layers.loss_head import Targets
+from megatron_ext.layers.router_replay import Routers
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rl.losses import Reduce, Tokens, Totals, alone, mismatch_sums, policy_loss
 from megatron_ext.rl.samples import Key, SampleBatch, deal
@@ -31,7 +32,8 @@ class RolloutRow(MicroBatch):
 
     keys: the rollouts' prompts and numbers. sequence int64 [n]: the token's rollout in this row. lengths [rollouts]:
     trained tokens of each, over all context ranks. advantage, behaviour, old, reference fp32 [n]: see losses.Tokens.
-    `old` None: those of the weights as they are.
+    `old` None: those of the weights as they are. `routing` int64 [T, r]: the experts that the rollout chose
+    (layers/router_replay.py), which training takes; None: its routers choose.
     """
 
     temperature: float
@@ -42,6 +44,11 @@ class RolloutRow(MicroBatch):
     behaviour: torch.Tensor | None
     old: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    routing: torch.Tensor | None = None
+
+    @property
+    def chosen(self) -> torch.Tensor | None:
+        return self.routing
 
     @property
     def targets(self) -> Targets:
@@ -61,6 +68,7 @@ class _Packed:
     sequence: np.ndarray
     advantage: np.ndarray
     behaviour: np.ndarray
+    routing: np.ndarray | None  # [T, r]
 
 
 def document_tokens(batch: SampleBatch, places: np.ndarray, unit: int) -> np.ndarray:
@@ -84,14 +92,15 @@ class Shares:
         """Return the samples of a rank's rows."""
         return {self.batch.samples[place].key for places, _ in self.rows[rank] for place in places}
 
-    def own_rows(self, temperature: float, comparable: bool) -> list[RolloutRow]:
+    def own_rows(self, temperature: float, comparable: bool, routers: Routers | None = None) -> list[RolloutRow]:
         """Return this rank's rows, whose samples are here (Sample.is_here).
 
-        `comparable`: whether the recorded log-probs are of the distribution that is trained.
+        `comparable`: whether the recorded log-probs are of the distribution that is trained. With `routers` they go to
+        the experts that were chosen for the samples.
         """
         return [
             _on_device(
-                _pack(self.batch, places, self.unit, width),
+                _pack(self.batch, places, self.unit, width, routers=routers),
                 tuple(self.batch.samples[place].key for place in places),
                 temperature,
                 comparable,
@@ -124,13 +133,14 @@ def rollout_rows(
     return shares_of(batch, plan, row_tokens).own_rows(temperature, comparable)
 
 
-def _pack(batch: SampleBatch, places: np.ndarray, unit: int, width: int) -> _Packed:
+def _pack(batch: SampleBatch, places: np.ndarray, unit: int, width: int, *, routers: Routers | None = None) -> _Packed:
     """Return a row of `width` tokens with the samples at these places of the batch, each from a multiple of `unit`."""
     lengths = document_tokens(batch, places, unit)
     ends = np.cumsum(lengths)
     cu_seqlens = padded_to(np.concatenate([[0], ends]).astype(np.int64), width, unit)
     ids, labels, sequence = (np.zeros(width, dtype=np.int64) for _ in range(3))
     mask, advantage, behaviour = (np.zeros(width, dtype=np.float32) for _ in range(3))
+    routing = routers.any_experts(width) if routers else None
     for number, (place, end, length) in enumerate(zip(places, ends, lengths)):
         sample, start = batch.samples[place], end - length
         assert sample.is_here, f"sample {sample.key} was not brought"
@@ -139,6 +149,9 @@ def _pack(batch: SampleBatch, places: np.ndarray, unit: int, width: int) -> _Pac
         own = slice(start + len(sample.prompt) - 1, start + len(whole) - 1)
         labels[own], mask[own], sequence[own] = sample.tokens, sample.own, number
         advantage[own], behaviour[own] = batch.advantages[place], sample.logprobs
+        if routing is not None and sample.routing is not None:
+            here = sample.routing[: len(whole) - 1]
+            routing[start : start + len(here)] = here
     positions = np.arange(width) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
     return _Packed(
         ids=ids,
@@ -149,6 +162,7 @@ def _pack(batch: SampleBatch, places: np.ndarray, unit: int, width: int) -> _Pac
         sequence=sequence,
         advantage=advantage,
         behaviour=behaviour,
+        routing=routing,
     )
 
 
@@ -170,6 +184,7 @@ def _on_device(packed: _Packed, keys: tuple, temperature: float, comparable: boo
         lengths=column(counts),
         advantage=column(packed.advantage[trained]),
         behaviour=column(packed.behaviour[trained]) if comparable else None,
+        routing=None if packed.routing is None else column(packed.routing[held].astype(np.int64)),
     )
 
 

@@ -2,9 +2,11 @@
 
 The log has a bound. As long as all steps fit below it, each sample is logged; else a step logs as many of its prompts
 as its share of what is left of the bound holds, spread over the step. Where that is less than one, some steps log one
-prompt and the others none, evenly over the run. KEEP/samples/left_out.json says of which steps that holds.
+prompt and the others none, evenly over the run. KEEP/samples/left_out.jsonl says of which steps that holds, a line each
+that is appended; of a step that was made again, its last line holds.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -17,7 +19,8 @@ from data_tools.base import durable
 from megatron_ext.rl.samples import Sample, SampleBatch
 
 PACKED_ABOVE = 16 << 20  # characters of a step's log that is compressed
-LEFT_OUT = "left_out.json"
+LEFT_OUT = "left_out.jsonl"
+ALL_AT_ONCE = "left_out.json"  # of trainings that began before it was appended to
 NOT_KEPT = (None, False)  # advantage of a sample whose prompt no update has, and whether it was trained
 
 Differences = Mapping[tuple[int, int], tuple[float, float]]  # sample -> (sum, largest) of its log-probs' differences
@@ -31,9 +34,8 @@ class SampleLog:
         self.folder, self.most_bytes, self.steps = folder, most_bytes, steps
         folder.mkdir(parents=True, exist_ok=True)
         self.sizes = {path.name.split(".")[0]: path.stat().st_size for path in folder.glob("step_*")}
-        self.left_out: dict[str, list[int]] = {}  # step -> [prompts that are logged, prompts of the step]
-        if (folder / LEFT_OUT).exists():
-            self.left_out = durable.read_checked(folder / LEFT_OUT)
+        self.bytes = sum(self.sizes.values())
+        self.left_out = _left_out(folder)
 
     def write(
         self, step: int, drawn: Sequence[Sample], batch: SampleBatch, *, differences: Differences, spell: Spell
@@ -47,29 +49,31 @@ class SampleLog:
         name = f"step_{step:06d}"
         packed = sum(map(len, prompts)) > PACKED_ABOVE
         data = _spelled(prompts, packed)
-        room = (self.most_bytes - sum(self.sizes.values()) + self.sizes.get(name, 0)) / max(1, self.steps - step + 1)
+        self.bytes -= self.sizes.pop(name, 0)
+        room = (self.most_bytes - self.bytes) / max(1, self.steps - step + 1)
         logged = len(prompts)
         while len(data) > room and logged > 1:
             logged = max(1, min(logged - 1, int(logged * max(room, 0) / len(data))))
             data = _spelled([prompts[place * len(prompts) // logged] for place in range(logged)], packed)
-        self.sizes.pop(name, None)
-        if len(data) > room and len(data) > self.most_bytes * step / self.steps - sum(self.sizes.values()):
+        if len(data) > room and len(data) > self.most_bytes * step / self.steps - self.bytes:
             logged = 0  # there will be room once enough steps have left theirs
         path = self.folder / f"{name}.jsonl{'.zst' if packed else ''}"
         if logged:
             durable.write_file(path, data)
             self.sizes[name] = len(data)
+            self.bytes += len(data)
         for other in self.folder.glob(f"{name}.jsonl*"):
             if other != path or not logged:
                 other.unlink()
         self._tell(step, logged, len(prompts))
 
     def _tell(self, step: int, logged: int, prompts: int) -> None:
-        before = self.left_out.pop(str(step), None)
+        before = self.left_out.pop(step, None)
         if logged < prompts:
-            self.left_out[str(step)] = [logged, prompts]
-        if before or logged < prompts:
-            durable.write_checked(self.folder / LEFT_OUT, self.left_out)
+            self.left_out[step] = (logged, prompts)
+        if before != self.left_out.get(step):
+            line = {"step": step, "logged": logged, "prompts": prompts}
+            durable.append_line(self.folder / LEFT_OUT, json.dumps(durable.with_sum(line)))
 
     def note(self) -> str:
         """Return what is not in the log, for the summary; "" where all is."""
@@ -78,6 +82,24 @@ class SampleLog:
         logged, prompts = (sum(counts[place] for counts in self.left_out.values()) for place in (0, 1))
         left_out = f"{prompts - logged:,} of {prompts:,} prompts of {len(self.left_out):,} steps"
         return f"samples/ leaves out {left_out} (samples_gib)"
+
+
+def _left_out(folder: Path) -> dict[int, tuple[int, int]]:
+    """Return {step: (its prompts that are logged, its prompts)} of the steps of which not all are.
+
+    Raises durable.TornFile for a line that was altered; one that a power cut tore is of no step.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    if (folder / ALL_AT_ONCE).exists():
+        found = {
+            int(step): (counts[0], counts[1]) for step, counts in durable.read_checked(folder / ALL_AT_ONCE).items()
+        }
+    with contextlib.suppress(FileNotFoundError), open(folder / LEFT_OUT, "rb") as file:
+        for raw in file:
+            if raw.endswith(b"\n"):
+                line = durable.parse_checked(raw, folder / LEFT_OUT)
+                found[line["step"]] = (line["logged"], line["prompts"])
+    return {step: counts for step, counts in found.items() if counts[0] < counts[1]}
 
 
 def _spelled(prompts: Sequence[str], packed: bool) -> bytes:

@@ -25,6 +25,8 @@ class Sample:
     token is not the model's but a reply's. `finish` as the engine says it. `reward` is None where nobody could tell it.
     `answer` is what it answers, for majority votes, where its task can tell. `replica` made it, and has its tokens;
     other ranks know which `spans` of them are the model's own, and are brought those that they train (replica.py).
+    `routing` int16 [m, r] is which experts the m tokens of prompt and completion that were computed went to, where that
+    is recorded (layers/router_replay.py); `routed` is (m, r) on every rank.
     """
 
     item: int
@@ -39,8 +41,12 @@ class Sample:
     answer: str | None = None
     replica: int = 0
     spans: tuple[Span, ...] = ()
+    routing: np.ndarray | None = None
+    routed: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
+        if self.routing is not None:
+            self.routed = self.routing.shape[0], self.routing.shape[1]
         self.spans = self.spans or tuple(spans(self.logprobs))
 
     @property
@@ -65,7 +71,25 @@ class Sample:
 
     def told(self) -> "Sample":
         """Return what every rank knows of it: all but the texts, which are long."""
-        return replace(self, prompt=(), tokens=ELSEWHERE, logprobs=ELSEWHERE)
+        return replace(self, prompt=(), tokens=ELSEWHERE, logprobs=ELSEWHERE, routing=None)
+
+    def sent(self) -> np.ndarray:
+        """Return tokens, log-probs and routing as one int32 array, for `receive`."""
+        routing = np.empty(0, np.int16) if self.routing is None else self.routing.ravel()
+        even = np.pad(routing, (0, routing.size % 2))
+        return np.concatenate([self.tokens, self.logprobs.view(np.int32), even.view(np.int32)])
+
+    @property
+    def sent_size(self) -> int:
+        """The numbers of `sent`, which every rank knows."""
+        return 2 * self.length + -(-self.routed[0] * self.routed[1] // 2)
+
+    def receive(self, sent: np.ndarray) -> None:
+        """Take what another rank's `sent` gave."""
+        n, (rows, width) = self.length, self.routed
+        self.tokens, self.logprobs = sent[:n], sent[n : 2 * n].view(np.float32)
+        if rows:
+            self.routing = sent[2 * n :].view(np.int16)[: rows * width].reshape(rows, width)
 
     @property
     def key(self) -> Key:

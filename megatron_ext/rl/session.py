@@ -75,13 +75,13 @@ def run(
 
     in_training = f"{config.model}, as trained so far,"
 
-    def engine(seed: int) -> Engine:
-        return Engine(trainer.model[0], config.engine, seed, stop_ids, detokenize=tokenizer.decode)
+    def engine(seed: int, records: bool = False) -> Engine:
+        return Engine(trainer.model[0], config.engine, seed, stop_ids, tokenizer.decode, records_routing=records)
 
     with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s) as scorer:
         turns = turns_of(mix, scorer, texts)
         collector = Collector(
-            engine(config.seed),
+            engine(config.seed, records=config.routing_replay),
             prompts,
             scorer,
             texts.spell,
@@ -136,8 +136,9 @@ def _trainer(config: GrpoSettings, folder: ModelFolder) -> Trainer:
     """Return the trainer of the model in `folder`, or of adapters for it."""
     plan = config.parallel
     model = model_folder.load_trainable(
-        folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend, base=config.base
-    )
+        folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend, base=config.base,
+        options={"moe_enable_routing_replay": True} if config.routing_replay else {},
+    )  # fmt: skip
     return Trainer(model, plan, AdamW.of(config))
 
 
@@ -179,5 +180,5 @@ def reference_of(config: GrpoSettings, folder: ModelFolder, trainer: Trainer) ->
 def _without_adapters(model: list[Any], rows: list[RolloutRow]) -> list[Any]:
     from megatron_ext.lora.adapters import without
 
-    with without(model):
-        return log_probs(model, rows)
+    with without(model):  # another model, whose routers choose for themselves
+        return log_probs(model, [replace(row, routing=None) for row in rows])

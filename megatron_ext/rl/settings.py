@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from data_tools.base.declared import MODELS, SEEDS, setting
 from data_tools.mistake import Problem
+from megatron_ext.parallel.shape import ModelShape
 from megatron_ext.rollout.settings import RolloutSettings, Sampling
 from megatron_ext.training.schedule import Schedule
 from megatron_ext.training.settings import TrainingSettings
@@ -33,8 +34,8 @@ class Correction:
     """
 
     mode: str = setting("off", "whether ratios are truncated or masked, by token or by sequence", choices=CORRECTIONS)
-    low: float = setting(0.0, "a mask's ratios are 0 below this", least=0)
-    high: float = setting(2.0, "ratios count up to this", above=0)
+    low: float = setting(0.0, "a mask's ratios are 0 below this", least=0, example=0.5)
+    high: float = setting(2.0, "ratios count up to this", above=0, example=5.0)
 
 
 @dataclass
@@ -45,16 +46,21 @@ class Loss:
     policy: str = setting("clip", "what the clipped ratio does: clip (PPO) or cispo", choices=POLICIES)
     level: str = setting("token", "whose probability ratio is taken", choices=LEVELS)
     aggregation: str = setting("token", "what the mean of the loss is over", choices=AGGREGATIONS)
-    clip_low: float = setting(0.2, "the ratio counts from 1 - clip_low; cispo: from 0", least=0, most=1)
-    clip_high: float = setting(0.28, "the ratio counts up to 1 + clip_high", least=0)
+    clip_low: float = setting(0.2, "the ratio counts from 1 - clip_low; cispo: from 0", least=0, most=1, example=0.1)
+    clip_high: float = setting(0.28, "the ratio counts up to 1 + clip_high", least=0, example=0.2)
     dual_clip: float = setting(
-        0.0, "for a negative advantage the ratio counts up to this, above 1 + clip_high; 0: no limit", least=0
+        0.0,
+        "for a negative advantage the ratio counts up to this, above 1 + clip_high; 0: no limit",
+        least=0,
+        example=3.0,
     )
     kl: str = setting(
         "k3", "estimator of the KL from the reference; k3 is weighted with the ratio, for an exact gradient", choices=KL
     )
-    kl_beta: float = setting(0.0, "weight of the KL term; 0: off, and no reference is needed", least=0)
-    entropy: float = setting(0.0, "the mean entropy of the policy, times this, is subtracted; 0: off", least=0)
+    kl_beta: float = setting(0.0, "weight of the KL term; 0: off, and no reference is needed", least=0, example=0.001)
+    entropy: float = setting(
+        0.0, "the mean entropy of the policy, times this, is subtracted; 0: off", least=0, example=0.001
+    )
     correction: Correction = setting(
         Correction, "weight of a token by how much likelier it became since it was sampled"
     )
@@ -70,7 +76,7 @@ class Advantage:
         choices=BASELINES,
     )
     scale: str = setting("group", "whose standard deviation the advantage is divided by", choices=SCALES)
-    epsilon: float = setting(1e-4, "added to that standard deviation", least=0)
+    epsilon: float = setting(1e-4, "added to that standard deviation", least=0, example=1e-6)
     drop_equal_groups: bool = setting(
         True, "prompts whose samples all got the same reward are left out: they teach nothing"
     )
@@ -104,7 +110,7 @@ class Evaluation:
     samples: int = setting(
         0, "samples of each prompt, for the mean accuracy, pass@k and maj@k; 0: greedy alone", unit="samples", least=0
     )
-    temperature: float = setting(1.0, "temperature of these samples", above=0)
+    temperature: float = setting(1.0, "temperature of these samples", above=0, example=0.7)
 
 
 def check_loss(loss: Loss, where: str = "loss") -> list[Problem]:
@@ -166,7 +172,12 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
     )  # fmt: skip
     mismatch_limit: float = setting(
         1e-3, "largest KL of recorded log-probs, measured in the step before, for old_logprobs: rollout",
-        unit="nats a token", least=0,
+        unit="nats a token", least=0, example=0.01
+    )  # fmt: skip
+
+    routing_replay: bool = setting(
+        False, "training sends each token to the experts that the rollout chose (R3), in models that have some; data "
+        "and expert ranks only", keyed="if_set",
     )  # fmt: skip
 
     row_tokens: int = setting(
@@ -199,6 +210,22 @@ def loads_reference(config: GrpoSettings, adapted: bool) -> bool:
     New adapters are turned off instead; `adapted` says that the folder of that model has some of its own.
     """
     return bool(config.loss.kl_beta) and not (config.lora.rank and not adapted and not config.reference)
+
+
+def check_routing(config: GrpoSettings, shape: ModelShape | None) -> list[Problem]:
+    """Refuse router replay for a model without experts, and under layouts that cut rows, for which it was not shown."""
+    if not config.routing_replay:
+        return []
+    problems = []
+    if shape is not None and not shape.experts:
+        problems.append(Problem("routing_replay", "true, and the model has no experts: use false"))
+    for axis in ("tensor", "pipeline", "context"):
+        if (degree := getattr(config.parallel, axis)) > 1:
+            message = (
+                f"was shown with data and expert ranks only, and parallel.{axis} is {degree}: use false, or 1 there"
+            )
+            problems.append(Problem("routing_replay", message))
+    return problems
 
 
 def check_completions(config: GrpoSettings) -> list[Problem]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data_tools.progress import Progress, Stop, Stopped, silent
+from megatron_ext.layers.router_replay import Routers
 from megatron_ext.rl import journal, report, untrained
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.position import Position
@@ -142,6 +143,7 @@ class GrpoStep:
             k,
             self.trainer.plan,
             bring=partial(self.collector.bring, drawn, written=settings.log_samples),
+            routers=Routers.of(self.trainer.model[0]) if settings.routing_replay else None,
         )
         rate = self.schedule.rate(k)
         with times.of("train"):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from data_tools.base.seeded import permutation
+from megatron_ext.layers.router_replay import Routers
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rl.losses import Totals
 from megatron_ext.rl.rows import (
@@ -60,15 +61,24 @@ def totals_of(batch: SampleBatch, settings: GrpoSettings) -> Totals:
 
 
 def packed_minibatches(
-    batch: SampleBatch, settings: GrpoSettings, k: int, plan: ParallelPlan, bring: Bring
+    batch: SampleBatch,
+    settings: GrpoSettings,
+    k: int,
+    plan: ParallelPlan,
+    *,
+    bring: Bring,
+    routers: Routers | None = None,
 ) -> list[Minibatch]:
-    """Return the minibatches of step `k`, with this rank's rows on the device. `bring` gets the samples here."""
+    """Return the minibatches of step `k`, with this rank's rows on the device. `bring` gets the samples here.
+
+    With `routers` the rows have the experts that the rollout chose.
+    """
     parts = [shares_of(part, plan, settings.row_tokens) for part in minibatches(batch, settings, k)]
     ranks = len(parts[0].rows)
     bring([set().union(*(part.keys(rank) for part in parts)) for rank in range(ranks)])
     sampling = settings.sampling
     return [
-        Minibatch(totals_of(part.batch, settings), part.own_rows(sampling.temperature, sampling.is_comparable))
+        Minibatch(totals_of(part.batch, settings), part.own_rows(sampling.temperature, sampling.is_comparable, routers))
         for part in parts
     ]
 

@@ -20,6 +20,8 @@ from megatron.core import parallel_state
 
 from data_tools.mistake import UserMistake
 from data_tools.progress import Stop, Stopped, never
+from megatron_ext.layers import router_replay
+from megatron_ext.layers.router_replay import Routers
 from megatron_ext.rollout.blocks import BlockManager
 from megatron_ext.rollout.cache import NewTokens
 from megatron_ext.rollout.room import too_small
@@ -85,7 +87,8 @@ def _no_text(tokens: list[int]) -> str:
 class Engine:
     """Decodes with a model's own parameters. `stop_ids` end a sample, or a turn of it, and belong to it.
 
-    `detokenize` is needed for stop strings and turn ends.
+    `detokenize` is needed for stop strings and turn ends. With `records_routing` samples keep which experts their
+    tokens went to, of a model that was built for it (layers/router_replay.py); the host then waits once more a step.
     """
 
     def __init__(
@@ -95,10 +98,12 @@ class Engine:
         seed: int,
         stop_ids: Collection[int],
         detokenize: Detokenize | None = None,
+        records_routing: bool = False,
     ):
         self.model, self.config, self.seed = model, config, seed
         self.stop_ids, self.detokenize = frozenset(stop_ids), detokenize or _no_text
         self.runner = Runner(model, config)
+        self.routers = Routers.of(self.runner.model) if records_routing else None
         self.counts: Counter[str] = Counter()
         self._is_idle = False  # the last step had nothing to compute
         experts = parallel_state.get_expert_model_parallel_group()
@@ -122,6 +127,10 @@ class Engine:
         self.runner.cache.allocate(len(blocks.references), slots)
         was_training = self.model.training
         self.model.eval()
+        if self.routers:
+            self.routers.record()
+        else:
+            router_replay.steer(self.runner.model, None)
         prompts: dict[Prefix, torch.Tensor] = {}  # the logits after each held prompt
         ended = 0
         try:
@@ -261,10 +270,21 @@ class Engine:
                 wanted.append(len(documents))
             documents.append(NewTokens(piece.tokens, piece.start, owner.blocks, owner.slot))
         if documents:
-            return list(self.runner.logits(documents, wanted))
+            logits = list(self.runner.logits(documents, wanted))
+            self._note_routing(step, documents)
+            return logits
         if self._together is not None:
             self.runner.idle()
         return []
+
+    def _note_routing(self, step: EngineStep, documents: list[NewTokens]) -> None:
+        """Have each holder of blocks keep which experts its tokens went to, where that is recorded."""
+        if not self.routers:
+            return
+        chosen, at = self.routers.recorded(sum(len(document.tokens) for document in documents)), 0
+        for owner, document in zip([*step.decodes, *(piece.owner for piece in step.pieces)], documents):
+            owner.note_routing(document.start, chosen[at : at + len(document.tokens)])
+            at += len(document.tokens)
 
     def _count(self, step: EngineStep) -> None:
         """Count a step."""

@@ -92,6 +92,8 @@ class Scheduler:
                     sequence.tokens += recorded.tokens
                     sequence.logprobs += recorded.logprobs
                     sequence.model_logprobs += recorded.model_logprobs
+                    if recorded.routing is not None:
+                        sequence.routes.add(0, recorded.routing)
                 self.arrivals += 1
                 added.append(sequence)
         self.waiting.extend(added)

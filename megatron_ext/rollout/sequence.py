@@ -15,11 +15,15 @@ _DRAWN = 128  # positions whose noise is made at once
 
 
 class Recorded(NamedTuple):
-    """New tokens that a sample already had, and their log-probs: as drawn from, and the model's own."""
+    """New tokens that a sample already had, and their log-probs: as drawn from, and the model's own.
+
+    `routing` int16 [m, r]: which experts its first m tokens went to, those of the prompt first; None: not recorded.
+    """
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     model_logprobs: tuple[float, ...] = ()
+    routing: numpy.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,30 @@ class Answer(NamedTuple):
 
 
 @dataclass(eq=False)
+class Routing:
+    """Which experts the first tokens of a holder of blocks went to, as they were computed first: int16 [m, r]."""
+
+    rows: list[numpy.ndarray] = field(default_factory=list)
+    count: int = 0  # m
+
+    def add(self, start: int, rows: numpy.ndarray) -> None:
+        """Hear of the tokens from `start` on; what is known stays, though the tokens were computed again."""
+        if start > self.count:
+            raise ValueError(f"routing of token {start} comes after that of {self.count} tokens")
+        new = start + len(rows) - self.count
+        if new > 0:
+            self.rows.append(rows[-new:])
+            self.count += new
+
+    @property
+    def whole(self) -> numpy.ndarray | None:
+        """All of it; None where nothing was recorded."""
+        if len(self.rows) > 1:
+            self.rows = [numpy.concatenate(self.rows)]
+        return self.rows[0] if self.rows else None
+
+
+@dataclass(eq=False)
 class Prefix:
     """A prompt whose keys and values several samples share. Its blocks are held until the last of them has begun."""
 
@@ -80,6 +108,11 @@ class Prefix:
     blocks: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the blocks
     slot: int | None = None  # of recurrent state
+    routes: Routing = field(default_factory=Routing, repr=False)
+
+    def note_routing(self, start: int, rows: numpy.ndarray) -> None:
+        """Hear which experts the tokens from `start` on went to, int16 [tokens, r]."""
+        self.routes.add(start, rows)
 
 
 @dataclass(eq=False)
@@ -99,6 +132,7 @@ class Sequence:
     finish: str = ""  # stop | length | turns | abort; "" while it is under way
     note: str = ""  # why it was aborted, where its task knows
     arrival: int = 0
+    routes: Routing = field(default_factory=Routing, repr=False)
     _noise: numpy.ndarray = field(default_factory=lambda: numpy.empty(0), repr=False)
     _noise_from: int = 0
 
@@ -111,6 +145,19 @@ class Sequence:
     def completion(self) -> list[int]:
         """The new tokens so far."""
         return self.tokens[self.prompt_length :]
+
+    @property
+    def routing(self) -> numpy.ndarray | None:
+        """Which experts its tokens went to that were computed, int16 [m, r]; None where it is not recorded."""
+        if not self.routes.count and (prompt := self.prefix.routes.whole) is not None:
+            self.routes.add(0, prompt)
+        return self.routes.whole
+
+    def note_routing(self, start: int, rows: numpy.ndarray) -> None:
+        """Hear which experts the tokens from `start` on went to, int16 [tokens, r]. Those of the prompt are known."""
+        if not self.routes.count and (prompt := self.prefix.routes.whole) is not None:
+            self.routes.add(0, prompt)
+        self.routes.add(start, rows)
 
     def observe(self, tokens: Many[int]) -> None:
         """Append tokens that are not the model's."""

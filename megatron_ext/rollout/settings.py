@@ -19,13 +19,21 @@ class Sampling:
     Filters come after the temperature: top_k, top_p of what is left, then min_p.
     """
 
-    temperature: float = setting(1.0, "logits are divided by it; 0 takes the likeliest token", least=0)
-    top_k: int = setting(0, "only the likeliest so many tokens are drawn; 0: all", unit="tokens", least=0)
+    temperature: float = setting(1.0, "logits are divided by it; 0 takes the likeliest token", least=0, example=0.7)
+    top_k: int = setting(0, "only the likeliest so many tokens are drawn; 0: all", unit="tokens", least=0, example=50)
     top_p: float = setting(
-        1.0, "only the likeliest tokens are drawn that together have this probability; 1: all", above=0, most=1
+        1.0,
+        "only the likeliest tokens are drawn that together have this probability; 1: all",
+        above=0,
+        most=1,
+        example=0.95,
     )
     min_p: float = setting(
-        0.0, "only tokens at least this likely are drawn, as a share of the likeliest; 0: all", least=0, below=1
+        0.0,
+        "only tokens at least this likely are drawn, as a share of the likeliest; 0: all",
+        least=0,
+        below=1,
+        example=0.05,
     )
     max_tokens: int = setting(
         256, "new tokens of a completion, at most: what evaluate calls max_new_tokens", unit="tokens", least=1

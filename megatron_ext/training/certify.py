@@ -38,6 +38,7 @@ from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint, convert
 
 RATE = 1e-3  # of the one update
+SETTINGS = AdamW(weight_decay=0.1)
 DISTURBANCE = 1e-4  # of an embedded token
 
 
@@ -101,11 +102,19 @@ class Measured:
     gradients: dict[str, torch.Tensor]
 
 
-def trainer_of(family: Family, dims: Any, plan: ParallelPlan, weights: Path, made_of: Parts = OURS) -> Trainer:
+def trainer_of(
+    family: Family,
+    dims: Any,
+    plan: ParallelPlan,
+    weights: Path,
+    *,
+    made_of: Parts = OURS,
+    settings: AdamW = SETTINGS,
+) -> Trainer:
     """Return a trainer of these weights under a layout."""
     parts = family.build(dims, plan, torch.float32, made_of)
     checkpoint.load_weights(parts, weights)
-    return Trainer(parts, plan, AdamW(weight_decay=0.1))
+    return Trainer(parts, plan, settings)
 
 
 def rows_of(packs: Sequence[Pack], plan: ParallelPlan) -> list[MicroBatch]:
@@ -116,11 +125,18 @@ def rows_of(packs: Sequence[Pack], plan: ParallelPlan) -> list[MicroBatch]:
 
 
 def measure(
-    family: Family, dims: Any, plan: ParallelPlan, weights: Path, packs: Sequence[Pack], made_of: Parts = OURS
+    family: Family,
+    dims: Any,
+    plan: ParallelPlan,
+    weights: Path,
+    *,
+    packs: Sequence[Pack],
+    made_of: Parts = OURS,
+    settings: AdamW = SETTINGS,
 ) -> Measured:
     """Make one update on `packs` from `weights`. All ranks of the process group take part; started here."""
     with ranks.started(plan):
-        trainer = trainer_of(family, dims, plan, weights, made_of)
+        trainer = trainer_of(family, dims, plan, weights, made_of=made_of, settings=settings)
         rows = rows_of(packs, plan)
         before = trainer.gradient(rows, everywhere=True).reduced()
         gradients = whole_gradients(trainer.model)

@@ -38,7 +38,7 @@ class Engine:
     overlap_param_gather: bool = setting(False, "weights are gathered while forward goes on; needs overlap_grad_reduce")
     offload_optimizer: float = setting(
         0.0, "share of the optimizer's state and update that lives in host memory; above 0 with Transformer Engine",
-        least=0, most=1,
+        least=0, most=1, example=0.5
     )  # fmt: skip
     overlap_offload: bool = setting(False, "the offloaded state is copied while the GPU computes")
 
@@ -49,11 +49,11 @@ class ExpertBalance:
 
     aux_loss: float = setting(
         0.0, "coefficient of the balancing loss, in which a token weighs the same whether supervised or not; 0: off",
-        least=0,
+        least=0, example=0.01
     )  # fmt: skip
     aux_kind: str = setting("aux_loss", "what the balancing loss balances over", choices=BALANCINGS)
     bias_rate: float = setting(
-        0.0, "rate of the router's correction bias, where the model has one; 0: the bias stays", least=0
+        0.0, "rate of the router's correction bias, where the model has one; 0: the bias stays", least=0, example=0.001
     )
 
 

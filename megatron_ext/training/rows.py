@@ -93,6 +93,11 @@ class MicroBatch:
         return Targets(self.labels)
 
     @property
+    def chosen(self) -> torch.Tensor | None:
+        """The experts that the row's tokens go to (layers/router_replay.py); None: those that the routers choose."""
+        return None
+
+    @property
     def held(self) -> numpy.ndarray:
         """int64 [T / c], the tokens of the row that this context rank holds."""
         assert self.documents.held is not None  # packed_documents gives it

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from data_tools.base.declared import MODELS, PACKS, SEEDS, STORES, setting, with_default
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.settings import ModelSettings
+from megatron_ext.training.muon import OPTIMIZERS, Muon
 from megatron_ext.training.options import Engine, ExpertBalance
 from megatron_ext.training.schedule import SHAPES, Amount, Schedule, updates
 from megatron_ext.training.track import Track
@@ -21,15 +22,22 @@ class TrainingSettings(ModelSettings):
 
     schedule: str = setting("constant", "course of the learning rate after the warm-up", choices=SHAPES)
     lr: float = setting(1e-6, "highest learning rate", above=0)
-    min_lr: float = setting(0.0, "last learning rate of every schedule but constant", least=0)
+    min_lr: float = setting(0.0, "last learning rate of every schedule but constant", least=0, example=1e-7)
     warmup_steps: int = setting(0, "updates until the learning rate is at its highest", unit="steps", least=0)
-    decay_share: float = setting(0.2, "share of all steps over which wsd decays", above=0, most=1)
+    decay_share: float = setting(0.2, "share of all steps over which wsd decays", above=0, most=1, example=0.1)
 
-    weight_decay: float = setting(0.0, "AdamW's weight decay", least=0)
-    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", least=0, below=1)
-    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", least=0, below=1)
-    epsilon: float = setting(1e-8, "AdamW's epsilon", least=0)
-    clip_grad: float = setting(1.0, "norm that gradients are clipped to; 0 or less turns clipping off", free=True)
+    optimizer: str = setting(
+        "", 'what makes the updates: "" AdamW; muon: Muon of the matrices between the layers, AdamW of the rest',
+        choices=OPTIMIZERS, keyed="if_set",
+    )  # fmt: skip
+    weight_decay: float = setting(0.0, "AdamW's weight decay, and Muon's", least=0, example=0.1)
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", least=0, below=1, example=0.95)
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", least=0, below=1, example=0.999)
+    epsilon: float = setting(1e-8, "AdamW's epsilon", least=0, example=1e-6)
+    muon: Muon = setting(Muon, "how Muon makes its updates, with optimizer muon", keyed="if_set")
+    clip_grad: float = setting(
+        1.0, "norm that gradients are clipped to; 0 or less turns clipping off", free=True, example=0.5
+    )
     lora: LoraConfig = setting(LoraConfig, "adapters that are trained in place of the model")
 
     checkpoint_every: int = setting(
@@ -125,7 +133,7 @@ class SftSettings(TrainingSettings):
         0, "updates; the first limit that is reached ends the training; 0: no limit", unit="steps", least=0
     )
     samples: int = setting(0, "packs; what is less than an update is left out; 0: no limit", unit="packs", least=0)
-    tokens: int = setting(0, "tokens, padding counts; 0: no limit", unit="tokens", least=0)
+    tokens: int = setting(0, "tokens, padding counts; 0: no limit", unit="tokens", least=0, example=1_000_000_000)
     minutes: float = setting(
         0.0, "time of training, all attempts together; it then ends early, and the schedule with it; 0: no limit",
         unit="minutes", least=0,

@@ -1,9 +1,9 @@
 """One update at a time of a model over its ranks.
 
-`Trainer` holds the model in mcore's DistributedDataParallel with the distributed optimizer. Loss and gradient of a
-step are sums over supervised tokens, divided once by the number of supervised tokens in the whole global batch, over
-all micro-batches and ranks: a mean of the packs' means would weigh a token of a pack with few of them more. What a rank
-trains on: rows.py. What drives it over a run: loop.py.
+`Trainer` holds the model in mcore's DistributedDataParallel with the distributed optimizer, or Muon (muon.py). Loss
+and gradient of a step are sums over supervised tokens, divided once by the number of supervised tokens in the whole
+global batch, over all micro-batches and ranks: a mean of the packs' means would weigh a token of a pack with few of
+them more. What a rank trains on: rows.py. What drives it over a run: loop.py.
 
 Shapes below: n supervised tokens of a micro-batch that this rank holds.
 """
@@ -26,10 +26,12 @@ from megatron.core.transformer.module import Float16Module
 
 from data_tools.mistake import UserMistake
 from megatron_ext.device import device, plain_torch
+from megatron_ext.layers import router_replay
 from megatron_ext.layers.loss_head import supervised_losses
 from megatron_ext.models.registry import stages
 from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 from megatron_ext.training.metrics import Clock
+from megatron_ext.training.muon import MUON, Muon, optimizer_fields
 from megatron_ext.training.options import Engine
 from megatron_ext.training.rows import MicroBatch
 from megatron_ext.training.settings import TrainingSettings
@@ -39,13 +41,17 @@ PLAIN = Engine()
 
 @dataclass(frozen=True)
 class AdamW:
-    """Optimizer settings. Weight decay spares one-dimensional parameters: norms and biases. `clip` 0: no clipping."""
+    """Optimizer settings. Weight decay spares one-dimensional parameters: norms and biases. `clip` 0: no clipping.
+
+    With `muon` they are of what is no matrix between the layers (muon.py); rate, weight decay and clip are of all.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    muon: Muon | None = None
 
     @classmethod
     def of(cls, settings: TrainingSettings) -> "AdamW":
@@ -56,6 +62,7 @@ class AdamW:
             epsilon=settings.epsilon,
             weight_decay=settings.weight_decay,
             clip=settings.clip_grad,
+            muon=settings.muon if settings.optimizer == MUON else None,
         )
 
 
@@ -108,6 +115,7 @@ def losses_of(model: torch.nn.Module, rows: MicroBatch) -> torch.Tensor:
 
     On a pipeline's stages before the last: what goes to the next rank.
     """
+    router_replay.steer(model, rows.chosen)
     return supervised_losses(
         model,
         rows.ids,
@@ -144,7 +152,7 @@ class Trainer:
                 config,
                 DistributedDataParallelConfig(
                     grad_reduce_in_fp32=True,
-                    use_distributed_optimizer=True,
+                    use_distributed_optimizer=settings.muon is None,
                     overlap_grad_reduce=engine.overlap_grad_reduce,
                     overlap_param_gather=engine.overlap_param_gather,
                 ),
@@ -158,7 +166,6 @@ class Trainer:
         self.weight_decay = settings.weight_decay
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
-                optimizer="adam",
                 lr=0.0,  # set at every step
                 weight_decay=settings.weight_decay,
                 adam_beta1=settings.beta1,
@@ -167,8 +174,8 @@ class Trainer:
                 clip_grad=settings.clip if settings.clip > 0 else math.inf,  # 0 would skip the norm as well
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
-                use_distributed_optimizer=True,
                 overlap_param_gather=engine.overlap_param_gather,
+                **_which(settings.muon),
                 **_offloading(engine),
             ),
             self.model,
@@ -301,6 +308,13 @@ class Trainer:
         self.zeros = int(zeros) - self._padding if count_zeros else None
         self.clock.mark("update")
         return sums, float(norm)
+
+
+def _which(muon: Muon | None) -> dict[str, Any]:
+    """Return the fields of OptimizerConfig that say which optimizer it is, and whether data ranks share its state."""
+    if muon is None:
+        return dict(optimizer="adam", use_distributed_optimizer=True)
+    return dict(optimizer=MUON, use_distributed_optimizer=False, **optimizer_fields(muon))
 
 
 def _offloading(engine: Engine) -> dict[str, Any]:

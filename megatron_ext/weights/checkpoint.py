@@ -43,10 +43,10 @@ from megatron_ext.weights.staging import (
     is_adapted,
     is_extra_state,
     is_packed,
-    metadata,
     model_state,
     sums,
     trained_state,
+    wanted_optimizer,
 )
 from megatron_ext.weights.told import Everything, Sums, Told
 
@@ -373,13 +373,10 @@ def load_step(
                 f"use a fresh folder, or the old value, or begin anew from its weights (init_from)"
             )
     weights = trained_state(model)
-    wanted = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata()),
-    }
+    wanted = {"model": weights, "optimizer": wanted_optimizer(optimizer, weights)}
     state = loading.load(wanted, folder / STATE)
     _load_model(model, state["model"], adapters=is_adapted(model))
-    fill_optimizer(optimizer, state["optimizer"], manifest["updates"])
+    fill_optimizer(optimizer, trained_state(model), state["optimizer"], manifest["updates"])
     if manifest["layout"] == random_states.layout_name(plan):
         random_states.restore(random_states.read(folder, *step_manifest.rng_of(manifest, dist.get_rank())))
     return manifest["step"], manifest["position"]

@@ -36,7 +36,7 @@ from data_tools.base.inside import inside
 from data_tools.base.open_cache import OpenCache
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.files import pickles, stored
-from megatron_ext.files.stored import StoredPiece
+from megatron_ext.files.stored import Stored, StoredPiece
 from megatron_ext.models.layouts import Rule
 
 Shape = tuple[int, ...]
@@ -209,12 +209,22 @@ def _write_whole(path: Path, write: Callable[[Any], None]) -> Part:
 class Reader:
     """The tensors of a distributed checkpoint, whatever layout wrote it, and whoever: pickles.py reads its pickles."""
 
-    def __init__(self, folder: Path, foreign: bool = False):
+    def __init__(self, folder: Path, foreign: bool = False, known: Stored | None = None):
         """Open a checkpoint; raises UserMistake when it is none.
 
         A `foreign` one, another program's, may have state beside its tensors: `common`, in which classes are `Node`s.
+        With `known`, which another rank read there, or a part of it, nothing is read yet.
         """
         self.folder = folder
+        self.common: Any = {}
+        self._files = OpenCache[str, IO[bytes]](lambda file: open(inside(folder, file), "rb"))
+        if known is None:
+            self._open(foreign)
+        else:
+            self.stored = known
+
+    def _open(self, foreign: bool) -> None:
+        folder = self.folder
         known = pickles.ARGUMENTS if foreign else pickles.TENSORS
         try:
             self.stored = stored.read(inside(folder, METADATA), foreign)
@@ -227,7 +237,6 @@ class Reader:
             what = ", ".join(map(str, self.common)) if isinstance(self.common, dict) else type(self.common).__name__
             said = f"{COMMON} has {what}"
             raise UserMistake(Problem(str(folder), f"{said}, and none of our checkpoints has anything there"))
-        self._files = OpenCache[str, IO[bytes]](lambda file: open(inside(folder, file), "rb"))
 
     def tensors(self) -> dict[str, tuple[str, Shape]]:
         """Return {key: (dtype, shape)}. Vocabulary padding counts as rows."""

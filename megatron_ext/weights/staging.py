@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 
 from megatron_ext.files.digest import tensor_sum
 from megatron_ext.models.registry import stages
+from megatron_ext.weights import whole_state
 from megatron_ext.weights.dist_weights import Region
 
 EXTRA_STATE = "_extra_state"
@@ -195,21 +196,25 @@ class _Piece:
 
 
 class OptimizerState:
-    """The regions of a distributed optimizer's state that this rank holds. They stay what they are during a run."""
+    """The regions of an optimizer's state that this rank saves. They stay what they are during a run."""
 
     def __init__(self, model: Model, optimizer: Any):
         self._optimizers = optimizer.chained_optimizers
         self._pieces: list[tuple[Any, torch.Tensor, list[_Piece]]] = []
         for part in trained_state(model).values():
-            holders = {holder.data: holder for holder in nested_values(part) if isinstance(holder, ShardedBase)}
+            holders = whole_state.holders_of(part)
             for chained in self._optimizers:
-                self._pieces += _held(chained, holders)
+                self._pieces += (_held_whole if whole_state.is_whole(chained) else _held)(chained, holders)
 
     def parts(self) -> list[Part]:
         found = []
         for optimizer, parameter, pieces in self._pieces:
-            state = optimizer._get_main_param_and_optimizer_states(parameter)
-            for name in STATES:
+            whole = whole_state.is_whole(optimizer)
+            if whole:
+                state = whole_state.states(optimizer, parameter)
+            else:
+                state = optimizer._get_main_param_and_optimizer_states(parameter)
+            for name in state if whole else STATES:
                 held = state[name] if name in state else torch.zeros_like(state["param"])  # it never stepped yet
                 flat = held.detach().reshape(-1)
                 for piece in pieces:
@@ -219,7 +224,15 @@ class OptimizerState:
 
     def updates(self) -> int:
         """Return how often the optimizer has stepped; 0 on a rank that holds nothing of it."""
-        groups = [group for chained in self._optimizers for group in chained.state_dict()["optimizer"]["param_groups"]]
+        groups = [
+            group
+            for chained in self._optimizers
+            for group in (
+                chained.optimizer.param_groups
+                if whole_state.is_whole(chained)
+                else chained.state_dict()["optimizer"]["param_groups"]
+            )
+        ]
         return max((int(group.get("step") or 0) for group in groups), default=0)
 
 
@@ -249,12 +262,43 @@ def _held(optimizer: Any, holders: dict[torch.Tensor, ShardedBase]) -> Iterator[
                     yield optimizer, parameter, pieces
 
 
-def fill_optimizer(optimizer: Any, loaded: dict[Any, Any], updates: int) -> None:
+def _held_whole(
+    optimizer: Any, holders: dict[torch.Tensor, ShardedBase]
+) -> Iterator[tuple[Any, torch.Tensor, list[_Piece]]]:
+    for parameter, holder in whole_state.held(optimizer, holders):
+        if is_main_replica(holder.replica_id):
+            yield (
+                optimizer,
+                parameter,
+                [
+                    _Piece(
+                        _region(shard, (0,) * shard.data.dim(), tuple(shard.local_shape)),
+                        first,
+                        first + math.prod(shard.local_shape),
+                    )
+                    for shard, first in _shards_of(holder, tuple(parameter.shape))
+                ],
+            )
+
+
+def wanted_optimizer(optimizer: Any, weights: dict[str, Any]) -> dict[Any, Any]:
+    """Return what is to be loaded of the optimizer's state, for `fill_optimizer`; `weights` is the `trained_state`."""
+    if any(map(whole_state.is_whole, optimizer.chained_optimizers)):
+        return {str(i): whole_state.wanted(part, weights) for i, part in enumerate(optimizer.chained_optimizers)}
+    found: dict[Any, Any] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata())
+    return found
+
+
+def fill_optimizer(optimizer: Any, weights: dict[str, Any], loaded: dict[Any, Any], updates: int) -> None:
     """Give the optimizer the tensors `loaded` under mcore's names; of several chained ones, each those of its number.
 
     All but tensors and the count of updates is a matter of settings, which a resuming run shares.
     """
     chained = optimizer.chained_optimizers
+    if any(map(whole_state.is_whole, chained)):
+        for i, part in enumerate(chained):
+            whole_state.fill(part, weights, loaded[str(i)], updates)
+        return
     states = [loaded] if len(chained) == 1 else [loaded[i] for i in range(len(chained))]
     for part, tensors in zip(chained, states):
         state = part.state_dict()

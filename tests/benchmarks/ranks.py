@@ -7,7 +7,8 @@ of a model, and the words of all ranks, as long as real ones and over a connecti
 few processes with a connection a rank, which say what product code would (jobs/ranks.py, told.py); nothing is trained;
 the files of the nodes have their length but no bytes (sparse), so that whoever read them took minutes; the words of a
 save, which ranks gather over gloo, come by way of the store. What a rank needs besides its own bytes is measured in
-product code (exchange.py) on one rank of a fake process group of that size.
+product code (exchange.py) on one rank of a fake process group of that size. A load is what rank 0 reads of a step's
+.metadata and tells all (loading.py), and what one of them does with that.
 
 Seconds are CPU seconds of rank 0, its store's thread with it. The peer is torch.distributed.checkpoint with as many
 ranks and pieces: what its coordinator does of a save beside the exchange (pickles of plans and results,
@@ -168,12 +169,26 @@ def rank_zero(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     measured("seal", lambda: verdicts.decide("sealed", lambda: artifact.seal(lease, {"key": "k"})))
     found["read_mb"] = (bytes_read() - read) / 1e6
     measured("goodbye", verdicts.goodbye)
+    table = measured("load", lambda: told_of_load(keep / "step_1" / "state"))
+    found["told_mb"], before = len(table) / 1e6, resident()
+    wanted = {key: [((row, 0), (8, 5120))] for key, _, row in pieces_of(1, args.ranks, args.pieces)}
+    parts = measured("load of another", lambda: pickle.loads(table).cut(wanted))
+    found["load_mb"] = resident() - before
+    assert sum(len(tensor.pieces) for tensor in parts.tensors.values()) == args.pieces
     seal = read_seal(artifact.seal_path)
     assert seal is not None
     found["sealed_tb"] = sum(entry["size"] for entry in seal.content["files"].values()) / 1e12
     found["files"] = -(-args.ranks // args.per_node) + sum(path.is_file() for path in (keep / "step_1").rglob("*"))
     told = [json.loads(helper.communicate(timeout=600)[0]) for helper in helpers]
     return found | {name: max(each[name] for each in told) for name in told[0]}
+
+
+def told_of_load(folder: Path) -> bytes:
+    """Return what rank 0 tells all others when a checkpoint is loaded: what it keeps where."""
+    from megatron_ext.files.stored import Table
+    from megatron_ext.weights.dist_weights import Reader
+
+    return pickle.dumps(Table.of(Reader(folder).stored))
 
 
 def begin(verdicts: Verdicts, artifact: Artifact) -> Any:
@@ -310,6 +325,9 @@ def main() -> None:
     print(f"rank 0 read {found['read_mb']:.1f} MB to seal {found['sealed_tb']:.2f} TB")
     print(f"a rank tells {found['word']} bytes in {found['tell_ms']:.2f} CPU ms, and needs {found['rank_mb']:.1f} MB")
     print(f"a step has {found['files']} files")
+    load, other = found["load"]["cpu_s"], found["load of another"]["cpu_s"]
+    print(f"load: rank 0 reads what is where in {load:.2f} CPU s and tells {found['told_mb']:.1f} MB")
+    print(f"load: any other rank finds its own there in {other:.3f} CPU s, {found['load_mb']:.1f} MB")
     print(f"before: every rank got {before['got_mb']:.0f} MB, {before['cpu_s']:.2f} CPU s, {before['mb']:.0f} MB held")
     print(f"torch's coordinator: {peer['cpu_s']:.2f} CPU s")
     save, seal = found["save"]["cpu_s"], sum(found[name]["cpu_s"] for name in ("weights", "done", "seal"))

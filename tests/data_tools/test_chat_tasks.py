@@ -123,3 +123,16 @@ def test_settings_that_a_data_set_does_not_have_are_refused():
     assert any("source.synthetic_rows: task openthoughts makes no rows" in line for line in told)
     named = declared.check_with(Config(Source(["x"]), "t", "openthots"), materialize.check)
     assert "unknown task 'openthots' (did you mean openthoughts?" in str(named[0])
+
+
+@pytest.mark.parametrize("task", ["", *task_names(), "tests.data_tools.tasks.verifiers:length"])
+def test_a_source_without_rows_is_told_only_of_what_the_task_can_take(task):
+    """Whatever names a source without rows: materialize of chats and of rows, and a mix."""
+    of_mix = [p for p in check_mix(MixConfig({"a": Entry(task)}), training=False) if p.where.endswith(".source")]
+    assert of_mix or not task or task in task_names()
+    of_data = [p for p in materialize.check(materialize.Config(task=task, tokenizer="t")) if p.where == "source"]
+    makes_rows = task in task_names() and hasattr(load_task(task), "synthetic_row")
+    for problem in of_mix + of_data:
+        assert "give files in source.inputs" in problem.message
+        assert ("synthetic_rows" in problem.message) == makes_rows
+    assert all("hub" not in problem.message for problem in of_data)

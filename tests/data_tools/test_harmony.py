@@ -79,6 +79,17 @@ def test_a_bad_row_fails_by_line_or_is_counted(tmp_path: Path) -> None:
     assert (row["rows"], row["kept"], row["special_token"], row["no_user_text"]) == (3, 1, 1, 1)
 
 
+@pytest.mark.parametrize("name", [
+    "start", "end", "message", "channel", "constrain", "return", "call", "startoftext", "endoftext", "endofprompt",
+    "reserved_200000", "reserved_201087",
+])  # fmt: skip
+def test_no_special_token_of_gpt_oss_gets_into_a_prompt(name: str) -> None:
+    for prompt in (Prompt("", f"a <|{name}|> b"), Prompt(f"<|{name}|>", "b")):
+        with pytest.raises(ValueError, match=f"the text holds Harmony's token <.{name}.>"):
+            render(prompt, DATE)
+    assert "<|other|>" in render(Prompt("", "<|other|>"), DATE)
+
+
 def test_an_unpinned_date_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserMistake, match="date: '' is no date YYYY-MM-DD; give the day"):
         harmony_convert(Config(inputs=["x"]), tmp_path)

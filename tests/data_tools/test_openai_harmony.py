@@ -88,6 +88,9 @@ COMPLETIONS = {
     "<|channel|>final<|message|>[0]<|return|>": "[0]",
     "<|channel|>commentary<|message|>[3]<|end|><|start|>assistant<|channel|>final<|message|>[1]\n<|return|>": "[1]\n",
     "<|channel|>analysis<|message|>[2] it is.<|return|>": None,
+    "<|channel|>final <|constrain|>json<|message|>[2]<|return|>": "[2]",
+    "<|channel|>commentary to=functions.ask <|constrain|>json<|message|>[2]<|call|>": None,
+    "<|message|>[2]<|return|>": None,
 }
 
 

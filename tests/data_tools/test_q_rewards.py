@@ -1,5 +1,6 @@
 import csv
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,11 @@ def test_rewards_sum_to_one_and_order_as_the_values_do(q: np.ndarray, tau: float
         assert (np.diff(mine[np.argsort(values, kind="stable")]) >= 0).all()
 
 
+def test_values_further_apart_than_floats_reach_are_rewarded_without_a_warning() -> None:
+    with warnings.catch_warnings(action="error"):
+        assert boltzmann(np.array([[1e308, -1e308], [-1e308, 0.0]]), 0.05).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
 def test_other_columns_keep_their_text_and_old_rewards_go_only_when_asked(tmp_path: Path) -> None:
     text = '"two\nlines, and a ""quote"""'
     source = table(tmp_path / "q.csv", "note,reward_action_0,q_action_0,q_action_1,prompt", f"007,9,1.0,1.0,{text}")
@@ -78,6 +84,7 @@ def test_other_columns_keep_their_text_and_old_rewards_go_only_when_asked(tmp_pa
         ("prompt,q_action_0", "x,1", "needs columns q_action_0, q_action_1, …; it has prompt, q_action_0"),
         ("prompt,q_action_0,q_action_1", "x,1,", "q.csv:2: q_action_1 is '', not a finite number"),
         ("prompt,q_action_0,q_action_1", "x,1,nan", "q.csv:2: q_action_1 is 'nan', not a finite number"),
+        ("prompt,q_action_0,q_action_1", "x,1,1_000", "q.csv:2: q_action_1 is '1_000', not a finite number"),
         ("prompt,q_action_0,q_action_1", "x,one,2", "q.csv:2: q_action_0 is 'one', not a finite number"),
         ("prompt,q_action_0,q_action_1", "x,1", "q.csv:2: 2 values under 3 columns"),
         ("prompt,prompt,q_action_0", "x,1,2", "has two columns 'prompt'"),

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from data_tools.packs import materialize
-from data_tools.prepare import rejection
+from data_tools.prepare import dolci, rejection
+from data_tools.recipes import decontaminate
 from data_tools.tasks.task import Source
 from jobs.artifacts import consolidate
 from jobs.artifacts.layout import GROUP
@@ -56,6 +57,21 @@ class Leaves:
         assert sealer.seal(lease, facts) == "sealed"
         run.record_outcome("p", Outcome(index, 1, 0, "sealed", 0, "", "host", "1", 0.0, key=phase.key))
 
+    def sealed_with(self, files: int, of_first: int = 0) -> None:
+        """Run all elements, and see that each leaves a log, a seal and a folder with so many files and folders in it,
+        the first one some more, and nothing else; what is not an element's is little.
+        """
+        for index in range(self.phase.elements):
+            self.element(index)
+        artifact, elements = self.run.artifact(self.phase), self.phase.elements
+        assert artifact.seal_path.exists()
+        found = self.inodes()
+        assert found["logs"] == found["seals"] == elements + 1
+        assert len(list(artifact.folder.glob("work/0*"))) == elements
+        assert len(list(artifact.folder.glob("work/0*/**/*"))) == elements * files + of_first
+        few = found.total() - found["logs"] - found["seals"] - found["work"]
+        assert few <= 16, found  # the word and lease of the last one, what was gathered, the seal, the tables
+
     def inodes(self) -> Counter[str]:
         """Count what lies in the phase's folder, by the folder of the run's layout that it lies in."""
         above = self.run.phase_folder("p")
@@ -85,11 +101,36 @@ def samples(folder: Path) -> tuple[str, Any]:
     return "reject_filter", rejection.Config(inputs=[str(folder / "samples.jsonl")])
 
 
+def training_data(folder: Path) -> tuple[str, Any]:
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {n} of them"}) + "\n" for n in range(16)))
+    (folder / "asked.jsonl").write_text(json.dumps({"question": "row 3 of them"}) + "\n")
+    config = decontaminate.Config(inputs=[str(folder / "rows.jsonl")], evaluation_sets=[str(folder / "asked.jsonl")])
+    return "decontaminate", config
+
+
+def chats_to_draw_from(folder: Path) -> tuple[str, Any]:
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>so</think>a"}]
+    rows = [{"messages": [*said, {"role": "user", "content": str(n)}, said[1]], "source": "math"} for n in range(16)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    return "dolci_prepare", dolci.Config([str(folder / "rows.jsonl")], tokenizer=str(tokenizer), target_rows=4)
+
+
 def numbers(folder: Path) -> tuple[str, Any]:
     return "tests.toy.numbers", toy.Config()
 
 
-@pytest.mark.parametrize("made", [numbers, conversations, samples], ids=["a user's", "materialize", "reject_filter"])
+# Kinds that may be arrays, but for those of models (tests/megatron_ext/test_inodes.py).
+MADE = {
+    "a user's": numbers,
+    "materialize": conversations,
+    "reject_filter": samples,
+    "decontaminate": training_data,
+    "dolci_prepare": chats_to_draw_from,
+}
+
+
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 def test_an_element_of_a_large_array_leaves_four_inodes_once_its_phase_is_sealed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Callable[[Path], tuple[str, Any]]
 ) -> None:
@@ -98,14 +139,4 @@ def test_an_element_of_a_large_array_leaves_four_inodes_once_its_phase_is_sealed
     monkeypatch.setattr(consolidate, "FROM_ELEMENTS", elements)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     kind, config = made(tmp_path)
-    leaves = Leaves(tmp_path / "run", kind, config, elements)
-    for index in range(elements):
-        leaves.element(index)
-    assert leaves.run.artifact(leaves.phase).seal_path.exists()
-    found = leaves.inodes()
-    assert found["logs"] == found["seals"] == elements + 1
-    folder = leaves.run.artifact(leaves.phase).folder
-    for own in ("work/0*", "work/0*/*"):
-        assert len(list(folder.glob(own))) == elements
-    few = found.total() - found["logs"] - found["seals"] - found["work"]
-    assert few <= 16, found  # the word and lease of the last one, what was gathered, the seal, the merged
+    Leaves(tmp_path / "run", kind, config, elements).sealed_with(1)

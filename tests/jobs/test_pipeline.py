@@ -7,7 +7,7 @@ from typing import get_type_hints
 import pytest
 
 from data_tools.mistake import UserMistake
-from jobs.kind import find_kind, wrong_makers
+from jobs.kind import find_kind, shares_of_parts, wrong_makers
 from jobs.schema.pipeline import load_pipeline
 from jobs.schema.problems import Problems
 from jobs.schema.references import references, substitute
@@ -215,6 +215,9 @@ def test_a_broken_file_is_one_line(tmp_path, text, expected):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserMistake, match="no such pipeline file"):
         load_pipeline(tmp_path / "none.yaml")
+    for name in ("tiny", "jobs/pipelines/tiny.yaml"):  # as the manual says, in a folder without a checkout
+        with pytest.raises(UserMistake, match="no such pipeline file; the one that comes .*/jobs/pipelines/tiny.yaml$"):
+            load_pipeline(tmp_path / name)
 
 
 def test_snapshots_carry_the_modules_of_users_tasks():
@@ -366,6 +369,27 @@ def test_a_phase_that_makes_no_such_thing_is_no_input():
         f"{key}: phase {phase} uses {uses}, which makes no such thing; {makers[wanted]} does"
         for key, phase, uses, wanted in swapped
     )
+
+
+@pytest.mark.parametrize("uses, settings, key", [
+    ("materialize", "source: {inputs: [PART]}", "source.inputs"), ("dolci_prepare", "inputs: [PART]", "inputs"),
+    ("decontaminate", "inputs: [PART]", "inputs"), ("generate", "model: PART", "model"),
+    ("reject_filter", "inputs: [PART]", ""), ("tests.toy.numbers", "file: PART", ""),
+])  # fmt: skip
+def test_no_kind_of_ours_takes_a_share_of_what_is_one_elements_part_alone(tmp_path, uses, settings, key):
+    """As an array each takes a share of every file; what a user's own does nobody knows."""
+    settings = settings.replace("PART", "'${phases.a.out}/rows.jsonl'")
+    text = f"""
+        name: t
+        phases:
+          a: {{uses: decontaminate, array: 2, with: {{inputs: [rows.jsonl], evaluation_sets: [asked.jsonl]}}}}
+          b: {{uses: {uses}, array: 2, needs: [{{a: aftercorr}}], with: {{{settings}}}}}
+    """
+    phase = load_pipeline(write(tmp_path, text)).phases["b"]
+    assert not list(shares_of_parts(phase.kind, phase.config, []))
+    part = f"{key}: aftercorr gives each element its partner's part of a alone, which {uses} would take for all of it"
+    expected = [f"{part}; say afterok: then its elements share all that a made"] if key else []
+    assert [str(problem) for problem in shares_of_parts(phase.kind, phase.config, ["a"])] == expected
 
 
 def test_a_reference_in_our_own_spelling_is_refused(tmp_path):

@@ -105,7 +105,7 @@ def test_what_a_run_lacks_is_bundled_and_only_the_newest_bundle_is_sent(toy, tmp
     afterok("cancel", run, env=env)
     nowhere = afterok("bundle", pipeline, tmp_path / "third", "cluster=local", "--run", run, check=2).stderr
     held, refused = nowhere.splitlines()
-    assert "the run holds numbers.with.fail_at=1" in held and "a bundle is for Slurm" in refused
+    assert "those that are to stay: numbers.with.fail_at=1" in held and "a bundle is for Slurm" in refused
 
 
 GRAPH = """

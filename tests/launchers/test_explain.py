@@ -26,7 +26,7 @@ def test_each_setting_of_a_phase_is_told_with_type_default_unit_range_and_meanin
     found = {each["key"]: each for each in afterok_json("explain", "grpo")["settings"]}
     assert found["loss.clip_low"] == {
         "key": "loss.clip_low", "type": "float", "default": 0.2, "unit": "", "legal": "0 to 1", "keyed": True,
-        "needed": False, "help": "the ratio counts from 1 - clip_low; cispo: from 0", "example": 0.4,
+        "needed": False, "help": "the ratio counts from 1 - clip_low; cispo: from 0", "example": 0.1,
     }  # fmt: skip
     assert found["schedule"]["default"] == "constant" and "cosine" in found["schedule"]["legal"]
     assert found["bos"]["keyed"] == "if_set" and found["parallel.tensor"]["keyed"] is False

@@ -21,20 +21,20 @@ def test_overrides_in_force_are_said_at_resubmit_in_status_and_in_plan_with_the_
     file.write_text(TEXT)
     afterok("run", file, "--run", run, *LOCAL)
     assert "in force" not in afterok("status", run).stdout  # the choice of a cluster is none
-    assert "the run holds" not in afterok("plan", file, "--run", run, *LOCAL).stderr
+    assert "takes back" not in afterok("plan", file, "--run", run, *LOCAL).stderr
     said = words(afterok("resubmit", run, "first", "first.with.start=5").stdout)
-    way_back = f"`afterok submit {file} --run {run}` without them goes back"
-    assert "in force beside the pipeline file: first.with.start=5 (submission 2, 20" in said and way_back in said
+    way_back = f"`afterok submit {file} --run {run}` takes them back"
+    assert f"overrides in force: first.with.start=5 (submission 2); {way_back}" in said
     afterok("status", run, "--watch")
     afterok("resubmit", run, "first", "first.with.start=5", "first.resources.time=1:00:00", "--again")
     shown = words(afterok("status", run).stdout)
-    assert "first.with.start=5 (submission 2, 20" in shown and "first.resources.time=1:00:00 (submission 3, 20" in shown
+    assert "first.with.start=5 (submission 2), first.resources.time=1:00:00 (submission 3)" in shown
     assert way_back in shown and way_back in afterok_json("status", run)["overrides"]
     afterok("status", run, "--watch")
     left_out = words(afterok("plan", file, "--run", run, *LOCAL).stderr)
-    assert "the run holds first.with.start=5 (submission 2, " in left_out
-    assert "To keep them, add first.with.start=5 first.resources.time=1:00:00" in left_out
+    assert "those that are to stay: first.with.start=5 first.resources.time=1:00:00" in left_out
+    assert left_out.count("first.with.start=5") == 1
     some = words(afterok("plan", file, "--run", run, *LOCAL, "first.with.start=7").stderr)
-    assert "To keep them, add first.resources.time=1:00:00" in some and "start=5" not in some
+    assert "those that are to stay: first.resources.time=1:00:00" in some and "start=5" not in some
     afterok("run", file, "--run", run, *LOCAL)
     assert "in force" not in afterok("status", run).stdout

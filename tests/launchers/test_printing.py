@@ -10,6 +10,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from data_tools.base import printing
 from data_tools.base.tables import read_tables, write_table
@@ -213,3 +214,25 @@ def test_a_table_without_rows_is_left_out_of_the_summary(capsys):
     show.console().print(show.summary(RunStatus("run", 1, [phase])))
     told = " ".join(capsys.readouterr().out.split())
     assert "packs: full" in told and "packs: empty" not in told
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 160])
+def test_a_table_on_a_terminal_never_folds_a_short_cell(width):
+    rows = [["small", "COMPLETED", "1/1", "330,240 parameters, vocabulary 259 " * 3], ["kept", "FAILED", "0/1", ""]]
+    told = io.StringIO()
+    console = Console(file=told, width=width, force_terminal=True, no_color=True)
+    console.print(show.table(["phase", "state", "sealed", ""], rows, title="a run"))
+    shown = told.getvalue()
+    assert all(cell in shown for row in rows for cell in row[:3])
+    assert ("state: FAILED" in shown) == (width < 60)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_an_encoding_lacks_is_written_as_its_number(monkeypatch, encoding):
+    told = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", told)
+    with printing.clean_streams():
+        print("cure it \u2192 submit \udcff")
+        sys.stdout.flush()
+    said = told.buffer.getvalue().decode(encoding)
+    assert said.startswith("cure it ") and ("\u2192" if encoding == "utf-8" else "\\u2192") in said and "udcff" in said

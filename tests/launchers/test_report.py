@@ -425,8 +425,14 @@ def test_the_path_of_a_sealed_phase_is_printed_and_of_no_other(tmp_path, capsys)
     assert (place / "balance.json").is_file()
     assert results.do_path(Namespace(**{**vars(args), "json": True})) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["path"] == str(place) and found["kind"] == "materialize" and found["key"] == planted.phases["data"].key
+    assert (
+        found["path"] == found["link"] == str(place)
+        and found["kind"] == "materialize"
+        and found["key"] == planted.phases["data"].key
+    )
     assert found["files"] == {"balance.json": (place / "balance.json").stat().st_size}
+    planted.run.link_latest("data")
+    assert results.do_path(args) == 0 and capsys.readouterr().out.strip() == str(tmp_path / "data" / "latest")
     for phase, said in (("dat", "did you mean data"), ("sft", "sft is not sealed yet; see `afterok status")):
         with pytest.raises(UserMistake, match=said):
             results.do_path(Namespace(run=str(tmp_path), phase=phase, json=False))

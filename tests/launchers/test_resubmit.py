@@ -1,13 +1,26 @@
 """A new attempt at one phase: what waits on it is rewired on the real cluster, not sent again."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from data_tools.base import durable
+from data_tools.base.indices import Indices
+from data_tools.mistake import UserMistake
 from launchers.planning.ledger import Ledger
+from launchers.submission.submit import _refuse_elements
 from slurm.client import Slurm
 from tests.command import MIDDLE, afterok, afterok_json, one_line, states, wait_for
+
+
+def test_thousands_of_missing_elements_are_told_in_one_short_line():
+    frozen = SimpleNamespace(elements=3000)
+    planned = SimpleNamespace(name="p", frozen=frozen, missing=Indices.of(range(1, 3000, 2)))
+    plan = SimpleNamespace(run=SimpleNamespace(newest_submission=lambda: 1, frozen=lambda number: {}))
+    with pytest.raises(UserMistake) as caught:
+        _refuse_elements(plan, planned, [1, 2])
+    assert str(caught.value) == "p: element 2 is sealed already; missing are 1,3,5,7,9,11,…"
 
 
 @pytest.fixture

@@ -1,12 +1,20 @@
-"""Where a run may lie: a path that Slurm, Python or a pipeline would misread is refused before anything is written."""
+"""Where a run may lie: a path that Slurm, Python or a pipeline would misread is refused before anything is written; and
+which run, and which sealed result of it, is meant.
+"""
 
 from pathlib import Path
 
 import pytest
 
+from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import path_problem
 from launchers.cli import main
+from launchers.observe.runs import find_run
+from launchers.observe.sealed import find_sealed
+from launchers.observe.status import run_status
+from launchers.planning.ledger import Ledger
 from tests.command import ROOT, write_toy
+from tests.launchers.planted_run import PlantedRun
 
 EVERYWHERE = ["a:b", "2026-11-29T14:37", "${x}", "nl\nx", "cr\rx", "tab\tx", "\x01", "\x1b[31m", "\x7f", "\x85",
               "\u2028", "\udc80", "n" * 256, "é" * 128]  # fmt: skip
@@ -40,3 +48,29 @@ def test_every_verb_refuses_it_in_one_line_and_leaves_nothing(tmp_path, monkeypa
     told = capsys.readouterr().err
     assert "cannot be a run's folder" in told and told.count("\n") == 1 and told[:-1].isprintable()
     assert [path.name for path in tmp_path.iterdir()] == ["toy.yaml"]
+
+
+@pytest.mark.parametrize("later", ["cancel", "release"])
+def test_the_run_submitted_last_is_meant_whatever_was_noted_in_another_one_since(tmp_path, monkeypatch, later):
+    new, old = (PlantedRun(tmp_path / "runs" / name, {"data": "materialize"}) for name in ("new", "old"))
+    new.submit(2, ["data"], minute=5)
+    Ledger(old.run.ledger).append(later, jobs=["1.0"])
+    assert old.run.ledger.stat().st_mtime_ns >= new.run.ledger.stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    assert find_run(None).name == "new"
+    old.submit(2, ["data"], minute=6)
+    assert find_run(None).name == "old"
+
+
+def test_what_is_sealed_under_settings_of_before_is_named_where_the_newest_ones_are_not(tmp_path):
+    planted = PlantedRun(tmp_path, {"data": "materialize"})
+    planted.seal("data", 5)
+    assert not run_status(planted.run).phases[0].sealed_before
+    before = planted.run.artifact(planted.phases["data"]).folder
+    planted.phases["data"].key = "f" * 16
+    planted.submit(2, ["data"], minute=9)
+    status = run_status(planted.run)
+    assert status.phases[0].failed and status.phases[0].sealed_before == str(before)
+    assert any("sealed before, under other settings or inputs: data" in note for note in status.notes)
+    with pytest.raises(UserMistake, match=f"data is not sealed yet; under other .*{before}"):
+        find_sealed(planted.run, "data")

@@ -14,9 +14,9 @@ from tests.data_tools.test_evaluations import gsm8k, written
 
 
 def run_of(root: Path, sealed: dict[str, Path]) -> Any:
-    """Return a run of three evaluations and a training, of which some are sealed."""
-    names = ("before", "sft", "after", "later")
-    phases = {name: SimpleNamespace(uses="sft" if name == "sft" else "evaluate", key=name) for name in names}
+    """Return a run of three evaluations, one of an exported model, and a training, of which some are sealed."""
+    kinds = {"before": "evaluate", "sft": "sft", "after": "run_exported", "later": "evaluate"}
+    phases = {name: SimpleNamespace(uses=kind, key=name) for name, kind in kinds.items()}
     folder_of = {name: SimpleNamespace(folder=folder) for name, folder in sealed.items()}
     return SimpleNamespace(
         path=root,

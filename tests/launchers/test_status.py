@@ -15,6 +15,7 @@ from launchers.backends.contract import States, TaskState
 from launchers.observe.gpu_hours import Span, gpu_hours, spans
 from launchers.observe.look import Look, _going_on_besides
 from launchers.observe.show import format_seconds
+from launchers.observe.status import _worst
 from launchers.planning.ledger import JobEntry, Ledger
 from slurm.client import Slurm
 from tests.command import (
@@ -31,6 +32,16 @@ from tests.command import (
 
 KEY = "0123456789abcdef"
 HOUR = 3600.0
+
+
+@pytest.mark.parametrize("told, speaks", [
+    (["PENDING", "COMPLETING", "RUNNING"], "RUNNING"), (["COMPLETING", "PENDING"], "PENDING"),
+    (["RUNNING", "SUSPENDED"], "SUSPENDED"), (["FAILED", "COMPLETING"], "COMPLETING"),
+    (["CANCELLED", "FAILED"], "FAILED"), (["CONFIGURING", "RUNNING"], "RUNNING"),
+])  # fmt: skip
+def test_what_leaves_in_a_moment_does_not_speak_for_thousands(told, speaks):
+    tasks = [(TaskState("p", 0, state), None) for state in told]
+    assert _worst(tasks)[0].state == speaks
 
 
 # -- GPU-hours ---------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from data_tools.mistake import UserMistake
 from megatron_ext import versions
 from megatron_ext.entrypoints import certify as entrypoint
 from megatron_ext.entrypoints.certify import ALIGN, DOCUMENTS, TOLERANCE
-from megatron_ext.parallel import ranks
+from megatron_ext.parallel import ranks, shown
 from megatron_ext.parallel.plan import ParallelPlan, Workload
 from megatron_ext.parallel.rules import check
 from megatron_ext.training import certify
 from megatron_ext.training.certify import Measured, difference, random_pack
+from tests.megatron_ext import shown as of_logs
 from tests.megatron_ext import tiny
 from tests.megatron_ext.cells import CELLS, FAMILIES, Cell
 
@@ -52,7 +53,7 @@ def references(tmp_path_factory) -> dict[str, Reference]:
             with ranks.started(ParallelPlan()):
                 certify.write_random_weights(tiny.family(dims), dims, weights)
             serial = (
-                certify.measure(tiny.family(dims), dims, ParallelPlan(), weights, packs(whole, dims.vocabulary))
+                certify.measure(tiny.family(dims), dims, ParallelPlan(), weights, packs=packs(whole, dims.vocabulary))
                 for whole in (False, True)
             )
             self[name] = Reference(weights, *serial)
@@ -95,6 +96,20 @@ def test_parallel_equals_serial(pools, references, table, name, cell):
     table.add(cell.name, name, f"{result.loss:.0e}  {result.gradient:.0e}  {result.later_loss:.0e}")
     assert result.largest <= TOLERANCE, result
     assert len({(one.loss, one.later_loss, one.norm) for one in found}) == 1
+
+
+def test_the_manuals_table_is_what_was_measured_and_the_check_still_refuses_the_same():
+    told = (Path(versions.__file__).parent / "README.md").read_text()
+    table = {name: {family: shown.of(name, family) for family in of} for name, of in shown.SHOWN.items()}
+    for row in of_logs.rows(table):
+        assert row in told, row
+    cells = {shown.layout(cell.plan, cell.ranks): cell for cell in CELLS if not cell.whole}
+    for name, families in table.items():
+        for family, by_release in families.items():
+            assert [*by_release] == [*versions.RELEASES]
+            refused = bool(check(cells[name].plan, workload(family, cells[name].ranks)))
+            found = by_release[versions.installed()]
+            assert refused == (found == "refused") and (refused or float(found) <= TOLERANCE), (name, family)
 
 
 ISOLATED = ["TP2 SP", "PP2 interleaved", "packed CP2 all-gather", "packed CP2 all-to-all", "TP2 SP x CP2", "EP2"]

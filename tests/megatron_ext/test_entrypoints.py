@@ -29,6 +29,7 @@ from megatron_ext.entrypoints import (
     import_hf,
     init_model,
     merge_lora,
+    run_exported,
     sft,
 )
 from megatron_ext.model_folders import model_folder
@@ -317,6 +318,20 @@ def test_a_malformed_line_is_named_by_file_and_line(calculator, tmp_path):
     config.source = Source(inputs=[str(rows)])
     with pytest.raises(UserMistake, match=rf"{rows}:2: not JSON"):
         evaluate.run(config, tmp_path, tmp_path)
+
+
+def test_an_exported_folder_is_asked_without_what_its_generation_config_adds(calculator, tmp_path):
+    """A penalty of repetition, as Qwen2.5 has one, would make other completions than were trained and evaluated."""
+    source = calculator["hf"]
+    tokenizer, prompts = load_tokenizer(str(source)), [[5, 6, 7, 5, 6, 7], [8, 9]]
+    found = []
+    for name, more in (("plain", {}), ("penalised", {"repetition_penalty": 50.0, "min_new_tokens": 6, "min_p": 0.9})):
+        shutil.copytree(source, folder := tmp_path / name)
+        kept = durable.read_json(path) if (path := folder / "generation_config.json").exists() else {}
+        durable.write_json(path, {**kept, **more})
+        asked = run_exported._Model(run_exported.Config(str(folder), max_new_tokens=8), folder, tokenizer, 0)
+        found.append([asked.completions(prompts, ways) for ways in (0, 3)])
+    assert found[0] == found[1]
 
 
 def test_evaluation_on_two_ranks_is_that_on_one(two_ranks, calculator, tmp_path):

@@ -5,6 +5,7 @@ The converter is llama.cpp's own. It runs in this process, which has torch and t
 import json
 import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,11 @@ def here(monkeypatch):
     monkeypatch.setattr(converter, "convert", convert)
 
 
-def folder(at: Path, dims: Any, *, mxfp4: bool = False) -> Path:
-    """A Hugging Face folder with random weights and a byte-level BPE; with `mxfp4` its experts are blocks."""
+def folder(at: Path, dims: Any, *, mxfp4: bool = False, weights: Mapping[str, torch.Tensor] | None = None) -> Path:
+    """A Hugging Face folder with these or random weights and a byte-level BPE; with `mxfp4` its experts are blocks."""
     tiny.hf_folder(at, dims)
     byte_bpe(at, TEXTS, SPECIALS, eos="<|return|>", pad="<|endoftext|>", vocabulary=280)
-    tensors = load_file(at / "model.safetensors")
+    tensors = {**load_file(at / "model.safetensors"), **(weights or {})}
     if dims.dtype == "bfloat16":
         tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     if mxfp4:

@@ -127,6 +127,14 @@ def test_a_model_whose_arguments_were_not_shown_is_not_exported(dims, tmp_path):
     assert "only qwen2, qwen3, llama were shown" in found.message and found.message.endswith("use export_hf")
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_plan_refuses_to_export_every_other_kind_by_its_name(kind):
+    dims = tiny.KINDS[kind]
+    site = Site(1, forecasts={"planned": {"hf_config": tiny.family(dims).config.hf_config(dims)}})
+    (found,) = export_megatron.check(export_megatron.Config("planned"), 1, site)
+    assert f"is a {kind}, and only qwen2, qwen3, llama" in found.message
+
+
 def test_an_adapter_is_refused_where_it_is_only_planned():
     site = Site(1, forecasts={"planned": {"adapter": {"lora": asdict(LoraConfig(rank=2))}}})
     (found,) = export_megatron.check(export_megatron.Config("planned"), 1, site)

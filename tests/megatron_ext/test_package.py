@@ -176,6 +176,24 @@ def test_a_package_has_all_files_and_leaves_what_it_was_made_of_as_it_was(tmp_pa
     assert 'exec vllm serve "$HERE" --served-model-name decider --dtype float32 "$@"' in serve
 
 
+@pytest.mark.parametrize("said, base, wanted", [
+    ("{here}/hf", "o/base", "o/base"), ("{here}/hf", "", None), ("", "", None), ("o/other", "o/base", "o/other"),
+])  # fmt: skip
+def test_no_file_of_a_package_names_a_folder_of_the_cluster(tmp_path, said, base, wanted):
+    """The adapter's base is one that whoever is given the package can find, or none is named."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"],
+              "base_model_name_or_path": said.format(here=tmp_path)}  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    out, _ = made(tmp_path, CHATML, adapter=str(adapter), base=base)
+    written = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert [str(path) for path, data in written.items() if str(tmp_path).encode() in data] == []
+    assert json.loads(written[out / "adapter" / "adapter_config.json"]) == {**config, "base_model_name_or_path": wanted}
+    assert json.loads((adapter / "adapter_config.json").read_text()) == config
+
+
 def test_a_day_in_the_template_is_ollamas_unless_it_is_pinned(tmp_path):
     for name, template, date, wanted in (
         ("free", harmony(), "", 'Current date: " }}{{ currentDate }}{{ "\\n\\nReasoning'),

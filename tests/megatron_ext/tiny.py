@@ -1,6 +1,6 @@
 """Tiny models and packs that every test builds the same way, in any process and under any layout."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,11 +166,19 @@ def hf_folder(folder: Path, of: Any = DIMS, seed: int = 0) -> Path:
     return folder
 
 
-def parts(hf: Path, of: Any, plan: Any, made_of: Parts = OURS) -> list[Any]:
+def parts(
+    hf: Path,
+    of: Any,
+    plan: Any,
+    made_of: Parts = OURS,
+    *,
+    dtype: torch.dtype = torch.float32,
+    options: Mapping[str, Any] = {},
+) -> list[Any]:
     """This rank's parts of the model in `hf`. Groups for `plan` must exist."""
     from megatron_ext.weights import convert
 
-    built = family(of).build(of, plan, torch.float32, made_of)
+    built = family(of).build(of, plan, dtype, made_of, options)
     for part in built:
         convert.import_weights(part, hf, family(of), of)
     return built

@@ -4,6 +4,7 @@
   const told = JSON.parse(document.getElementById("charts").textContent);
   const drawn = new Map(); // element -> uPlot
   const HEIGHT = 170; // pixels
+  const STEPS = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power)); // whole ones
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -26,9 +27,9 @@
       height: HEIGHT,
       scales: { x: { time: false } },
       cursor: { sync: { key: chart.group }, points: { size: 6 } },
-      axes: [{ ...axis, size: 34 }, { ...axis, size: 62, space: 26, values: (_, splits) => splits.map(short) }],
+      axes: [{ ...axis, size: 34, incrs: STEPS }, { ...axis, size: 62, space: 26, values: (_, splits) => splits.map(short) }],
       series: [
-        { label: "step" },
+        { label: "step", value: (_, value) => (value == null ? "" : String(value)) },
         ...chart.series.map((each, number) => ({
           label: each.label,
           stroke: colour(`--c${number % 7}`),

@@ -181,6 +181,7 @@ def shape(dims: Dims) -> ModelShape:
         sinks=True,
         qkv_bias=True,
         attention_output_bias=True,
+        activation_steps=2,
         experts=dims.experts,
         top_k=dims.top_k,
         expert_ffn=dims.ffn,

@@ -283,19 +283,27 @@ def test_an_action_is_worth_what_its_row_says_and_none_is_not_scorable():
         assert score("bracketed_action", item, completion) is None
 
 
+def test_an_action_of_any_length_is_read_or_invalid():
+    """Python makes no number of more than 4,300 digits, and a verifier that raises would mask what has a penalty."""
+    item = item_of("bracketed_action", ACTIONS)
+    for completion, reward in ((f"[{'0' * 5000}1]", 0.75), (f"[{'9' * 5000}]", -1.0), ("[1000000001]", -1.0)):
+        assert score("bracketed_action", item, completion, on_invalid="penalty", penalty=-1.0) == {"action": reward}
+
+
 def test_the_final_channel_of_a_decision_counts_alone():
     item = item_of("bracketed_action", ACTIONS)
     analysis = "<|channel|>analysis<|message|>I take [1]<|end|><|start|>assistant"
     for completion, reward in (
         (f"{analysis}<|channel|>final<|message|>[0]", 0.25),
         (f"{analysis}<|channel|>final<|message|>[0]<|return|>", 0.25),
+        (f'{analysis}<|channel|>final <|constrain|>json<|message|>{{"action": "[0]"}}', 0.25),
         ("<think>maybe [1]</think> so [0]", 0.25), ("maybe [1]</think> so [0]", 0.25),
     ):  # fmt: skip
         assert score("bracketed_action", item, completion) == {"action": reward}, completion
     for completion in (
         analysis, f"{analysis}<|channel|>final<|message|>none", f"{analysis}<|channel|>final<|message|>",
         f"{analysis}<|channel|>commentary<|message|>[0]", "<think>[1]", "<think>[1]</think> none", "I take [1]<|end|>",
-        f"{analysis}<|channel|>final<|message|>[1] no, [7]",
+        f"{analysis}<|channel|>final<|message|>[1] no, [7]", "<|message|>[1]", "<|start|>assistant<|message|>[1]",
     ):  # fmt: skip
         assert score("bracketed_action", item, completion) is None, completion
         assert score("bracketed_action", item, completion, on_invalid="penalty", penalty=-1.0) == {"action": -1.0}
@@ -320,6 +328,8 @@ def test_a_penalty_has_to_have_an_effect():
     ({"reward_action_3": 1}, "has reward_action_0, reward_action_1, reward_action_3 but no column reward_action_2"),
     ({"reward_action_0": ""}, "reward_action_0 is '', not a finite number"),
     ({"reward_action_0": "nan"}, "reward_action_0 is 'nan', not a finite number"),
+    ({"reward_action_0": "1_0"}, "reward_action_0 is '1_0', not a finite number"),
+    ({"reward_action_0": True}, "reward_action_0 is True, not a finite number"),
     ({"prompt": ""}, "no prompt under 'prompt'"),
 ])  # fmt: skip
 def test_a_missing_reward_column_is_named(change, message):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from data_tools.base import durable
 from jobs.artifacts.layout import sample_logs_of
 from megatron_ext.rl import completions, journal, sample_log
 from megatron_ext.rl.position import Position
@@ -69,10 +70,11 @@ def test_the_log_of_samples_stays_below_its_bound_and_says_what_it_left_out(
     assert all(path.suffix == (".zst" if packed else ".jsonl") for path in logs.values())
     count = completions.write(samples, tmp_path / "some.csv")
     assert count % GROUP == 0 and STEPS * GROUP <= count < STEPS * PROMPTS * GROUP / 2  # prompts with all their samples
-    left_out = json.loads((samples / sample_log.LEFT_OUT).read_text())
     left = PROMPTS * STEPS - count // GROUP
     assert note == f"samples/ leaves out {left:,} of {PROMPTS * STEPS:,} prompts of {STEPS:,} steps (samples_gib)"
-    assert len(left_out) == STEPS + 1  # and its sum
+    lines = [json.loads(line) for line in (samples / sample_log.LEFT_OUT).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert sum(line["prompts"] - line["logged"] for line in lines) == left
 
 
 def test_a_bound_below_a_prompt_a_step_is_held_by_prompts_of_some_steps_all_along(
@@ -98,6 +100,23 @@ def test_a_step_that_is_made_again_is_logged_once(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(sample_log, "PACKED_ABOVE", most)
         log.write(7, drawn(7), NOTHING, differences={}, spell=lambda s: {})
         assert len(list(tmp_path.glob("step_*"))) == 1 and log.sizes == {"step_000007": size(tmp_path)}
+
+
+def test_what_a_step_leaves_out_is_appended_and_its_last_word_holds_after_a_restart(tmp_path: Path) -> None:
+    durable.write_checked(tmp_path / sample_log.ALL_AT_ONCE, {"1": [5, PROMPTS]})  # of a training of before
+    list_of = tmp_path / sample_log.LEFT_OUT
+    log, before = SampleLog(tmp_path, 1, STEPS), b""
+    for step in (2, 3, 3):
+        log.write(step, drawn(step), NOTHING, differences={}, spell=text_of)
+        assert list_of.read_bytes().startswith(before)
+        before = list_of.read_bytes()
+    assert len(before.splitlines()) == 2  # the same is not said twice
+    list_of.write_bytes(before + b'{"step": 4, "log')  # a power cut
+    log = SampleLog(tmp_path, 1e12, STEPS)
+    assert log.left_out == {1: (5, PROMPTS), 2: (0, PROMPTS), 3: (0, PROMPTS)}
+    log.write(3, drawn(3), NOTHING, differences={}, spell=text_of)
+    assert SampleLog(tmp_path, 1, STEPS).left_out == log.left_out == {1: (5, PROMPTS), 2: (0, PROMPTS)}
+    assert log.note() == f"samples/ leaves out {PROMPTS + 3} of {2 * PROMPTS} prompts of 2 steps (samples_gib)"
 
 
 def record(root: Path, step: int) -> None:

@@ -16,21 +16,24 @@ from data_tools.tasks.mix import Entry, MixConfig
 from megatron_ext.entrypoints import grpo
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.calibration import GIB, RESERVE, TILE
+from megatron_ext.parallel.parts import OURS
 from megatron_ext.parallel.plan import ParallelPlan, Site, Workload
 from megatron_ext.parallel.shape import ATTENTION, MOE, WINDOW, ModelShape
 from megatron_ext.preflight.facts import Documents, Training
-from megatron_ext.preflight.memory import Memory
+from megatron_ext.preflight.memory import Memory, block_activations
 from megatron_ext.rl import memory
 from megatron_ext.rl.settings import Evaluation, GrpoSettings, Loss
 from megatron_ext.rollout.memory import DRAWN_BYTES, FILTERED_BYTES
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from tests.megatron_ext import adapted, tiny
 from tests.megatron_ext.shapes import GPT_OSS_20B, GPT_OSS_20B_CONFIG, NANO, QWEN_32B
+from tests.megatron_ext.test_attention import forward
 
 SMALL = ModelShape(
     layers=((WINDOW, MOE), (ATTENTION, MOE)), hidden=64, vocabulary=100, heads=4, kv_groups=2, head_dim=16, window=8,
     sinks=True, qkv_bias=True, attention_output_bias=True, experts=4, top_k=2, expert_ffn=32, expert_bias=True,
 )  # fmt: skip
+TOKENS = 64
 LORA = LoraConfig(rank=2, alpha=4, targets=["all-linear", "experts"])
 ON_ONE = Site(1, gpus_per_node=1)
 
@@ -201,8 +204,8 @@ def test_plan_refuses_gpt_oss_20b_on_48_gb_and_takes_it_with_its_experts_as_bloc
 
     (refused,) = found(45, "")
     # The last digit is another where Transformer Engine, whose gates are fused, is not installed.
-    assert re.match(r"needs 60\.[34] GiB a GPU while it samples \(state 39\.7, ", refused)
-    assert re.search(r"and a GPU has 45\.0: use base mxfp4 \(34\.[34] GiB\)$", refused)
+    assert re.match(r"needs 60\.[345] GiB a GPU while it samples \(state 39\.7, ", refused)
+    assert re.search(r"and a GPU has 45\.0: use base mxfp4 \(34\.[345] GiB\)$", refused)
     assert found(45, "mxfp4") == found(80, "") == found(141, "") == []
     shown = grpo.parallel_report(config, Site(1, forecasts={"model": {"hf_config": GPT_OSS_20B_CONFIG}}), False)
     totals = {base: {phase: of["total"] for phase, of in each.items()} for base, each in
@@ -213,6 +216,7 @@ def test_plan_refuses_gpt_oss_20b_on_48_gb_and_takes_it_with_its_experts_as_bloc
     phases = ("update", "rollouts")
     assert table["columns"] == ["GiB", *(f"{phase}, base {base}" for base in totals for phase in phases)]
     assert "set prompt_tokens" not in "".join(shown["notes"])
+    assert "samples of 5,000 tokens at once" in "".join(shown["notes"])
     open_end = replace(config, prompt_tokens=0)
     forecasts = {"model": {"hf_config": GPT_OSS_20B_CONFIG}}
     (note,) = [
@@ -285,6 +289,41 @@ def test_state_and_cache_are_as_large_as_the_tensors(name, adapted_too, alone, t
     cache.allocate(len(blocks.references), 2 * config.engine.max_batch if cache.mixers else 0)
     held = [*cache.keys.values(), *cache.values.values(), *(part for state in cache.states.values() for part in state)]
     assert counted["rollouts"].kv_cache == sum(tensor.nbytes for tensor in held)
+
+
+WIDTHS = (64, 128)
+GATED = {
+    "qwen2": lambda ffn: replace(tiny.DIMS, ffn=ffn),
+    "qwen3_moe": lambda ffn: replace(tiny.KINDS["qwen3_moe"], dense=(False, False), expert_ffn=ffn),
+    "gpt_oss": lambda ffn: replace(tiny.GPT_OSS_DIMS, ffn=ffn),
+}
+
+
+def kept(dims: Any) -> float:
+    """The bytes a token that a forward pass keeps for backward, in bf16, weights left out."""
+    stored: dict[int, torch.Tensor] = {}
+
+    def store(tensor: torch.Tensor) -> torch.Tensor:
+        stored[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    (model,) = tiny.family(dims).build(dims, ParallelPlan(), torch.bfloat16, OURS)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+        out = forward(model, tiny.pack([TOKENS], seed=0), torch.randint(3, 19, (1, TOKENS)))
+    assert out[0].requires_grad
+    return sum(t.untyped_storage().nbytes() for at, t in stored.items() if at not in weights) / TOKENS
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gates_and_experts_of_ours_keep_what_is_counted(name, alone):
+    """What grows with their width is theirs: of each token, over all layers."""
+    made = [GATED[name](width) for width in WIDTHS]
+    counted = [
+        sum(block_activations(shape, kind, ParallelPlan(), fused=False) * count for kind, count in shape.blocks.items())
+        for shape in map(shape_of, made)
+    ]
+    assert kept(made[1]) - kept(made[0]) == pytest.approx(counted[1] - counted[0])
 
 
 class Alive(TorchDispatchMode):

@@ -40,6 +40,7 @@ from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 
 TARGET, STOP_ID, ASKS = 9, 5, 13
+ADAMW = AdamW()
 ENGINE = EngineConfig(kv_gib=0.01, block_size=4, max_batch=8, token_budget=32)
 
 
@@ -121,7 +122,8 @@ def trained(
     hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
     judge: Callable[[int, str], Any] | None = None, reference: bool = False, turns: bool = False,
     engine_of: dict[str, int] | None = None, identity: dict[str, Any] | None = None,
-    made_of: Parts = OURS, dealt: Callable[..., Any] = deal, **changes: Any,
+    made_of: Parts = OURS, dealt: Callable[..., Any] = deal, routing_replay: bool = False,
+    optimizer: AdamW = ADAMW, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop; `engine_of` are settings
     of the engine; `dealt` deals samples to replicas."""
@@ -129,8 +131,10 @@ def trained(
     collect.VOTE_EVERY = 2  # completions are short
     collect.deal = dealt  # type: ignore[assignment]
     with ranks.started(plan, seed=3):
-        trainer = Trainer(tiny.parts(hf, of, plan, made_of), plan, AdamW())
-        engine = Engine(trainer.model[0], replace(ENGINE, **engine_of or {}), 11, {STOP_ID}, spell)
+        options = {"moe_enable_routing_replay": True} if routing_replay else {}
+        trainer = Trainer(tiny.parts(hf, of, plan, made_of, options=options), plan, optimizer)
+        engine_config = replace(ENGINE, **engine_of or {})
+        engine = Engine(trainer.model[0], engine_config, 11, {STOP_ID}, spell, records_routing=routing_replay)
         asked = 0
 
         def stop() -> bool:
@@ -139,7 +143,7 @@ def trained(
             return bool(stop_after) and asked >= stop_after
 
         scorer = Scorer(judge)
-        run = run_of(steps, lr, **changes)
+        run = run_of(steps, lr, routing_replay=routing_replay, **changes)
         asking = Turns(lambda item: (str(ASKS),), scorer, spell, lambda text: [int(t) for t in text.split()])
         collector = Collector(
             engine,
