@@ -43,7 +43,6 @@ _A_STEP = 64  # characters
 _CLOCK = 64  # steps
 _STEP, _WEIGH = "__step", "__weigh"
 _CHAIN = 8  # additions in a row, of which the last is looked at
-_FORMATS = ("format", "format_map")  # which the sandbox wraps where they are read
 _SCOPES = ("_loop_vars", "_block_vars")  # which compiled templates give to every call
 _NUMBER = re.compile(r"\d+")
 _SLOW = ("pprint", "striptags", "urlize", "wordwrap")  # take a time that is no multiple of the length
@@ -168,11 +167,6 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, as Jinja's own
-        if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str and __obj.__name__ not in _FORMATS:
-            for name in _SCOPES:  # as Context.call does, of whose other cases a text's methods are none
-                kwargs.pop(name, None)
-            __self.ask_text(__obj, args, kwargs)
-            return __obj(*args, **kwargs)
         __self.ask(__obj, args, kwargs)
         result = super().call(__context, __obj, *args, **kwargs)
         if __obj is dict:
@@ -180,22 +174,21 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return result
 
     def ask(self, called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the steps of a call."""
+        """Take the steps of a call, and ask for what a text's method would make."""
         self.step()
         if type(called) is BuiltinMethodType:
-            if isinstance(called.__self__, (list, tuple)):
-                self.step(len(called.__self__))
+            of = called.__self__
+            if type(of) is str:
+                self.step(len(of) // _A_STEP)
+                name = called.__name__
+                if name in _GROWTH:
+                    self.make(_GROWTH[name](of, [*args, *(v for key, v in kwargs.items() if key not in _SCOPES)]))
+                else:
+                    self.make(len(of))
+            elif isinstance(of, (list, tuple)):
+                self.step(len(of))
         elif type(called) is Macro and (called.catch_varargs or called.catch_kwargs):
             self._weigh([*args, *(value for key, value in kwargs.items() if key not in _SCOPES)])
-
-    def ask_text(self, called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the steps of a call of a text's method, and ask for what it would make."""
-        of = called.__self__
-        self._steps -= 1 + len(of) // _A_STEP
-        if self._steps < self._next:
-            self.step(0)
-        growth = _GROWTH.get(called.__name__)
-        self.make(growth(of, [*args, *kwargs.values()]) if growth else len(of))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """Return what stands for a text's `format`, once it is known to be one."""
