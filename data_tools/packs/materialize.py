@@ -306,10 +306,9 @@ class TaskRows:
     """Represents the rows of a task's records."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
-        self.task = load_row_task(config.task)
+        self.task, self.tokenizer = load_row_task(config.task), tokenizer
         self.options = task_options(self.task, config.task_options)
         self.split, self.seed = config.source.synthetic_split, config.source.synthetic_seed
-        self.tokenizer = tokenizer
 
     def rows(self, record: Any) -> Iterator[Result]:
         """Yield those of a record as a share gives it, or of a synthetic row's number. Raise BadRecord."""
@@ -323,8 +322,7 @@ class TaskRows:
         yield from map(self._result, rows)
 
     def _result(self, row: Row) -> Result:
-        bucket = self.task.verify(row)
-        if bucket is not None:
+        if (bucket := self.task.verify(row)) is not None:
             return Refused(bucket)
         row = self.task.canonical(row)
         try:
@@ -343,8 +341,7 @@ LinesOf = Callable[[Iterable[list[Any]]], Iterator[list[Line]]]
 def _line_maker(config: Config) -> Iterator[LinesOf]:
     """Gives a function from chunks of records to chunks of lines, in the same order."""
     if config.workers == 1:
-        rows = _Rows(config)
-        yield lambda chunks: map(rows.lines, chunks)
+        yield functools.partial(map, _Rows(config).lines)
         return
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn"), _start_worker, (config,)) as pool:
         try:
@@ -370,8 +367,7 @@ def _start_worker(config: Config) -> None:
     """Begin a worker: remember the config, and leave when the element's process is gone."""
     global _rows
     _rows = functools.cache(lambda: _Rows(config))
-    element = multiprocessing.parent_process()
-    if element is None:
+    if (element := multiprocessing.parent_process()) is None:
         raise ValueError("this is no worker: it has no parent")
     threading.Thread(target=_leave_with, args=(element.sentinel,), daemon=True).start()
 
