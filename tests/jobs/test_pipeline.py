@@ -396,3 +396,14 @@ def test_a_reference_in_our_own_spelling_is_refused(tmp_path):
     (tmp_path / "p.yaml").write_text("name: t\nphases: {a: {uses: pack, with: {store: '@{phases.zz.out}'}}}\n")
     with pytest.raises(UserMistake, match="@.phases.zz.out.' is afterok's own spelling; write ..phases.zz.out."):
         load_pipeline(tmp_path / "p.yaml")
+
+
+def test_an_unknown_key_within_a_mapping_of_settings_is_told_as_any_other():
+    """Of the mappings and lists of dataclasses in a kind's settings, each element is looked at by itself."""
+    noted = Problems("p.yaml")
+    entries = {"capitals": {"task_options": {"loud": True}, "weight": "much", "limit": 4}, "sums": {"task": "svamp"}}
+    config = structured(noted, "with", find_kind("generate").config, {"mix": {"entries": entries}})
+    told = [str(problem) for problem in noted.noted]
+    assert told[0].startswith("p.yaml: with.mix.entries.capitals.task_options: unknown key (did you mean options?")
+    assert told[1].startswith("p.yaml: with.mix.entries.capitals.weight: 'much' is not of type float") and not told[2:]
+    assert config.mix.entries["capitals"].limit == 4 and config.mix.entries["sums"].task == "svamp"
