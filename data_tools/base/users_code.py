@@ -4,13 +4,17 @@ import difflib
 import importlib
 import importlib.util
 import os
+import sysconfig
 import traceback
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
 from data_tools.mistake import UserMistake
-from data_tools.own_packages import ROOT, taken
+from data_tools.own_packages import PACKAGES, ROOT, taken
+
+_OURS = [os.path.join(ROOT, package) for package in PACKAGES]
+_LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 
 def load(name: str) -> ModuleType:
@@ -32,6 +36,16 @@ def find(name: str) -> ModuleSpec | None:
         return None
     except (Exception, SystemExit) as error:
         raise UserMistake(_why(name, error)) from None
+
+
+def raised_at(error: BaseException) -> str:
+    """Return ` (FILE:LINE)` of the user's code that an error came through last, "" where it came through none."""
+    others = ("<", *(f"{place}{os.sep}" for place in (*_OURS, *_LIBRARIES)))
+    told = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if not (file := frame.f_code.co_filename).startswith(others):
+            told = f" ({os.path.basename(file)}:{line})"
+    return told
 
 
 def not_there(name: str) -> str:

@@ -1,0 +1,54 @@
+"""What `plan` and `why` say of a phase that was tried before: how the attempt ended, what changed, where it goes on."""
+
+import copy
+
+import pytest
+
+from jobs.artifacts.run_folder import Outcome
+from launchers.causes.evidence import Evidence
+from launchers.causes.slurm_ends import cancelled
+from launchers.causes.states import CANCELLED
+from launchers.planning.reasons import attempted
+from tests.launchers.planted_run import PlantedRun
+
+
+@pytest.fixture()
+def planted(tmp_path):
+    return PlantedRun(tmp_path, {"data": "materialize"})
+
+
+@pytest.mark.parametrize("state, message, said", [
+    ("failed", "KeyError: 'a'\nmore", "failed (KeyError: 'a' more)"),
+    ("mistake", "no such file", "failed (no such file)"),
+    ("stopped", "stopped at step 3", "was stopped (stopped at step 3)"),
+    ("failed", "x" * 999, f"failed ({'x' * 160} …)"),
+])  # fmt: skip
+def test_an_attempt_before_is_told_with_how_it_ended(planted, state, message, said):
+    planted.life("data", 1, 2, state=state, message=message)
+    assert attempted(planted.run, planted.phases["data"], "not sealed: ") == [f"not sealed: attempt 1 {said}"]
+
+
+def test_settings_that_changed_since_the_attempt_are_told(planted):
+    planted.life("data", 1, 2, state="failed", message="no")
+    now = copy.deepcopy(planted.phases["data"])
+    now.key, now.material = "f" * 16, {"settings": dict.fromkeys("abcde", 1)}
+    told = attempted(planted.run, now)
+    assert told[0] == "attempt 1 failed (no)" and told[1].startswith("data.with.a ")
+    assert told[4] == "and 2 more settings"
+
+
+def test_an_attempt_that_was_cancelled_or_left_no_word_is_told_and_none_where_there_was_none(planted):
+    assert attempted(planted.run, planted.phases["data"]) == ["attempt 1 has not said how it ended"]
+    planted._tell(3, event="cancel", jobs=["1.0"])
+    assert attempted(planted.run, planted.phases["data"]) == ["attempt 1 was cancelled"]
+    other = copy.deepcopy(planted.phases["data"])
+    other.name = "more"
+    assert attempted(planted.run, other) == []
+
+
+@pytest.mark.parametrize(
+    "done, remedy", [(19.0, "submit again: it goes on from step 19"), (None, "submit again to run it")]
+)
+def test_a_cancel_says_from_which_step_it_goes_on_where_that_is_known(done, remedy):
+    outcome = Outcome(0, 1, 0, "failed", 1, "", "n1", "1", 0.0, ended=1.0, done=done)
+    assert cancelled(Evidence("sft", state=CANCELLED, outcome=outcome)).remedy == remedy
