@@ -86,6 +86,11 @@ class PhaseKind:
         return "." in self.name or getattr(self.module, "TAKES_PARTS", False)
 
     @property
+    def elsewhere(self) -> dict[str, str]:
+        """Keys that settings of other kinds have, and what this kind has in their place, in words."""
+        return getattr(self.module, "ELSEWHERE", {})
+
+    @property
     def run(self) -> Callable[..., dict[str, Any] | None]:
         """The work of one element on one rank."""
         return self.module.run

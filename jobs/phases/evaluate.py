@@ -15,6 +15,11 @@ from jobs.task import Task
 from megatron_ext.entrypoints import evaluate
 from megatron_ext.entrypoints.evaluate import Config
 
+ELSEWHERE = {
+    "sampling": "evaluate has its settings beside the others: max_new_tokens, temperature and top_p",
+    "max_tokens": "evaluate calls it max_new_tokens",
+}
+
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     named = [Problem("mix", f"array: {wrong}") for wrong in evaluate.check_elements(config, placement.values)]

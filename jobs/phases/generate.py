@@ -11,6 +11,8 @@ from megatron_ext.entrypoints import generate
 from megatron_ext.entrypoints.generate import Config
 
 STOPS = True
+ELSEWHERE = {name: f"generate calls it sampling.{name}" for name in ("max_tokens", "temperature", "top_p")}
+ELSEWHERE["max_new_tokens"] = "generate calls it sampling.max_tokens"
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf, ValidationError
@@ -18,14 +18,26 @@ def typed_config(kind: PhaseKind, settings: dict[str, Any]) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(_defaults(kind.config), settings))
 
 
-def structured(problems: Problems, key: str, schema: type, settings: Any, skipped: Collection[str] = ()) -> Any:
+def structured(
+    problems: Problems,
+    key: str,
+    schema: type,
+    settings: Any,
+    skipped: Collection[str] = (),
+    elsewhere: Mapping[str, str] = {},
+) -> Any:
     """Return `settings`, the value of a dotted key, as the dataclass `schema`; None, which is noted, where one lacks.
 
     What is wrong is noted key by key, so that one mistake does not hide the others; not of `skipped` keys.
+    `elsewhere` says of keys that other schemas have what this one has in their place.
     """
     if not isinstance(settings, dict):
         problems.note(key, f"{settings!r} is not a mapping")
         return None
+    if others := {name: elsewhere[name] for name in settings if name in elsewhere}:
+        for name, told in others.items():
+            problems.note(f"{key}.{name}", f"unknown key: {told}")
+        settings = {name: value for name, value in settings.items() if name not in others}
     try:
         config = _merged(schema, settings)
     except OmegaConfBaseException:

@@ -8,8 +8,11 @@ from jobs.artifacts.run_folder import Outcome
 from launchers.causes.evidence import Evidence
 from launchers.causes.slurm_ends import cancelled
 from launchers.causes.states import CANCELLED
+from launchers.observe.look import look_at
 from launchers.planning.reasons import attempted
-from tests.launchers.planted_run import PlantedRun
+from launchers.report.attempts import attempts_of
+from launchers.report.contents import _settings as shown_settings
+from tests.launchers.planted_run import MINUTE, START, PlantedRun
 
 
 @pytest.fixture()
@@ -52,3 +55,20 @@ def test_an_attempt_that_was_cancelled_or_left_no_word_is_told_and_none_where_th
 def test_a_cancel_says_from_which_step_it_goes_on_where_that_is_known(done, remedy):
     outcome = Outcome(0, 1, 0, "failed", 1, "", "n1", "1", 0.0, ended=1.0, done=done)
     assert cancelled(Evidence("sft", state=CANCELLED, outcome=outcome)).remedy == remedy
+
+
+def test_a_wait_begins_when_the_last_input_was_sealed_before_it_though_that_was_sealed_again_since(tmp_path):
+    run = PlantedRun(tmp_path, {"data": "materialize", "sft": "sft"})
+    run.life("data", 0, 2)
+    run.life("sft", 3, 5)
+    run.submit(2, ["data"], minute=8)
+    run.life("data", 9, 10, attempt=2)
+    run.seal("data", 10)
+    (first,) = attempts_of(look_at(run.run), START + 20 * MINUTE)["sft"]
+    assert [wait.until - wait.since for wait in first.waits] == [MINUTE]
+
+
+def test_the_report_shows_references_as_the_file_writes_them(planted):
+    planted.phases["data"].settings = {"store": "@{phases.data.out}", "deep": [{"a": "@{phases.data.out}/hf"}]}
+    shown = shown_settings(planted.phases)["data"]
+    assert shown == {"store": "${phases.data.out}", "deep": [{"a": "${phases.data.out}/hf"}]}
