@@ -4,14 +4,18 @@ import copy
 
 import pytest
 
+from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import Outcome
+from launchers.backends import choose
 from launchers.causes.evidence import Evidence
 from launchers.causes.slurm_ends import cancelled
 from launchers.causes.states import CANCELLED
 from launchers.observe.look import look_at
+from launchers.planning.ledger import Ledger
 from launchers.planning.reasons import attempted
 from launchers.report.attempts import attempts_of
 from launchers.report.contents import _settings as shown_settings
+from slurm.detect import find_cluster
 from tests.launchers.planted_run import MINUTE, START, PlantedRun
 
 
@@ -55,6 +59,21 @@ def test_an_attempt_that_was_cancelled_or_left_no_word_is_told_and_none_where_th
 def test_a_cancel_says_from_which_step_it_goes_on_where_that_is_known(done, remedy):
     outcome = Outcome(0, 1, 0, "failed", 1, "", "n1", "1", 0.0, ended=1.0, done=done)
     assert cancelled(Evidence("sft", state=CANCELLED, outcome=outcome)).remedy == remedy
+
+
+def test_outside_a_dev_cluster_its_run_is_told_the_command_that_goes_into_it(planted, monkeypatch):
+    told = {
+        "backend": "slurm",
+        "cluster": "dev",
+        "cluster_name": "dev",
+        "profile": "dev",
+        "profile_file": "",
+        "run": "",
+    }
+    Ledger(planted.run.ledger).append("submission", submission=2, choice="auto", prefix="/a/b c", **told)
+    monkeypatch.setattr(choose, "find_cluster", lambda choice: find_cluster("local"))
+    with pytest.raises(UserMistake, match="put `afterok cluster exec --prefix '/a/b c'` before the command"):
+        choose.backend_of(planted.run, "auto")
 
 
 def test_a_wait_begins_when_the_last_input_was_sealed_before_it_though_that_was_sealed_again_since(tmp_path):
