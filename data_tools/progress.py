@@ -48,3 +48,5 @@ class Stopped(Exception):
 # How a rank ends that no longer moves, and how the line in its log begins that says so: megatron_ext/training/watch.py.
 EXIT_HUNG = 8
 HUNG = "afterok: no step for"
+# What an element says whose engine, in processes that are not ours, ended (megatron_ext/foreign).
+ENGINE_DIED = "the sampling engine died"

@@ -22,6 +22,8 @@ datasets(config) -> [spec]     the datasets of the hub that it reads from the lo
 forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
 costs(config, placement) -> facts       what is known of "seconds" of one element, and of the "bytes" that it leaves,
                                at the least: checkpoints, weights (megatron_ext/preflight/costs.py)
+secrets(config) -> {variable: reference}   secrets that `run` reads from its environment, and where they lie
+                               (jobs/secrets.py); a profile's of the same name goes before it
 remarks(config, placement) -> [text]    what `plan` and `submit` say of the phase, such as what a recipe came to
 parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
@@ -130,6 +132,11 @@ class PhaseKind:
         """Return what is to be known of the phase before it runs, a line each."""
         remarks = getattr(self.module, "remarks", None)
         return remarks(declared.legal(config), placement) if remarks else []
+
+    def secrets(self, config: Any) -> dict[str, str]:
+        """Return {variable: reference} of the secrets that a config names."""
+        secrets = getattr(self.module, "secrets", None)
+        return secrets(declared.legal(config)) if secrets else {}
 
     def parallel_report(self, config: Any, placement: Placement, searching: bool) -> dict[str, Any] | None:
         """Return what the parallel plan costs; None where the phase has none."""

@@ -32,6 +32,7 @@ class Cause(StrEnum):
     GPU_MEMORY = "out of GPU memory"
     COLLECTIVE = "collective time-out"
     HANG = "no progress"  # seen by a rank itself (megatron_ext/training/watch.py)
+    ENGINE = "engine died"  # of an element that samples by vLLM, whose processes are not ours
     TIME_LIMIT = "time limit"
     PREEMPTED = "preempted"
     NODE = "node failure"
@@ -63,6 +64,7 @@ RESTARTS: Mapping[Cause, int | None] = {
     Cause.NODE: 3,
     Cause.COLLECTIVE: 2,
     Cause.HANG: 2,
+    Cause.ENGINE: 2,
     Cause.HOST_MEMORY: 1,  # a neighbour on the node may have taken it
     Cause.TIME_LIMIT: 1,  # it did not stop within the signal's lead
     Cause.UNKNOWN: 1,

@@ -41,6 +41,11 @@ class Task:
     )
     reached: tuple[int | None, int | None] = (None, None)  # the last progress that was told: done, total
 
+    @property
+    def shared_keep(self) -> Path:
+        """What all elements of the phase may share, and what its `finish` gets as `keep`; for an element's `run`."""
+        return self.keep.parent.parent if self.count > 1 else self.keep
+
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
         """Tell progress: a plain line in the log every few seconds, and a small file that `run` and `status` show."""
         self.reached = (done, total)

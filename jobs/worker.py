@@ -29,6 +29,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -260,12 +261,13 @@ class Worker:
             key_file=str(self.run.meeting_key_path(self.number)),
         )
 
-    def _reveal_secrets(self, verdicts: Verdicts | None = None) -> Secrets:
-        """Put the profile's secrets into this rank's environment: after the lease, just before the phase's own code."""
+    def _reveal_secrets(self, verdicts: Verdicts | None = None, own: Mapping[str, str] = {}) -> Secrets:
+        """Put the profile's secrets, and the phase's `own`, into this rank's environment: after the lease, just before
+        the phase's own code."""
         if self.revealed:  # the fan-in of a rank that ran an element: a command may print another value each time
             return self.secrets
         self.revealed = True
-        references = environment_of(self._profile(), self.phase.role).secrets
+        references = {**own, **environment_of(self._profile(), self.phase.role).secrets}
         commands = commands_among(references)
         printed = Printed(values={}, mistake="")
         if verdicts and commands:
@@ -296,7 +298,7 @@ class Worker:
             task = self._task(Path(beginning["out"]))
             task.partners = tuple(beginning["folders"][name] for name in self.upstream.paired)
             config = typed_config(kind, substitute(self.phase.own_settings, beginning["folders"]))
-            self._reveal_secrets(verdicts)
+            self._reveal_secrets(verdicts, kind.secrets(config))
             try:
                 facts = kind.run(config, task) or {}
             except Stopped as stopped:

@@ -4,11 +4,16 @@ import os
 import sys
 
 import pytest
+from hypothesis import settings
 
 from tests.inputs import ORIGINS, Inputs
 
 TABLES = pytest.StashKey[list[str]]()  # lines that tests want printed; left by a session's end
 _SENT = "tables"
+
+# No deadline: how long an example takes says how busy the machine is.
+settings.register_profile("all", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("all")
 
 # Python keeps what it compiles, whatever the shell around says: else each process of a test compiles all our modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -24,6 +29,9 @@ def inputs(request):
 def pytest_configure(config):
     config.addinivalue_line("markers", "soak: many trials of one fault; run with -m soak")
     config.addinivalue_line("markers", "rehearsal: the GPU path with stand-ins; run with -m rehearsal, as .ci/run does")
+    config.addinivalue_line(
+        "markers", "vllm: vLLM's CPU build, in its own environment; run with -m vllm, as .ci/run does"
+    )
     config.addinivalue_line("markers", "releases: needs two releases of megatron-core; run as .ci/run does")
     for noise in (
         "ignore::FutureWarning:torch",
@@ -34,7 +42,7 @@ def pytest_configure(config):
     ):
         config.addinivalue_line("filterwarnings", noise)
     if not config.option.markexpr:
-        config.option.markexpr = "not soak and not rehearsal and not releases"
+        config.option.markexpr = "not soak and not rehearsal and not releases and not vllm"
     config.option.loadscopereorder = False  # pytest-xdist's own order has the few long tests last, on one worker
 
 

@@ -32,7 +32,8 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
     "slurm": ("checks printed", "client", "profile", "options exported", "dev", "detect", "verify"),
     "megatron_ext": (
         "absent_triton adam device versions", "files", "parallel", "layers", "models", "weights", "lora",
-        "model_folders", "preflight", "serving", "rollout", "training", "rl", "entrypoints",
+        "model_folders", "preflight", "serving", "rollout", "training", "rl", "foreign",
+        "entrypoints",
     ),
     # A phase's file is found by its name (jobs/kind.py looks into jobs/phases), and each is written with jobs/kind.py.
     "jobs": (

@@ -58,6 +58,9 @@ BOUNDS = (LINE, JSON, JSON_DEPTH, CSV, YAML, YAML_VALUES, YAML_DEPTH, TEMPLATE)
 class NoFile(OSError):
     """Raised for what is no regular file: a pipe or a device, which may never end, or a folder."""
 
+    def __str__(self) -> str:
+        return f"{self.filename} {self.strerror}"
+
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file to read its bytes, without waiting. Raise NoFile for anything else, OSError as open does."""

@@ -165,11 +165,21 @@ def _end_of_last_line(handle: int) -> int:
 
 def canonical_json(value: Any) -> str:
     """Return the one spelling of a JSON value that digests are taken over: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_number
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_file(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=_number) + "\n")
+
+
+def _number(value: Any) -> Any:
+    """Return Python's number for one of an array library, such as numpy.int64, which facts of a phase may hold. Raise
+    TypeError for anything else that JSON does not know."""
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 class TornFile(ValueError):
@@ -200,7 +210,9 @@ _A_SUM = re.compile(rf"{TAG}[0-9a-f]{{{SUM_DIGITS}}}\Z")  # the whole of one: a 
 
 def sum_of(value: dict[str, Any]) -> str:
     """Return the sum over an object as JSON gives it back, whatever its spelling in a file; its own sum left out."""
-    return _sum_of_plain(json.loads(json.dumps({key: item for key, item in value.items() if key != SUM})))
+    return _sum_of_plain(
+        json.loads(json.dumps({key: item for key, item in value.items() if key != SUM}, default=_number))
+    )
 
 
 _spell = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode

@@ -249,8 +249,9 @@ def _told_gain(one: Mapping[str, Any]) -> str:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def write_tables(keep: Path, result: Mapping[str, Any], step: int) -> None:
-    """Write KEEP/tables of a result: its accuracies, a row for each group of prompts, and the fates of the records."""
+def write_tables(keep: Path, result: Mapping[str, Any], which: str) -> None:
+    """Write KEEP/tables of a result: its accuracies, a row for each group of prompts, and the fates of the records.
+    `which` model it was, their title says."""
     prefixes = [name.removesuffix("intervals") for name in result if name.endswith("intervals")]
     largest = _largest(result, prefixes)
     columns = [("distinct", "prompts"), ("correct", "correct"), ("greedy accuracy", "accuracy"), ("95%", "accuracy")]
@@ -272,7 +273,7 @@ def write_tables(keep: Path, result: Mapping[str, Any], step: int) -> None:
         label = f"macro {name}: mean over {', '.join(mean['tasks'])}{_missing(mean)}"
         rows.append([label, *(_cell(told, "", title, measure) for title, measure in columns)])
     titles = ["prompts", *(title for title, _ in columns)]
-    write_table(keep, "accuracy", title=f"Accuracy at step {step}", columns=titles, rows=rows)
+    write_table(keep, "accuracy", title=f"Accuracy {which}", columns=titles, rows=rows)
     write_table(keep, "prompts", **counts_table(result["records"]))
 
 

@@ -83,7 +83,7 @@ def to_megatron_lm(
                     unstable += 1
                     continue
                 documents += 1
-                without_end += ids[-1] != tokenizer.eos_id
+                without_end += int(ids[-1] != tokenizer.eos_id)
             if line:
                 file.write(json_line({"messages": line}))
             progress(pack + 1, reader.n_packs, "packs", MEGATRON_LM)

@@ -123,8 +123,7 @@ def check(config: Config) -> list[Problem]:
 
 
 def _chats_of(config: Config) -> ChatTask | None:
-    """Return the data set of conversations that the config names as its task; None where it names another task, or
-    none."""
+    """Return the data set of conversations that is the config's task; None where that is another one, or none."""
     return load_chat_task(config.task) if config.task else None
 
 
@@ -171,10 +170,8 @@ def _check_recipe(config: Config) -> list[Problem]:
 
 
 def origins_of(config: Config) -> list[Origin]:
-    """Return the files that rows come from.
-
-    Raise UserMistake where those of a recipe's sources are missing, or a dataset is not in the hub's cache.
-    """
+    """Return the files that rows come from. Raise UserMistake where those of a recipe's sources are missing, or a
+    dataset is not in the hub's cache."""
     if config.recipe:
         return recipes.origins(recipe_of(config), config.recipe_sources)
     names = config.source.inputs or [str(path) for spec in datasets(config) for path in dataset_files(spec)]
@@ -199,8 +196,7 @@ def _check_conversations(config: Config) -> list[Problem]:
     problems += _check_recipe(config)
     problems += [] if config.recipe else check_source(config.source, NO_CHATS)
     if config.source.synthetic_rows:
-        message = "only a task makes rows; name one in task, or give inputs alone"
-        problems.append(Problem("source.synthetic_rows", message))
+        problems.append(Problem("source.synthetic_rows", "only a task makes rows; name it, or give inputs alone"))
     if config.task_options:
         problems.append(Problem("task_options", "no task takes them; name one in task"))
     return problems
@@ -310,10 +306,9 @@ class TaskRows:
     """Represents the rows of a task's records."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
-        self.task = load_row_task(config.task)
+        self.task, self.tokenizer = load_row_task(config.task), tokenizer
         self.options = task_options(self.task, config.task_options)
         self.split, self.seed = config.source.synthetic_split, config.source.synthetic_seed
-        self.tokenizer = tokenizer
 
     def rows(self, record: Any) -> Iterator[Result]:
         """Yield those of a record as a share gives it, or of a synthetic row's number. Raise BadRecord."""
@@ -327,8 +322,7 @@ class TaskRows:
         yield from map(self._result, rows)
 
     def _result(self, row: Row) -> Result:
-        bucket = self.task.verify(row)
-        if bucket is not None:
+        if (bucket := self.task.verify(row)) is not None:
             return Refused(bucket)
         row = self.task.canonical(row)
         try:
@@ -347,8 +341,7 @@ LinesOf = Callable[[Iterable[list[Any]]], Iterator[list[Line]]]
 def _line_maker(config: Config) -> Iterator[LinesOf]:
     """Gives a function from chunks of records to chunks of lines, in the same order."""
     if config.workers == 1:
-        rows = _Rows(config)
-        yield lambda chunks: map(rows.lines, chunks)
+        yield functools.partial(map, _Rows(config).lines)
         return
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn"), _start_worker, (config,)) as pool:
         try:
@@ -374,8 +367,7 @@ def _start_worker(config: Config) -> None:
     """Begin a worker: remember the config, and leave when the element's process is gone."""
     global _rows
     _rows = functools.cache(lambda: _Rows(config))
-    element = multiprocessing.parent_process()
-    if element is None:
+    if (element := multiprocessing.parent_process()) is None:
         raise ValueError("this is no worker: it has no parent")
     threading.Thread(target=_leave_with, args=(element.sentinel,), daemon=True).start()
 

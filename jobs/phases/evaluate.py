@@ -14,6 +14,8 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import evaluate
 from megatron_ext.entrypoints.evaluate import Config
+from megatron_ext.parallel.parts import OPENAI
+from megatron_ext.rollout import endpoint
 
 ELSEWHERE = {
     "sampling": "evaluate has its settings beside the others: max_new_tokens, temperature and top_p",
@@ -32,10 +34,21 @@ def datasets(config: Config) -> list[str]:
     return mix.datasets(config.mix)
 
 
+def secrets(config: Config) -> dict[str, str]:
+    return endpoint.secrets(config.endpoint) if config.backend == OPENAI else {}
+
+
 def run(config: Config, task: Task) -> dict[str, Any]:
     share = {"only": task.value} if isinstance(task.value, str) else {}
     facts = evaluate.run(
-        config, task.out, task.keep, progress=task.progress_or_stop, index=task.index, count=task.count, **share
+        config,
+        task.out,
+        task.keep,
+        progress=task.progress_or_stop,
+        index=task.index,
+        count=task.count,
+        shared=task.shared_keep,
+        **share,
     )
     if task.count > 1 and task.rank == 0:
         bundle(task.out)

@@ -9,6 +9,8 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import generate
 from megatron_ext.entrypoints.generate import Config
+from megatron_ext.parallel.parts import OPENAI
+from megatron_ext.rollout import endpoint
 
 STOPS = True
 ELSEWHERE = {name: f"generate calls it sampling.{name}" for name in ("max_tokens", "temperature", "top_p")}
@@ -23,9 +25,20 @@ def datasets(config: Config) -> list[str]:
     return mix.datasets(config.mix)
 
 
+def secrets(config: Config) -> dict[str, str]:
+    return endpoint.secrets(config.endpoint) if config.backend == OPENAI else {}
+
+
 def run(config: Config, task: Task) -> dict[str, Any]:
     facts = generate.run(
-        config, task.out, task.keep, progress=task.progress, stop=task.stop, index=task.index, count=task.count
+        config,
+        task.out,
+        task.keep,
+        progress=task.progress,
+        stop=task.stop,
+        index=task.index,
+        count=task.count,
+        shared=task.shared_keep,
     )
     return _told(facts)
 

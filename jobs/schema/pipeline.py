@@ -186,7 +186,7 @@ class _Loader:
         except FileNotFoundError:
             raise no_such_pipeline(self.path) from None
         except (OSError, ValueError) as error:  # ValueError: of a name with \0
-            raise UserMistake(f"{self.path}: cannot be read: {error}") from None
+            raise UserMistake(f"{self.path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         except yaml.YAMLError as error:
             raise UserMistake(f"{self.path}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(raw, dict):

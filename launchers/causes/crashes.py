@@ -5,7 +5,7 @@ import signal
 from data_tools.progress import EXIT_HUNG
 from jobs.retry import SIGNAL_BASE, Cause
 from launchers.causes.evidence import SIGNAL_NO_OUTPUT, Diagnosis, Evidence, exit_code_of
-from launchers.causes.log_lines import COLLECTIVE_LINE, HUNG_LINE, KILLED_TASK, first_dead_task, tracebacks
+from launchers.causes.log_lines import COLLECTIVE_LINE, ENGINE_LINE, HUNG_LINE, KILLED_TASK, first_dead_task, tracebacks
 from launchers.causes.memory import host_memory
 from launchers.causes.states import CANCELLED
 
@@ -85,6 +85,19 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name if number else ""
     except ValueError:
         return f"signal {number}"
+
+
+def engine_died(e: Evidence) -> Diagnosis | None:
+    """Tell of an element whose sampling engine, in processes of its own, ended."""
+    line = e.message if e.message and ENGINE_LINE.search(e.message) else e.find(ENGINE_LINE)
+    if not line:
+        return None
+    return Diagnosis(
+        Cause.ENGINE,
+        "lost its sampling engine",
+        line,
+        f"see what the engine's own processes said in {e.log_name}; what was sampled is kept",
+    )
 
 
 def hung(e: Evidence) -> Diagnosis | None:

@@ -34,6 +34,7 @@ RULES: tuple[Callable[[Evidence], Diagnosis | None], ...] = (
     last_words.said_by_worker,
     memory.gpu_memory,
     memory.host_memory_in_log,
+    crashes.engine_died,
     crashes.exception,
     crashes.hung,
     crashes.killed,

@@ -7,7 +7,7 @@ tests/launchers/test_diagnosis.py, seen on the dev cluster or written from those
 import re
 from dataclasses import dataclass
 
-from data_tools.progress import HUNG
+from data_tools.progress import ENGINE_DIED, HUNG
 from jobs.health import FAILED_ON
 
 PREEMPTED_LINE = re.compile(r"DUE TO PREEMPTION")
@@ -34,6 +34,7 @@ COLLECTIVE_LINE = re.compile(
     r"|Connection was likely closed|monitoredBarrier|MeetingFailed|MeetingTimeout"
 )
 HUNG_LINE = re.compile(re.escape(HUNG) + r"|^Timeout \(\d+:\d\d:\d\d[.\d]*\)!$")  # the second is faulthandler's
+ENGINE_LINE = re.compile(rf"EngineDied: {re.escape(ENGINE_DIED)}")
 ENDED = "ended the job with code"  # what the lines of launchers/backends/shell_lines.py say of themselves
 ENVIRONMENT_LINE = re.compile(rf"^afterok: profile .*: ((?:env|hooks)\.\w+) {re.escape(ENDED)} \d+")
 NODE_NAMES = re.compile(r"Node failure on ([\w.-]+)|failed on node ([\w.-]+)")

@@ -32,6 +32,10 @@ def newest_log(run: RunFolder, phase: str, index: int | None) -> Path:
             path = run.log_path(phase, entry.scripted, i)
             if path.exists():
                 return path
+    elements = {element for entry in entries if entry.phase == phase for element in entry.elements}
+    if index is not None and index not in elements:
+        has = f"{phase} has elements {min(elements)} to {max(elements)}, not {index}"
+        raise UserMistake(f"{has}; see `afterok status {run.path}`")
     raise UserMistake(f"{phase}{'' if index is None else f':{index}'} has no log yet; see `afterok status {run.path}`")
 
 

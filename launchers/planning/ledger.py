@@ -88,6 +88,13 @@ def read_elements(told: str | list[int]) -> Indices:
     return Indices.of(told)
 
 
+# What an event is asked for; a line without a sum, of before there were sums or altered, may lack it.
+_NEEDED = {
+    "submission": {"submission", "backend", "choice", "time"}, "sending": {"name"}, "released": {"submission"},
+    "abandoned": {"submission", "why"}, "cancel": {"jobs", "time"}, "bundle": {"submission", "jobs", "time"},
+}  # fmt: skip
+
+
 @functools.lru_cache(maxsize=4)
 def _parsed(path: Path, data: bytes) -> tuple[dict[str, Any], ...]:
     """Return the events in the bytes of a ledger, the sum of each checked; asked many times of the same bytes."""
@@ -101,9 +108,11 @@ def _parsed(path: Path, data: bytes) -> tuple[dict[str, Any], ...]:
                 break
             # an append cuts off what is torn, so this was no accident
             raise UserMistake(f"{torn}; remove that line, or restore it") from None
-        event.pop(durable.SUM, None)
-        if not isinstance(event.get("event"), str):  # of a line without a sum
-            raise UserMistake(f"{path}:{number} names no event; remove that line, or restore it")
+        if event.pop(durable.SUM, None) is None:
+            kind = event.get("event")
+            lacks = sorted(_NEEDED.get(kind, set()) - event.keys()) if isinstance(kind, str) else ["event"]
+            if lacks:
+                raise UserMistake(f"{path}:{number} has no {', '.join(lacks)}; remove that line, or restore it")
         events.append(event)
     return tuple(events)
 

@@ -41,7 +41,7 @@ from slurm import exported
 from slurm.checks import by_check, sort_out, waiver_problems
 from slurm.detect import Cluster
 from slurm.options import own_setting_problems
-from slurm.profile.check import forwarding_problems
+from slurm.profile.check import forwarding_problems, kept_secret, unreachable_secrets
 from slurm.profile.environments import environment_of, environments, why_not_shared
 from slurm.profile.images import COMMA_PARTS_MOUNTS, image_of, unseen
 from slurm.profile.schema import Mail, Profile, Resources
@@ -170,7 +170,8 @@ class _Planner:
         self.problems += limits.fit_submit_limit(self.cluster, self.run, self.planned.values())
         forwarded = {name for _, env in environments(profile) for name in env.forward}
         typed = os.environ.get(exported.VARIABLE, "")
-        given = exported.unknown(typed, self.pipeline.declared, forwarded) + self._secret_variables()
+        given = exported.unknown(typed, self.pipeline.declared, forwarded)
+        given += kept_secret(profile, self.pipeline.declared, f"{self.pipeline.source}: variables")
         self.problems += by_check("E002", [*forwarding_problems(profile, os.environ), *given])
         report = preflight(self.cluster, self.run, [self._job(name) for name in self.planned], self.costs)
         hours = {name: planned.gpu_hours for name, planned in self.planned.items() if planned.action in RUNS}
@@ -206,20 +207,6 @@ class _Planner:
         where = f"{self.pipeline.source}: phases.{name}.resources"
         return Job(phase, self.planned[name], where, fits=self.fits[name], datasets=self.datasets[name])
 
-    def _secret_variables(self) -> list[Problem]:
-        """Refuse variables of the pipeline whose values the profile keeps secret: overrides are written down."""
-        secrets = self.cluster.profile.env.secrets
-        kept = {*secrets, *(reference[4:] for reference in secrets.values() if reference.startswith("env:"))}
-        return [
-            Problem(
-                f"{self.pipeline.source}: variables.{name}",
-                f"profile {self.cluster.profile.meta.name} has it in env.secrets, and overrides are written down; "
-                "give the variable another name",
-            )
-            for name in self.pipeline.declared
-            if name in kept
-        ]
-
     def _phase(self, phase: Phase) -> PlannedPhase:
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"
         resources, problems = limits.resources_of(self.cluster.profile, phase, where)
@@ -229,8 +216,9 @@ class _Planner:
         frozen = self._frozen(phase, image)
         self._check(phase, frozen, resources)
         self._check_partners(phase, frozen)
+        secrets = phase.kind.secrets(self.checked[phase.name][0])
         if image:
-            self._check_container(phase, resources.role, frozen)
+            self._check_container(phase, resources.role, frozen, secrets)
         if why := limits.why_time_is_too_short(self.cluster, phase, resources):
             self._problem(phase, "resources.time", why, "S002")
         frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
@@ -242,6 +230,9 @@ class _Planner:
         planned = PlannedPhase(frozen, resources, phase.resources.role, "run")
         planned.planned_s, planned.planned_by = planned_seconds(self.run, frozen, self.costs[phase.name])
         self.reasoner.decide(planned)
+        if planned.action in RUNS:
+            for why in unreachable_secrets(self.cluster.profile, resources.role, secrets, os.environ):
+                self._problem(phase, "with", why, "E002")
         return planned
 
     def _image(self, phase: Phase, role: str) -> dict[str, str]:
@@ -261,10 +252,10 @@ class _Planner:
             return {"name": name}
         return {"name": name, "sha256": content_digest(path, self.cache, follow=False)}
 
-    def _check_container(self, phase: Phase, role: str, frozen: FrozenPhase) -> None:
+    def _check_container(self, phase: Phase, role: str, frozen: FrozenPhase, own: dict[str, str]) -> None:
         """Refuse inputs and files of secrets that the container of a phase does not see, and a run it cannot mount."""
         profile, remedy = self.cluster.profile, "add it to the profile's container.mounts, under the same name"
-        kept = environment_of(profile, role).secrets.values()
+        kept = (own | environment_of(profile, role).secrets).values()
         secrets = [str(Path(text[5:]).expanduser()) for text in kept if text.startswith("file:")]
         for key, paths in (("with", list(frozen.inputs)), ("resources.role", secrets)):
             what = "the secret's file " if key != "with" else ""

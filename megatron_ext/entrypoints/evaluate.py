@@ -22,9 +22,8 @@ if __name__ == "__main__":
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -43,18 +42,21 @@ from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, compa
 from data_tools.tasks.outcome import is_graded, is_unjudged
 from data_tools.tasks.task import Prompt, Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate
+from megatron_ext.foreign import backends
+from megatron_ext.parallel.parts import OPENAI
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.rollout import memory
 from megatron_ext.rollout.room import check_room
-from megatron_ext.rollout.settings import RolloutSettings, Sampling, check_alone, check_recording, check_rollouts
+from megatron_ext.rollout.settings import Sampling, SamplingSettings, check_alone, check_recording, check_rollouts
 
 if TYPE_CHECKING:
     from megatron_ext.model_folders.model_folder import ModelFolder
+    from megatron_ext.rl.makers import Backend
 
 
 @dataclass
-class Config(RolloutSettings):
+class Config(SamplingSettings):
     """Accuracy of a model folder: the config of the phase evaluate."""
 
     task: str = setting("calculator", "the task whose rows are asked", example="gsm8k", module=True)
@@ -129,14 +131,24 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
     problems += check_rollouts(config, Sampling())
     site = site or Site(ranks)
+    if config.backend == OPENAI:
+        ways = [way.sampling for way in _ways(config, {})]
+        return problems + backends.check_server(_asked(config), ways, site, "")
     training = facts.forward(config, site)
-    problems += check_recording(config, training.shape)
-    new, where = config.max_new_tokens, "max_new_tokens"
-    problems += check_room(config, training.shape, dtype=training.dtype, new=new, where=where)
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
-    work = _work(config)
+    new, where, work = config.max_new_tokens, "max_new_tokens", _work(config)
+    if config.is_foreign:
+        asked = backends.Asked(Sampling(max_tokens=new, top_p=config.top_p), where)
+        return problems + backends.check(config, asked, site, shape=training.shape)
+    problems += backends.check_unused(config)
+    problems += check_recording(config, training.shape)
+    problems += check_room(config, training.shape, dtype=training.dtype, new=new, where=where)
     problems += facts.check_forward(config, site) + check_alone(config, compares=work.compares)
     return problems + memory.check(config, work, site)
+
+
+def _asked(config: Config) -> Config:
+    return config if of_mix(config) else replace(config, mix=MixConfig({config.task: _entry(config)}))
 
 
 def _work(config: Config) -> memory.Forward:
@@ -216,27 +228,25 @@ def run(
     index: int = 0,
     count: int = 1,
     only: str = "",
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate element `index` of `count`, or the task `only` of a mix. Rank 0 writes OUT/samples.jsonl,
-    OUT/result.json, the harness's samples and, for the only element, what is said of all.
+    OUT/result.json, the harness's samples and, for the only element, what is said of all. SHARED is what all elements
+    keep together: a model that was exported; None: KEEP.
 
     Return the facts of accuracy.accuracy, and `records`: Mix.counts.
     """
-    from megatron_ext.model_folders import model_folder
-    from megatron_ext.parallel import ranks
-
-    problems = check(config, ranks.world_size_of_environment())
+    problems = check(config, backends.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
-    folder, before = model_folder.open_folder(config.model), compared_lines(config.compare_with, config.samples)
+    folder, before = backends.folder_of(config), compared_lines(config.compare_with, config.samples)
     asking = replace(config, mix=MixConfig({only: entries_of(config.mix)[only]}), macro={}) if only else config
     share = Share(0, 1, only) if only else Share(index, count)
     lines_of_share = _lines_of_mix if of_mix(config) else _lines_of_rows
-    with ranks.started(config.parallel):
-        choice = model_folder.told_parts(folder, config)
-        lines, records = lines_of_share(asking, folder, keep, progress=progress, share=share)
-        writer = ranks.is_writer()
-    opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
+    with backends.opened(config, folder, shared or keep) as backend:
+        lines, records = lines_of_share(asking, folder, keep, backend, progress=progress, share=share)
+        writer, told = backend.is_writer, backend.facts()
+    opening = told_opening(load_tokenizer(str(folder.hf)), config.bos) if folder else {}
     tasks, macro = _tasks(asking), asking.macro if count == 1 else {}
     result = {**accuracy(lines, before, tasks, macro), "records": records, **opening}
     if writer:
@@ -246,8 +256,9 @@ def run(
         write_results(out, lines, result)
         if count == 1:
             harness.write_results(out, evaluated, lines, result)
-            write_tables(keep, result, folder.step)
-    return {**result, "parts": choice.facts()}
+            write_tables(keep, result, backends.which(config, folder))
+            backends.forget(config, shared or keep)
+    return {**result, **told}
 
 
 def _tasks(config: Config) -> list[str]:
@@ -259,9 +270,8 @@ def _evaluated(config: Config) -> harness.Evaluated:
     entries = entries_of(config.mix) if of_mix(config) else {config.task: _entry(config)}
     greedy: dict[str, Any] = {"do_sample": False, "temperature": 0.0, "max_gen_toks": config.max_new_tokens}
     sampled = {**greedy, "do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
-    return harness.Evaluated(
-        entries, model=config.model, samples=config.samples, seed=config.seed, greedy=greedy, sampled=sampled
-    )
+    model = config.model or config.endpoint.model
+    return harness.Evaluated(entries, model, config.samples, seed=config.seed, greedy=greedy, sampled=sampled)
 
 
 def write_results(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -> None:
@@ -274,7 +284,7 @@ def write_results(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -
 def _ways(config: Config, entries: dict[str, Entry]) -> list[generate.Config]:
     """Return how these entries are sampled: greedily, and where samples are asked for at a temperature too."""
     greedy = Sampling(temperature=0, max_tokens=config.max_new_tokens, max_turns=config.max_turns)
-    shared = {field.name: getattr(config, field.name) for field in fields(RolloutSettings)}
+    shared = {field.name: getattr(config, field.name) for field in fields(SamplingSettings)}
     shared["mix"] = MixConfig(entries)
     ways = [generate.Config(**shared, seed=config.seed, samples=1, sampling=greedy)]
     if config.samples:
@@ -285,8 +295,9 @@ def _ways(config: Config, entries: dict[str, Entry]) -> list[generate.Config]:
 
 def _lines_of_mix(
     config: Config,
-    folder: "ModelFolder",
+    folder: "ModelFolder | None",
     keep: Path,
+    backend: "Backend",
     *,
     progress: Progress,
     share: Share,
@@ -296,34 +307,29 @@ def _lines_of_mix(
 
     `only_ended`: a completion that was cut off is never right.
     """
-    from megatron_ext.model_folders import model_folder
-    from megatron_ext.parallel import ranks
-    from megatron_ext.weights.exchange import from_rank_zero
-
-    load_once = cache(lambda: model_folder.load_told(folder, config))
     entries = entries_of(config.mix)
     choices = {name: entries.pop(name) for name in compared(entries)}
     element, by_way, records = keep / "sampled" / share.folder, [], {}
     for kept, way in zip((element / "greedy", element / "samples"), _ways(config, entries) if entries else ()):
         samples = generate.sampled(
-            way, folder, kept, index=share.index, count=share.count, progress=progress, stop=never, load=load_once
+            way, folder, kept, backend, index=share.index, count=share.count, progress=progress, stop=never
         )
         by_way.append(samples)
-        records = generate.records_of(kept) if ranks.is_writer() else {}
+        records = generate.records_of(kept) if backend.is_writer else {}
     for sample in itertools.chain(*by_way) if only_ended else ():
         sample["correct"] = sample["correct"] and sample["finish"] == "stop"
     lines = {sample["prompt_id"]: line_of(sample) for sample in by_way[0]} if by_way else {}
     if config.samples and by_way:
         add_samples(lines, by_way[1])
-    found, theirs = _compared_choices(config, folder, choices, load_once, progress=progress, share=share)
-    return from_rank_zero(([*lines.values(), *found], {**records, **theirs}))
+    found, theirs = _compared_choices(config, folder, choices, backend, progress=progress, share=share)
+    return backend.from_writer(([*lines.values(), *found], {**records, **theirs}))
 
 
 def _compared_choices(
     config: Config,
-    folder: "ModelFolder",
+    folder: "ModelFolder | None",
     entries: dict[str, Entry],
-    load_model: Callable[[], Any],
+    backend: "Backend",
     *,
     progress: Progress,
     share: Share,
@@ -331,20 +337,14 @@ def _compared_choices(
     """Return a line for each question of this element whose choices are compared, and their Mix.counts."""
     if not entries:
         return [], {}
-    from megatron_ext.rl import likelihood
+    assert folder is not None  # `check` refuses it of a server
     from megatron_ext.rl.prompts import Encoding, all_of
 
     mix = Mix(entries, config.seed)
     positions = folder.family.config.shape(folder.dims).max_positions or 2**62  # 0: no limit
     encoder = PromptEncoder(load_tokenizer(str(folder.hf)), config.chat_arguments, config.bos)
-    lines = likelihood.answered(
-        load_model(),
-        all_of(mix, list(mix.items))[share.index :: share.count],
-        Encoding(encoder, positions),
-        plan=config.parallel,
-        row_tokens=config.engine.token_budget,
-        progress=progress,
-    )
+    draws = all_of(mix, list(mix.items))[share.index :: share.count]
+    lines = backend.likeliest(draws, Encoding(encoder, positions), progress)
     return list(lines), mix.counts()
 
 
@@ -378,15 +378,15 @@ def add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]])
 
 
 def _lines_of_rows(
-    config: Config, folder: "ModelFolder", keep: Path, *, progress: Progress, share: Share
+    config: Config, folder: "ModelFolder | None", keep: Path, backend: "Backend", *, progress: Progress, share: Share
 ) -> tuple[list[Line], dict[str, Any]]:
     """Return a line for each row of this element, and Mix.counts of the task, on every rank.
 
     They are sampled and scored as the mix of this one task; an answer that does not end is wrong here.
     """
     kind, loaded = getattr(load_task(config.task), "kind", None), rows(config)
-    alone = replace(config, mix=MixConfig({config.task: _entry(config)}))
-    lines, records = _lines_of_mix(alone, folder, keep, progress=progress, share=share, only_ended=True)
+    asked = _asked(config)
+    lines, records = _lines_of_mix(asked, folder, keep, backend, progress=progress, share=share, only_ended=True)
     items = {item.uid: item for item in loaded.items}
     element = [items[line["prompt"]] for line in lines]
     finished, rows_asked = [], Counter(item.prompt for item in loaded.items)
@@ -424,8 +424,6 @@ def compared_lines(compare_with: str | None, samples: int) -> dict[str, Line]:
 
 def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
     """Join the elements' samples, in element order, and their counts. One process."""
-    from megatron_ext.model_folders import model_folder
-
     lines = list(generate.lines_of([part / SAMPLES for part in parts]))
     told = [generate.told_of_parts([part]) for part in parts]
     records = {name: counts for one in told for name, counts in one["records"].items()}
@@ -438,7 +436,8 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
     write_results(out, lines, result)
     harness.join_samples(out, evaluated, parts)
     harness.write_results(out, evaluated, lines, result)
-    write_tables(keep, result, model_folder.open_folder(config.model).step)
+    write_tables(keep, result, backends.which(config, backends.folder_of(config)))
+    backends.forget(config, keep)
     return result
 
 

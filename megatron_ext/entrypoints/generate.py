@@ -11,7 +11,7 @@ if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from data_tools.tasks.estimators import Vote, at_k, standard_error
 from data_tools.tasks.messages import check_template
 from data_tools.tasks.mix import check_mix, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
+from megatron_ext.foreign import backends
+from megatron_ext.parallel.parts import OPENAI
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.rl.settings import GenerateSettings
@@ -37,6 +39,7 @@ from megatron_ext.training import options
 
 if TYPE_CHECKING:
     from megatron_ext.model_folders.model_folder import ModelFolder
+    from megatron_ext.rl.makers import Backend
 
 Config = GenerateSettings
 SAMPLES, RESULT = "samples.jsonl", "result.json"
@@ -50,10 +53,15 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("sampling.temperature", f"0 gives {config.samples} samples all alike; use samples: 1"))
     problems += check_rollouts(config, config.sampling)
     site = site or Site(ranks)
+    if config.backend == OPENAI:
+        return problems + backends.check_server(config, [config.sampling], site, "sampling.")
     training = facts.forward(config, site)
+    problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
+    if config.is_foreign:
+        return problems + backends.check(config, backends.Asked(config.sampling), site, shape=training.shape)
+    problems += backends.check_unused(config)
     problems += check_recording(config, training.shape)
     problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)
-    problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     problems += facts.check_forward(config, site) + check_alone(config, compares=False)
     return problems + memory.check(config, memory.Forward((draws_of(config),)), site)
 
@@ -74,81 +82,74 @@ def run(
     stop: Stop = never,
     index: int = 0,
     count: int = 1,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Sample element `index` of `count`. Rank 0 writes OUT/samples.jsonl, for the first element OUT/result.json, which
     `finish` reads, and for the only one the tables.
 
+    SHARED is what all elements keep together: a model that was exported; None: KEEP.
+
     Return the facts of `_result`, and `records`: Mix.counts. Raise Stopped on every rank, with all that was sampled
     recorded, once `stop` says so on any of them.
     """
-    from megatron_ext.model_folders import model_folder
-    from megatron_ext.parallel import ranks
-
-    problems = check(config, ranks.world_size_of_environment())
+    problems = check(config, backends.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
-    folder = model_folder.open_folder(config.model)
-    with ranks.started(config.parallel):
-        # megatron-core may be imported once the device is ready
-        from megatron_ext.weights.exchange import from_rank_zero
-
-        choice = model_folder.told_parts(folder, config)
-
-        def load() -> Any:
-            return model_folder.load_told(folder, config)
-
+    folder = backends.folder_of(config)
+    with backends.opened(config, folder, shared or keep) as backend:
         kept = keep / f"element_{index:04d}"
-        samples = sampled(config, folder, kept, index=index, count=count, progress=progress, stop=stop, load=load)
-        writer = ranks.is_writer()
-        opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
-        result = from_rank_zero({**_result(samples), "records": records_of(kept), **opening} if writer else None)
+        samples = sampled(config, folder, kept, backend, index=index, count=count, progress=progress, stop=stop)
+        writer = backend.is_writer
+        opening = told_opening(load_tokenizer(str(folder.hf)), config.bos) if folder else {}
+        result = {**_result(samples), "records": records_of(kept), **opening} if writer else None
+        result, told = backend.from_writer(result), backend.facts()
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
         if index == 0:
             durable.write_json(out / RESULT, result)
         if count == 1:
-            _table(keep, result, folder.step)
-    return {**result, "parts": choice.facts()}
+            _table(keep, result, backends.which(config, folder))
+            backends.forget(config, shared or keep)
+    return {**result, **told}
 
 
 def sampled(
     config: Config,
-    folder: "ModelFolder",
+    folder: "ModelFolder | None",
     keep: Path,
+    backend: "Backend",
     *,
     index: int,
     count: int,
     progress: Progress,
     stop: Stop,
-    load: Callable[[], Any],
 ) -> list[dict[str, Any]]:
-    """Return the lines of element `index` of `count` on rank 0, none on others.
+    """Return the lines of element `index` of `count` where `backend` writes, none elsewhere.
 
-    The ranks are started; `load` gives the model. What KEEP holds of the samples is not sampled again.
+    What KEEP holds of the samples is not sampled again.
     """
-    from megatron_ext.parallel import ranks
     from megatron_ext.rl import generation
 
-    identity = _identity(config, folder.weights_digest)
+    identity = _identity(config, folder.weights_digest if folder else "")
     files = generation.run(
         config,
         folder,
         keep,
-        load,
+        backend,
         identity=identity,
         index=index,
         count=count,
         progress=progress,
         stop=stop,
     )
-    return list(lines_of(files)) if ranks.is_writer() else []
+    return list(lines_of(files)) if backend.is_writer else []
 
 
 def _identity(config: Config, digest: str) -> dict[str, Any]:
     """Return what samples must share to be gone on with: all that changes them. Prompts go by their names."""
     plain = {name: value for name, value in options.keyed(config).items() if name != "mix"}
     entries = {name: [entry.task, entry.options, entry.rewards] for name, entry in entries_of(config.mix).items()}
-    return {**plain, "model": digest, "entries": entries}
+    return {**plain, **Config.meaning(config), "model": digest, "entries": entries}
 
 
 def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
@@ -211,9 +212,9 @@ def vote(sample: Mapping[str, Any]) -> Vote:
     return sample["answer"] if sample["finish"] == "stop" else None, bool(sample["correct"])
 
 
-def _table(keep: Path, result: dict[str, Any], step: int) -> None:
+def _table(keep: Path, result: dict[str, Any], which: str) -> None:
     told = [list(pair) for pair in result.items() if pair[0] not in JOINED]
-    write_table(keep, "samples", title=f"Samples at step {step}", columns=["what", "value"], rows=told)
+    write_table(keep, "samples", title=f"Samples {which}", columns=["what", "value"], rows=told)
     write_table(keep, "prompts", **counts_table(result["records"]))
 
 
@@ -223,8 +224,6 @@ def _order(sample: dict[str, Any]) -> Any:
 
 def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
     """Join the elements' samples in the order of the prompts. One process, few files open."""
-    from megatron_ext.model_folders import model_folder
-
     files = [part / SAMPLES for part in parts]
     with (
         merged(files, lambda file: lines_of([file]), _order, scratch=out) as samples,
@@ -239,7 +238,8 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
         result = {**_result(written()), **told_of_parts(parts)}
     durable.write_json(out / RESULT, result)
     durable.fsync_tree(out)
-    _table(keep, result, model_folder.open_folder(config.model).step)
+    _table(keep, result, backends.which(config, backends.folder_of(config)))
+    backends.forget(config, keep)
     return result
 
 

@@ -142,7 +142,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
         **told_opening(tokenizer, config.bos),
     }
     evaluate.write_results(out, [*lines.values()], result)
-    write_tables(keep, result, 0)
+    write_tables(keep, result, "at step 0")
     return {**result, **model.told(file)}
 
 

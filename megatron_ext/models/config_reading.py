@@ -95,7 +95,7 @@ class Reading:
 
     def agree(self, key: str, value: Any, other: str, theirs: Any) -> None:
         """Refuse two spellings of one thing that say different things; one that is None says nothing."""
-        if value is not None and theirs is not None and value != theirs:
+        if value is not None and theirs is not None and not alike(value, theirs):
             self.wrong(f"{key} is {value!r} and {other} is {theirs!r}: keep the right one")
 
     def dtype(self, default: str = "float32") -> str:
@@ -179,6 +179,11 @@ class Reading:
             return {}
         settings = {name: value for name, value in nested.items() if value is not None}
         return {"rope_type": settings.pop("type", "default"), **settings} if settings else {}
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Return whether two values of JSON are the same; 0 is not false, and 1 not true, as they are to Python."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def file_of(dims: Any, architecture: str, model_type: str, eos: int | None, pad: int | None) -> dict[str, Any]:

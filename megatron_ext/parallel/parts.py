@@ -22,6 +22,8 @@ from megatron_ext.parallel.shape import MAMBA, MOE, WINDOW, ModelShape
 
 AUTO, TORCH, TE = "auto", "torch", "te"
 BACKENDS = (AUTO, TORCH, TE)
+VLLM, OPENAI = "vllm", "openai"
+FOREIGN = (VLLM, OPENAI)  # of phases that sample: no layers of ours at all, but an engine that is not ours
 MXFP4 = "mxfp4"
 BASES = ("", MXFP4)
 

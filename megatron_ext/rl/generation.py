@@ -1,4 +1,5 @@
-"""Samples of many prompts, chunk after chunk, by the collector of GRPO: what a kill interrupts goes on where it was.
+"""Samples of many prompts, chunk after chunk, by whoever makes them (makers.py): what a kill interrupts goes on where
+it was. No torch.
 
 KEEP/records.json         what became of the records of each task (Mix.counts)
 KEEP/rollouts             tokens of the chunk under way (journal.py)
@@ -7,27 +8,30 @@ KEEP/samples/KEY/0003.jsonl    chunk 3 once it is whole; KEY names all that its 
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_tools.base import durable
 from data_tools.progress import Progress, Stop, Stopped
-from data_tools.tasks.mix import Draw
+from data_tools.tasks.mix import Draw, Mix, entries_of
 from data_tools.tasks.outcome import Outcomes
 from megatron_ext.model_folders.model_folder import ModelFolder
-from megatron_ext.parallel.ranks import is_writer
 from megatron_ext.rl import journal
-from megatron_ext.rl.collect import Collector
-from megatron_ext.rl.prompts import Listed, Texts, all_of, mix_scorer, prompts_of, stop_ids_of, turns_of
+from megatron_ext.rl.makers import Backend, Maker, Work
+from megatron_ext.rl.prompts import (
+    Listed,
+    OthersTexts,
+    Texts,
+    Unspelled,
+    all_of,
+    encoding_of,
+    mix_scorer,
+    stop_ids_of,
+)
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.settings import GenerateSettings
 from megatron_ext.rl.untrained import all_failed, failed_verdicts
-from megatron_ext.rollout.engine import Engine
-from megatron_ext.weights.exchange import from_rank_zero
 
 RECORDS = "records.json"
 _PROMPTS_TO_TELL = 16  # that a task's verifier is broken
@@ -35,9 +39,9 @@ _PROMPTS_TO_TELL = 16  # that a task's verifier is broken
 
 def run(
     config: GenerateSettings,
-    folder: ModelFolder,
+    folder: ModelFolder | None,
     keep: Path,
-    load: Callable[[], torch.nn.Module],
+    backend: Backend,
     *,
     identity: dict[str, Any],
     index: int,
@@ -45,70 +49,69 @@ def run(
     progress: Progress,
     stop: Stop,
 ) -> list[Path]:
-    """Return the files of samples of element `index` of `count`, in the order of its prompts; for rank 0 to read.
+    """Return the files of samples of element `index` of `count`, in the order of its prompts; for the writer to read.
 
-    The ranks are started. `load` gives the model, once it is needed. Raises Stopped, on every rank, once any was asked
-    to stop: what was drawn is recorded, and it says which part of the prompts that is.
+    Every process of `backend` takes part. Raises Stopped, on every one, once any was asked to stop: what was drawn is
+    recorded, and it says which part of the prompts that is. Without a `folder` the model is another's.
     """
-    tokenizer, mix, encoding = prompts_of(config, folder)
-    if is_writer():
+    mix = Mix(entries_of(config.mix), config.seed)
+    if backend.is_writer:
         keep.mkdir(parents=True, exist_ok=True)
         durable.write_json(keep / RECORDS, mix.counts())
     draws = all_of(mix, list(mix.items))[index::count]
-    prompts = Listed(draws, encoding)
+    prompts, texts = _spelled(config, folder, draws)
     names = [draw.item.uid for draw in draws]
     named = {**identity, "prompts": names, "scoring": mix.scoring(draws), "chunk": config.chunk}
     key = durable.sha256_bytes(durable.canonical_json(named))
-    stop_ids = stop_ids_of(folder, tokenizer)
-    texts, outcomes, sampling = Texts(tokenizer, stop_ids), Outcomes(mix.entries), asdict(config.sampling)
+    outcomes, sampling = Outcomes(mix.entries), asdict(config.sampling)
+    weights = folder.weights_digest if folder else None
 
     def line(sample: Sample) -> str:
         place = index + sample.item * count
-        row = _row(sample, draws, place, texts, seed=config.seed, folder=folder, outcomes=outcomes)
+        row = _row(sample, draws, place, texts, seed=config.seed, weights=weights, outcomes=outcomes)
         return json.dumps({**row, "sampling": sampling}, ensure_ascii=False)
 
-    starts = range(0, len(draws), config.chunk)
+    starts, root = range(0, len(draws), config.chunk), keep / "rollouts"
     files = [keep / "samples" / key[:16] / f"{number:04d}.jsonl" for number in range(len(starts))]
-    made = from_rank_zero([path.is_file() for path in files])
-    with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s, wanted=not all(made)) as scorer:
-        collector: Collector | None = None
+    made = backend.from_writer([path.is_file() for path in files])
+    scores = backend.speaks and not all(made)
+    with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s, wanted=scores) as scorer:
+        work = Work(config, folder, mix, prompts, scorer, texts, texts.stop_ids, root=root, identity=key, stop=stop)
+        maker: Maker | None = None
         for number, (start, path) in enumerate(zip(starts, files)):
-            stop_at = min(start + config.chunk, len(draws))
+            items = range(start, min(start + config.chunk, len(draws)))
             if not made[number]:
-                if collector is None:
-                    collector = Collector(
-                        Engine(load(), config.engine, config.seed, stop_ids, detokenize=tokenizer.decode),
-                        prompts,
-                        scorer,
-                        texts.spell,
-                        sampling=config.sampling,
-                        group=config.samples,
-                        root=keep / "rollouts",
-                        identity=key,
-                        flush_s=config.record_s,
-                        stop=stop,
-                        turns=turns_of(mix, scorer, texts),
-                        model=config.model,
-                    )
-                collector.begin(number)
-                try:
-                    samples = collector.collect(range(start, stop_at))
-                except Stopped as stopped:
-                    done = start + (stop_at - start) * stopped.done / (stopped.total + 1)
-                    raise Stopped(done, len(draws), "prompt") from None
-                collector.close()
+                maker = maker or backend.maker(work)
+                samples = _collected(maker, number, items, len(draws))
                 if failed := _failed_entry(samples, draws):
                     name, theirs = failed
-                    if is_writer():
-                        journal.drop_failures(keep / "rollouts", number, key)
+                    if backend.is_writer:
+                        journal.drop_failures(root, number, key)
                     raise failed_verdicts(theirs, f"mix.entries.{name}")
-                collector.bring(samples, [], written=True)
-                if is_writer():
+                if backend.is_writer:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     durable.write_file(path, "".join(f"{line(sample)}\n" for sample in samples))
-                    journal.forget(keep / "rollouts", number + 1)
-            progress(stop_at, len(draws), "prompts")
+                    journal.forget(root, number + 1)
+            progress(items.stop, len(draws), "prompts")
     return files
+
+
+def _spelled(config: GenerateSettings, folder: ModelFolder | None, draws: list[Draw]) -> tuple[Listed, Texts]:
+    """Return an element's prompts as tokens, and what turns tokens into texts; neither where the model is another's."""
+    if folder is None:
+        return Unspelled(draws), OthersTexts()
+    tokenizer, encoding = encoding_of(config, folder)
+    return Listed(draws, encoding), Texts(tokenizer, stop_ids_of(folder, tokenizer))
+
+
+def _collected(maker: Maker, number: int, items: range, prompts: int) -> list[Sample]:
+    """Return the samples of chunk `number`, which are those of `items` of so many prompts."""
+    maker.begin(number)
+    try:
+        return maker.collect(items)
+    except Stopped as stopped:
+        done = items.start + len(items) * stopped.done / (stopped.total + 1)
+        raise Stopped(done, prompts, "prompt") from None
 
 
 def _failed_entry(samples: list[Sample], draws: list[Draw]) -> tuple[str, list[Sample]] | None:
@@ -128,7 +131,7 @@ def _failed_entry(samples: list[Sample], draws: list[Draw]) -> tuple[str, list[S
 
 
 def _row(
-    sample: Sample, draws: list[Draw], place: int, texts: Texts, *, seed: int, folder: ModelFolder, outcomes: Outcomes
+    sample: Sample, draws: list[Draw], place: int, texts: Texts, *, seed: int, weights: str | None, outcomes: Outcomes
 ) -> dict[str, Any]:
     """Return one line of what rejection reads; `place` is the prompt's among all elements'."""
     draw, tokens = draws[sample.item], sample.tokens.tolist()
@@ -136,7 +139,7 @@ def _row(
     return {
         "prompt_id": draw.item.uid,
         **({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}),
-        "completion": texts.spell(tokens, sample.finish),
+        "completion": texts.spell(tokens, sample.finish) if sample.text is None else sample.text,
         **texts.spell_turns(tokens, sample.logprobs),
         "finish": sample.finish,
         "tokens": sample.length,
@@ -150,5 +153,6 @@ def _row(
         "place": place,
         "sample": sample.number,
         "seed": seed,
-        "weights": folder.weights_digest,
+        "weights": weights,
+        **sample.beside,
     }

@@ -33,7 +33,8 @@ FEW = 8  # files of a step that is over: more, from so many replicas, become one
 class Entry:
     """What is recorded of one sample. `finish` is empty while it is under way, `score` None until it was judged.
 
-    The tokens of replies are recorded as the model's are, each reply in one line; their log-prob is NaN.
+    The tokens of replies are recorded as the model's are, each reply in one line; their log-prob is NaN. `text` is
+    that of a whole sample without tokens of ours, else None, and `beside` what else its row says.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -41,6 +42,8 @@ class Entry:
     finish: str = ""
     routing: numpy.ndarray | None = None  # int16 [computed tokens, r]: Sample.routing
     score: dict[str, Any] | None = None
+    text: str | None = None
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 class Journal:
@@ -65,13 +68,18 @@ class Journal:
         logprobs: list[float],
         finish: str = "",
         routing: numpy.ndarray | None = None,
+        *,
+        text: str | None = None,
+        beside: Mapping[str, Any] = {},
     ) -> None:
-        """Append what is new of a sample whose new tokens so far are `tokens`, with their log-probs, and `routing`."""
+        """Append what is new of a sample whose new tokens so far are `tokens`, with their log-probs, and `routing`; and
+        the `text` of one that ended without tokens of ours, with what more its row says."""
         at = self._written.get(key, 0)
         if at == len(tokens) and not finish:
             return
         line = {"item": key[0], "sample": key[1], "at": at, "tokens": _packed(tokens[at:], numpy.int32)}
         line["logprobs"] = _packed(logprobs[at:], numpy.float32)
+        line |= _said_by(text, beside)
         if routing is not None:
             line |= _routed(routing[self._routed.get(key, 0) :])
             self._routed[key] = len(routing)
@@ -177,7 +185,8 @@ def read(root: Path, step: int, identity: str | None = None) -> dict[Key, Entry]
                 entry.tokens += _unpacked(line["tokens"], numpy.int32)
                 entry.logprobs += _unpacked(line["logprobs"], numpy.float32)
                 entry.routing = _further(entry.routing, line)
-                entry.finish = line.get("finish", "")
+                entry.finish, entry.text = line.get("finish", ""), line.get("text")
+                entry.beside = line.get("beside", {})
     for entry in entries.values():
         if not entry.finish:  # a verdict is of a whole sample, whose lines are damaged
             entry.score = None
@@ -251,10 +260,15 @@ def _whole(entries: dict[Key, Entry], identity: str) -> Iterator[str]:
     for (item, sample), entry in sorted(entries.items()):
         line: dict[str, Any] = {"item": item, "sample": sample, "at": 0}
         line |= {"tokens": _packed(entry.tokens, numpy.int32), "logprobs": _packed(entry.logprobs, numpy.float32)}
+        line |= _said_by(entry.text, entry.beside)
         line |= {} if entry.routing is None else _routed(entry.routing)
         yield _spelled({**line, "finish": entry.finish} if entry.finish else line)
         if entry.score is not None:
             yield _spelled({"item": item, "sample": sample, "score": entry.score})
+
+
+def _said_by(text: str | None, beside: Mapping[str, Any]) -> dict[str, Any]:
+    return ({} if text is None else {"text": text}) | ({"beside": dict(beside)} if beside else {})
 
 
 def _spelled(line: dict[str, Any]) -> str:

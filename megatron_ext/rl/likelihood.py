@@ -1,50 +1,22 @@
-"""Questions that are answered by the choice which the model finds likeliest: nothing is generated.
-
-A choice, after a space, is worth the sum of its tokens' log-probs behind the prompt; `normalized` divides that by the
-choice's characters (acc and acc_norm of lm-evaluation-harness, which takes the tokens of a choice as here: those that
-prompt and choice have together, without as many as the prompt has alone). Of equal ones the first is taken.
-"""
+"""Log-probs of the choices of questions (choices.py), by the model on its ranks: nothing is generated."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress
 from data_tools.tasks.mix import Draw
 from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.rl.choices import Choice, choices, line
 from megatron_ext.rl.prompts import Encoding
 from megatron_ext.rl.rows import log_probs, rollout_rows
 from megatron_ext.rl.samples import Sample, SampleBatch
 
 _AT_A_TIME = 64  # prompts whose choices are packed and dealt to the ranks together
-
-
-class Choice(NamedTuple):
-    """Holds one choice of a question: the tokens before it, its own, and its text."""
-
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    text: str
-
-
-def choices(draw: Draw, encoding: Encoding) -> list[Choice]:
-    """Return the choices of a question as tokens. Raise UserMistake for one that the model's positions do not hold."""
-    prompt = draw.item.prompt
-    assert isinstance(prompt, str)  # tasks whose choices are compared ask in texts
-    before, found = tuple(encoding.encoder.encode(prompt.rstrip())), []
-    for text in draw.item.columns["choices"]:
-        whole = tuple(encoding.encoder.encode(f"{prompt.rstrip()} {text}"))
-        if not len(before) < len(whole) <= encoding.longest:
-            what = f"prompt {draw.item.uid} has {len(whole):,} tokens with the choice {text[:40]!r}"
-            message = f"{what}, {len(before):,} without; the model's positions hold {encoding.longest:,}: leave it out"
-            raise UserMistake(Problem(f"mix.entries.{draw.entry}", message))
-        found.append(Choice(whole[: len(before)], whole[len(before) :], text))
-    return found
 
 
 def answered(
@@ -63,7 +35,7 @@ def answered(
         some = asked[start : start + _AT_A_TIME]
         values = _log_likelihoods(model, some, plan, row_tokens)
         for number, (draw, own) in enumerate(zip(draws[start : start + _AT_A_TIME], some)):
-            yield _line(draw, own, [values[number, place] for place in range(len(own))])
+            yield line(draw, own, [values[number, place] for place in range(len(own))])
         progress(start + len(some), len(draws), "prompts")
 
 
@@ -91,20 +63,3 @@ def _log_likelihoods(
     for key, value in (pair for part in parts for pair in part):
         total[key] = total.get(key, 0.0) + value
     return total
-
-
-def _line(draw: Draw, own: Sequence[Choice], values: Sequence[float]) -> dict[str, Any]:
-    letters = draw.item.columns["letters"]
-    each = [value / max(len(choice.text), 1) for choice, value in zip(own, values)]
-    said = [letters[int(np.argmax(one))] for one in (values, each)]
-    return {
-        "prompt": draw.item.uid,
-        "completion": own[letters.index(said[0])].text,
-        "log_likelihoods": dict(zip(letters, values)),
-        "choice": said[0],
-        "answer": draw.item.answer,
-        "correct": said[0] == draw.item.answer,
-        "correct_normalized": said[1] == draw.item.answer,
-        "seen": None,
-        "kind": draw.entry,
-    }

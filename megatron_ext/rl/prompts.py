@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,11 +16,12 @@ from data_tools.tasks.mix import Draw, Entry, Mix, entries_of, turn_ends, verifi
 from data_tools.tasks.outcome import Outcomes, graded
 from data_tools.tasks.rewards import Scorer
 from megatron_ext.model_folders.model_folder import ModelFolder
-from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.settings import GenerateSettings, GrpoSettings
-from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.sequence import spans
+
+if TYPE_CHECKING:
+    from megatron_ext.rl.turns import Turns
 
 _TOLD = 20  # prompts that are too long, of one run
 
@@ -114,6 +115,17 @@ class Listed(Encoded):
         return self.ids[draw.item.uid]
 
 
+class Unspelled(Listed):
+    """Given prompts, whose tokens are the affair of who is asked."""
+
+    def __init__(self, draws: Sequence[Draw]):
+        self.draws = list(draws)
+
+    def tokens(self, draw: Draw) -> tuple[int, ...]:
+        """Return no tokens."""
+        return ()
+
+
 def all_of(mix: Mix, names: Sequence[str], most: int | None = None) -> list[Draw]:
     """Return the first `most` prompts of each of these entries, entry after entry, in the order of their files."""
     return [mix.held_out(name, k) for name in names for k in range(len(mix.items[name][:most]))]
@@ -151,11 +163,9 @@ class MixScorer:
 
 
 @contextlib.contextmanager
-def mix_scorer(
-    entries: Mapping[str, Entry], workers: int, limit_s: float, wanted: bool = True
-) -> Iterator[MixScorer | None]:
-    """Run the verifiers of a mix meanwhile. Gives None on ranks that score nothing."""
-    if not (wanted and Replica().speaks):
+def mix_scorer(entries: Mapping[str, Entry], workers: int, limit_s: float, wanted: bool) -> Iterator[MixScorer | None]:
+    """Run the verifiers of a mix meanwhile. Gives None where they are not `wanted`: on ranks that score nothing."""
+    if not wanted:
         yield None
         return
     with Scorer(verifiers(entries), workers, limit_s) as scorer:
@@ -193,14 +203,33 @@ class Texts:
         return {"turns": [{"from": "model" if span.own else "task", "text": text} for span, text in zip(turns, said)]}
 
 
-def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> Turns | None:
+class OthersTexts(Texts):
+    """Stands where no tokenizer is: samples come with their texts, in one turn."""
+
+    def __init__(self) -> None:
+        self.stop_ids = set()
+
+    def spell_turns(self, tokens: Sequence[int], logprobs: np.ndarray) -> dict[str, Any]:
+        """Return nothing: the model alone spoke."""
+        return {}
+
+
+def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> "Turns | None":
     """Return how the tasks of a mix reply; None where none does."""
+    from megatron_ext.rl.turns import Turns  # which only ranks use
+
     ends = turn_ends(mix.entries)
     return Turns(lambda draw: ends.get(draw.entry), scorer, texts.spell, texts.tokenizer.encode) if ends else None
 
 
 def prompts_of(config: GenerateSettings | GrpoSettings, folder: ModelFolder) -> tuple[Tokenizer, Mix, Encoding]:
     """Return the tokenizer of a model folder, the run's prompts, and how they become its tokens."""
+    tokenizer, encoding = encoding_of(config, folder)
+    return tokenizer, Mix(entries_of(config.mix), config.seed), encoding
+
+
+def encoding_of(config: GenerateSettings | GrpoSettings, folder: ModelFolder) -> tuple[Tokenizer, Encoding]:
+    """Return the tokenizer of a model folder, and how prompts become its tokens."""
     tokenizer = load_tokenizer(str(folder.hf))
     positions = folder.family.config.shape(folder.dims).max_positions or 2**62  # 0: no limit
     encoder = PromptEncoder(tokenizer, config.chat_arguments, config.bos)
@@ -208,7 +237,7 @@ def prompts_of(config: GenerateSettings | GrpoSettings, folder: ModelFolder) -> 
     encoding = Encoding(encoder, room)
     if 0 < config.prompt_tokens < room:
         encoding = Encoding(encoder, config.prompt_tokens, "the settings (prompt_tokens)")
-    return tokenizer, Mix(entries_of(config.mix), config.seed), encoding
+    return tokenizer, encoding
 
 
 def stop_ids_of(folder: ModelFolder, tokenizer: Tokenizer) -> set[int]:

@@ -25,6 +25,8 @@ class Sample:
     token is not the model's but a reply's. `finish` as the engine says it. `reward` is None where nobody could tell it.
     `answer` is what it answers, for majority votes, where its task can tell. `replica` made it, and has its tokens;
     other ranks know which `spans` of them are the model's own, and are brought those that they train (replica.py).
+    `text` is what it says where its maker gave no tokens of the folder's tokenizer, else None, and `beside` what more
+    its row says.
     `routing` int16 [m, r] is which experts the m tokens of prompt and completion that were computed went to, where that
     is recorded (layers/router_replay.py); `routed` is (m, r) on every rank.
     """
@@ -41,6 +43,8 @@ class Sample:
     answer: str | None = None
     replica: int = 0
     spans: tuple[Span, ...] = ()
+    text: str | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
     routing: np.ndarray | None = None
     routed: tuple[int, int] = (0, 0)
 

@@ -41,6 +41,7 @@ from megatron_ext.rl.prompts import (
     stop_ids_of,
     turns_of,
 )
+from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.rows import RolloutRow, log_probs
 from megatron_ext.rl.settings import GrpoSettings, loads_reference
 from megatron_ext.rl.step import ROLLOUTS, SAMPLES, GrpoTrained, train
@@ -78,7 +79,7 @@ def run(
     def engine(seed: int, records: bool = False) -> Engine:
         return Engine(trainer.model[0], config.engine, seed, stop_ids, tokenizer.decode, records_routing=records)
 
-    with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s) as scorer:
+    with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s, wanted=Replica().speaks) as scorer:
         turns = turns_of(mix, scorer, texts)
         collector = Collector(
             engine(config.seed, records=config.routing_replay),

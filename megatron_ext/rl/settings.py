@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from data_tools.base.declared import MODELS, SEEDS, setting
 from data_tools.mistake import Problem
 from megatron_ext.parallel.shape import ModelShape
-from megatron_ext.rollout.settings import RolloutSettings, Sampling
+from megatron_ext.rollout.settings import RolloutSettings, Sampling, SamplingSettings
 from megatron_ext.training.schedule import Schedule
 from megatron_ext.training.settings import TrainingSettings
 
@@ -126,7 +126,7 @@ def check_loss(loss: Loss, where: str = "loss") -> list[Problem]:
 
 
 @dataclass
-class GenerateSettings(RolloutSettings):
+class GenerateSettings(SamplingSettings):
     """Sampling on the prompts of tasks: the config of the phase generate."""
 
     samples: int = setting(8, "samples of each prompt", unit="samples", least=1)

@@ -28,11 +28,10 @@ from megatron_ext.rollout.room import too_small
 from megatron_ext.rollout.runner import Runner
 from megatron_ext.rollout.sampler import NOTHING
 from megatron_ext.rollout.scheduler import EngineStep, Scheduler
-from megatron_ext.rollout.sequence import Answer, Prefix, Request, Sequence, spans
+from megatron_ext.rollout.sequence import Answer, Prefix, Request, Sequence, completes, spans
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 
 Detokenize = Callable[[list[int]], str]
-_STOP_STRING_TOKENS = 64  # new tokens looked at for a stop string, at least
 
 
 class NoDistribution(UserMistake):
@@ -342,12 +341,4 @@ class Engine:
 
     def _completes(self, sequence: Sequence, texts: Many[str]) -> bool:
         """Return whether the last token completes one of the texts."""
-        if not texts:
-            return False
-        # A token is a byte of a text at least; some more, for the text may begin within its first one.
-        most = max(_STOP_STRING_TOKENS, *(len(text.encode()) + 2 for text in texts))
-        tail = sequence.tokens[max(sequence.prompt_length, len(sequence.tokens) - most) :]
-        now = self.detokenize(tail)
-        complete = [text for text in texts if text in now]
-        before = self.detokenize(tail[:-1]) if complete else ""
-        return any(now.count(text) > before.count(text) for text in complete)
+        return completes(sequence.tokens, texts, self.detokenize, start=sequence.prompt_length)

@@ -58,10 +58,15 @@ def check_room(
         return []
     found = room(config.engine, config.parallel, shape, dtype=dtype, tokens=1 + new)
     problems = [] if found.samples else [too_small(config.engine, found.blocks, found.each + 1)]
-    if 0 < shape.max_positions <= new:
-        said = f"{new:,} new ones leave no room for a prompt in the model's {shape.max_positions:,} positions"
-        problems.append(Problem(where, f"{said}: give fewer"))
-    return problems
+    return problems + check_positions(shape, new, where)
+
+
+def check_positions(shape: ModelShape | None, new: int, where: str = "sampling.max_tokens") -> list[Problem]:
+    """Refuse `new` tokens a sample for which the model's positions have no room, where the model is known."""
+    if shape is None or not 0 < shape.max_positions <= new:
+        return []
+    said = f"{new:,} new ones leave no room for a prompt in the model's {shape.max_positions:,} positions"
+    return [Problem(where, f"{said}: give fewer")]
 
 
 def too_small(config: EngineConfig, blocks: int, needed: int) -> Problem:

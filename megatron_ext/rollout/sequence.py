@@ -5,12 +5,14 @@ log-probs beside them, here and in what is recorded and trained, such a token's 
 """
 
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy
 
+_STOP_STRING_TOKENS = 64  # new tokens looked at for a stop string, at least
 _DRAWN = 128  # positions whose noise is made at once
 
 
@@ -66,6 +68,19 @@ def spans(logprobs: "Many[float] | numpy.ndarray") -> list[Span]:
         return []
     edges = [0, *(numpy.flatnonzero(own[1:] != own[:-1]) + 1).tolist(), len(own)]
     return [Span(bool(own[start]), start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def completes(tokens: Many[int], texts: Many[str], detokenize: Callable[[list[int]], str], start: int = 0) -> bool:
+    """Return whether the last token completes one of the texts; those before `start` are not new."""
+    if not texts:
+        return False
+    # A token is a byte of a text at least; some more, for the text may begin within its first one.
+    most = max(_STOP_STRING_TOKENS, *(len(text.encode()) + 2 for text in texts))
+    tail = list(tokens[max(start, len(tokens) - most) :])
+    now = detokenize(tail)
+    complete = [text for text in texts if text in now]
+    before = detokenize(tail[:-1]) if complete else ""
+    return any(now.count(text) > before.count(text) for text in complete)
 
 
 class Answer(NamedTuple):

@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools.base.declared import setting
+from data_tools.base.declared import MODELS, setting
 from data_tools.chats.tokenizer import NEVER
 from data_tools.mistake import Problem
 from data_tools.tasks.mix import MixConfig, check_mix, check_verdicts
+from megatron_ext.parallel.parts import BACKENDS, FOREIGN, OPENAI
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.settings import ModelSettings
 from megatron_ext.parallel.shape import MAMBA, MOE, ModelShape, count_blocks
+from megatron_ext.rollout import endpoint
+from megatron_ext.rollout.endpoint import Endpoint
 
 
 @dataclass
@@ -98,6 +101,53 @@ class RolloutSettings(ModelSettings):
     )
     verifiers: int = setting(2, "processes of a replica that score", unit="processes", least=1, keyed=False)
     engine: EngineConfig = setting(EngineConfig, "what the rollout engine of a rank may use", keyed=False)
+
+
+# Arguments of vllm.LLM about memory and speed alone: as with `engine`, they change no more than the order of sums.
+VLLM_ROOM = (
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "max_num_seqs", "max_num_batched_tokens",
+    "max_model_len", "block_size", "enforce_eager", "enable_prefix_caching", "enable_chunked_prefill",
+    "async_scheduling", "disable_custom_all_reduce", "disable_log_stats", "compilation_config",
+    "distributed_executor_backend",
+)  # fmt: skip
+
+
+@dataclass
+class SamplingSettings(RolloutSettings):
+    """What a phase that samples, and trains nothing, is told: by which engine besides."""
+
+    model: str = setting(
+        "", "model folder; with backend openai there is none", example="${phases.imported.out}", input=True,
+        made_by=MODELS, free=True,
+    )  # fmt: skip
+    backend: str = setting(
+        "auto",
+        "who computes: our engine, with layers as in other phases (auto, torch, te); or in its place vllm, offline, an "
+        "engine an element, from the role's own environment; or openai, a server that is running (endpoint); both "
+        "change the key",
+        choices=(*BACKENDS, *FOREIGN),
+        keyed=False,  # but `meaning`
+    )
+    vllm: dict[str, Any] = setting(
+        dict, "arguments of vllm.LLM by name; but for those of memory and speed they change the key",
+        example={"gpu_memory_utilization": 0.8}, free=True, keyed=False,
+    )  # fmt: skip
+    # Not keyed but for `meaning`, too.
+    endpoint: Endpoint = setting(Endpoint, "the server that is asked, with backend openai", keyed=False)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the samples are made by an engine that is not ours."""
+        return self.backend in FOREIGN
+
+    @staticmethod
+    def meaning(config: "SamplingSettings") -> dict[str, Any]:
+        """Return what the key says besides: a foreign engine, whose samples are others than ours."""
+        if config.backend not in FOREIGN:
+            return {}
+        server = {"endpoint": endpoint.meaning(config.endpoint)} if config.backend == OPENAI else {}
+        telling = {name: value for name, value in config.vllm.items() if name not in VLLM_ROOM}
+        return {"backend": config.backend, **({"vllm": telling} if telling else {}), **server}
 
 
 def check_rollouts(config: RolloutSettings, sampling: Sampling) -> list[Problem]:

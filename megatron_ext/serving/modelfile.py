@@ -12,7 +12,7 @@ ADAPTER_NOTE = (
     "ADAPTER is for Ollama before 0.34.1, of Llama, Mistral, Gemma and Phi 3: since then `ollama create` refuses it "
     "(ollama#14969), and before that it refused one of gpt-oss (ollama#13314). Use Modelfile there"
 )
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # --max-lora-rank of vLLM 0.29
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # --max-lora-rank of vLLM 0.29 and 0.32
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from data_tools.base import bounds
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.files import pickles
@@ -136,7 +137,8 @@ def iteration(folder: Path) -> Path:
     latest = inside(folder, "latest_checkpointed_iteration.txt", needed=False)
     if latest is None:
         return folder
-    text = latest.read_bytes()[:80].decode(errors="replace").strip()
+    with bounds.open_regular(latest) as file:
+        text = file.read(80).decode(errors="replace").strip()
     if text != "release" and not (text.isascii() and text.isdecimal()):
         raise UserMistake(Problem(str(latest), f'has {text[:40]!r}, neither a number nor "release"'))
     return folder / ("release" if text == "release" else f"iter_{int(text):07d}")

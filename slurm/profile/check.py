@@ -2,10 +2,10 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from data_tools.mistake import Problem, nearest
-from slurm.profile.environments import environments, site_variables
+from slurm.profile.environments import environment_of, environments, site_variables
 from slurm.profile.images import COMMA_PARTS_MOUNTS, is_relative, split
 from slurm.profile.limits import limit_problems
 from slurm.profile.mail import mail_problems
@@ -260,3 +260,32 @@ def forwarding_problems(profile: Profile, environment: Mapping[str, str]) -> lis
         for source, place in places.items()
         if not environment.get(source)
     ]
+
+
+def kept_secret(profile: Profile, names: Iterable[str], where: str) -> list[Problem]:
+    """Refuse variables of a pipeline whose values the profile keeps secret: overrides are written down."""
+    kept = {*profile.env.secrets, *(text[4:] for text in profile.env.secrets.values() if text.startswith("env:"))}
+    message = (
+        f"profile {profile.meta.name} has it in env.secrets, and overrides are written down; "
+        "give the variable another name"
+    )
+    return [Problem(f"{where}.{name}", message) for name in names if name in kept]
+
+
+def unreachable_secrets(
+    profile: Profile, role: str, references: Mapping[str, str], environment: Mapping[str, str]
+) -> list[str]:
+    """Return what keeps a job of a role from the secrets that its phase names, {variable: reference}, besides those of
+    the profile. `environment` is the submitter's."""
+    env = environment_of(profile, role)
+    wrong = []
+    for name, reference in references.items():
+        source = reference.removeprefix("env:")
+        if name in env.secrets or source == reference:
+            continue
+        where = f"name where it lies under env.secrets of profile {profile.meta.name} ({source}: file:PATH)"
+        if profile.kind == "slurm" and source not in env.forward:
+            wrong.append(f"{reference} reaches no job of role {role}: {where}")
+        elif not environment.get(source):
+            wrong.append(f"{source} is not set; export it before you submit, or {where}")
+    return wrong

@@ -78,9 +78,9 @@ def main() -> None:
                 "name": "checkpoint",
                 "ours": round(ours, 2),
                 "peer": round(peer, 2),
-                "ratio": round(ours / peer, 3),
+                "ratio": round(peer / ours, 2),
                 "unit": "s",
-                "ratio_with_slower_steps": round((ours + slower) / peer, 3),
+                "ratio_with_slower_steps": round(peer / (ours + slower), 2),
                 "gb": round(written / 1e9, 2),
                 "step_s": round(usual, 2),
             }

@@ -192,3 +192,13 @@ def test_a_chat_template_of_another_type_is_a_mistake(value, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": value}))
     with pytest.raises(UserMistake, match="tokenizer_config.json: chat_template is .*mend"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("read", [
+    bounds.open_regular, lambda pipe: bounds.read_bytes(pipe, bounds.JSON), read_file,
+])  # fmt: skip
+def test_a_pipe_is_told_by_its_name_and_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(bounds.NoFile) as told:
+        read(tmp_path / "pipe")
+    assert str(told.value) == f"{tmp_path}/pipe is no regular file: a pipe, a device or a folder"

@@ -4,6 +4,7 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_tools.base import durable
@@ -60,3 +61,13 @@ def test_a_link_whose_answer_was_lost_and_that_was_asked_again_is_ours(tmp_path,
     monkeypatch.setattr(os, "link", real)
     assert durable.create_file(tmp_path / "a", "b") is False and (tmp_path / "a").read_text() == "a"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("write", [durable.write_json, durable.write_checked])
+def test_numbers_of_arrays_are_numbers_of_json(write, tmp_path):
+    """Facts of phases hold what sums of masks give: a seal that cannot be written comes after all the work."""
+    write(tmp_path / "a", {"n": np.int64(3), "ok": np.bool_(True), "x": np.float32(0.5), "total": 1 + np.bool_(True)})
+    found = durable.read_checked(tmp_path / "a")
+    assert found == {"n": 3, "ok": True, "x": 0.5, "total": 2} and type(found["ok"]) is bool
+    with pytest.raises(TypeError):
+        write(tmp_path / "b", {"n": np.arange(3)})

@@ -66,7 +66,7 @@ def test_a_mean_over_tasks_of_which_one_has_no_accuracy_says_which(tmp_path):
         result = accuracy(lines, tasks=tasks, macro={"both": pair})
         assert result["macro"]["both"].get("missing") == missing
         assert headline(result).endswith(said) and ("accuracy" in result["macro"]["both"]) == ("none" not in said)
-        write_tables(tmp_path, {**result, "records": RECORDS}, step=3)
+        write_tables(tmp_path, {**result, "records": RECORDS}, which="at step 3")
         (label, *cells) = durable.read_json(tmp_path / "tables" / "accuracy.json")["rows"][-1]
         told = said.removeprefix("macro both ").partition("(")[2].removesuffix(")")
         assert label == f"macro both: {told}" and any(cells) == ("none" not in said)
@@ -126,7 +126,7 @@ def test_the_numbers_of_a_task_are_those_of_hand_enumeration():
 
 def test_a_table_has_a_row_for_each_task_and_for_each_named_mean(tmp_path):
     result = accuracy([*EASY, *HARD], tasks=["easy", "hard"], macro={"both": ["easy", "hard"]})
-    write_tables(tmp_path, {**result, "records": RECORDS}, step=3)
+    write_tables(tmp_path, {**result, "records": RECORDS}, which="at step 3")
     table = durable.read_json(tmp_path / "tables" / "accuracy.json")
     assert [row[0] for row in table["rows"]] == ["easy", "hard", "macro both: mean over easy, hard"]
     assert table["columns"][:5] == ["prompts", "distinct", "correct", "greedy accuracy", "95%"]

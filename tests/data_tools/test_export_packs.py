@@ -72,6 +72,7 @@ def packed(config: Config, folder: Path) -> list[list[Document]]:
 def test_megatron_lm_reads_the_same_documents_also_without_a_system_message(tmp_path: Path, config: Config) -> None:
     expected = packed(config, tmp_path / "plan")
     facts = export(config, tmp_path / "plan")["megatron_lm"]
+    assert {type(value) for value in facts.values()} == {int}
     tokenizer = load_tokenizer(config.tokenizer)
     lines = [json.loads(line)["messages"] for line in (tmp_path / "plan" / "packed.jsonl").read_text().splitlines()]
     assert [documents_of_line(line, tokenizer) for line in lines] == expected

@@ -136,7 +136,7 @@ def test_files_of_tokenizers(cases, file, tmp_path, record):
         (folder / file).write_bytes(data)
         tokenizer = load_tokenizer(str(folder))
         tokenizer.check_end()
-        ids = tokenizer.encode("2+2?<|im_end|> a\u00e9")
+        ids = tokenizer.encode("2+2?<|im_end|>A")  # of what is left in the vocabulary
         return [tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.chat_template,
                 tokenizer.special_tokens, list(ids), tokenizer.decode(list(ids))]  # fmt: skip
 

@@ -57,7 +57,7 @@ def as_yaml(loader):
             if isinstance(node, yaml.SequenceNode):
                 return [plain(item) for item in node.value]
             if node.tag.rpartition(":")[2] in ("int", "float"):  # 2e-3 and 2E-3 are one
-                return [node.tag, repr(yaml.load(node.value, loader)).removesuffix(".0").replace("-0", "0")]
+                return ["number", repr(yaml.load(node.value, loader)).removesuffix(".0").replace("-0", "0")]
             return [node.tag, re.sub(r"\$\{\s*([\w.]+)\s*\}", r"${\1}", node.value)]
 
         text = data.decode().replace("\r\n", "\n").replace("\r", "\n")

@@ -120,6 +120,19 @@ CASES = {
     ),
     "GPU OOM, only the log": (dict(log=TORCH_OOM, state="UNKNOWN"), Cause.GPU_MEMORY, "79.10 GiB"),
     "NCCL watchdog": (dict(log=NCCL, exit_code=134), Cause.COLLECTIVE, "OpType=ALLREDUCE"),
+    "engine died, worker spoke": (
+        dict(outcome=failed("EngineDied: the sampling engine died: vLLM: EngineDeadError: EngineCore ...")),
+        Cause.ENGINE,
+        "EngineDeadError",
+    ),
+    "engine died, only the log": (
+        dict(
+            log='Traceback (most recent call last):\n  File "x.py", line 1, in f\n'
+            "megatron_ext.foreign.vllm_engine.EngineDied: the sampling engine died: vLLM: EngineDeadError: gone\n"
+        ),
+        Cause.ENGINE,
+        "EngineDeadError: gone",
+    ),
     "gloo waited": (
         dict(log=GLOO_WAIT, outcome=failed(GLOO_WAIT.splitlines()[-1])),
         Cause.COLLECTIVE,

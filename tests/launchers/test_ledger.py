@@ -1,11 +1,13 @@
 """The ledger tells which cluster a run belongs to, and what became of its newest submission."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
+from launchers.planning import ledger as ledger_file
 from launchers.planning.ledger import Ledger
 from launchers.submission.steps import Submit, step_of
 
@@ -110,3 +112,12 @@ def test_the_lines_of_a_ledger_are_parsed_once_as_long_as_they_stay_the_same(tmp
     ledger.path.write_bytes(text.replace(b"abandoned", b"abandonee"))
     with pytest.raises(UserMistake, match="altered"):
         list(ledger.events())
+
+
+@pytest.mark.parametrize("kind", ledger_file._NEEDED)
+def test_a_line_without_a_sum_that_lacks_what_its_event_is_asked_for_is_named(kind, tmp_path):
+    path, needed = tmp_path / "ledger.jsonl", ledger_file._NEEDED[kind]
+    for lacked in sorted(needed):
+        path.write_text(json.dumps({"event": kind, **dict.fromkeys(needed - {lacked}, 1)}) + "\n")
+        with pytest.raises(UserMistake, match=f"{path}:1 has no {lacked}; remove that line, or restore it"):
+            list(ledger_file.Ledger(path).events())

@@ -157,6 +157,11 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(kind):
         ("qwen2", dict(rope_theta=5e5), "rope_theta is 500000.0 and rope_parameters' is 10000.0: keep the right one"),
         ("gpt_oss", dict(rope_scaling={"rope_type": "yarn", "factor": 8.0}), "factor is 4.0 and rope_scaling's is 8.0"),
         (
+            "gpt_oss",
+            dict(rope_scaling={"rope_type": "yarn", "truncate": -0.0}),
+            "truncate is False and rope_scaling's is",
+        ),
+        (
             "qwen2",
             dict(rope_scaling={"rope_type": "default", "rope_theta": 5e5}),
             "rope_theta is 10000.0 and rope_scaling's",

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.base import durable
+from data_tools.base import bounds, durable
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.models.nanochat.config import LOGIT_CAP, Dims, hf_config
@@ -172,7 +172,7 @@ def keep_origin(hf: Path, meta: Path, tensors: NanochatTensors, weights_digest: 
         }
         for name, rows in tensors.padding().items()
     }
-    text = inside(meta.parent, meta.name).read_text(encoding="utf-8")
+    text = bounds.read_text(inside(meta.parent, meta.name), bounds.JSON)
     step = int(meta.stem.removeprefix("meta_"))
     durable.write_json(hf / ORIGIN, {"step": step, "meta": text, "weights_digest": weights_digest, "padding": padding})
 

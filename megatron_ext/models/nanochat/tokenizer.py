@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_tools.base import durable
+from data_tools.base import bounds, durable
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 
@@ -76,7 +76,7 @@ def _read(path: Path | None) -> tuple[str, dict[bytes, int], dict[str, int]]:
 
     assert path is not None
     try:
-        node = pickles.nodes(path.read_bytes(), _KNOWN)
+        node = pickles.nodes(bounds.read_bytes(path, bounds.JSON), _KNOWN)
         state = node.state if isinstance(node, pickles.Node) and node.pair == _ENCODING else None
     except pickles.Refused as error:
         raise UserMistake(Problem(str(path), f"is no tokenizer of nanochat: {error}")) from None

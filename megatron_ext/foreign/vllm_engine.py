@@ -1,0 +1,139 @@
+"""vLLM's engine, step by step: token ids in, completions out as they end, in any order."""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any
+
+from data_tools.mistake import Problem, UserMistake
+from data_tools.progress import ENGINE_DIED
+from megatron_ext.foreign.maker import Ask, Completion
+from megatron_ext.foreign.vllm_arguments import sampling_arguments
+from megatron_ext.rollout.settings import Sampling
+
+
+class EngineDied(Exception):
+    """The engine's own processes ended: the element is run again, and goes on with what was recorded."""
+
+
+class Stepped:
+    """vllm.LLM by its engine's steps. `params_of(**arguments)` makes vllm.SamplingParams."""
+
+    def __init__(self, llm: Any, params_of: Callable[..., Any], dead: tuple[type[BaseException], ...]):
+        self.engine, self.params_of, self.dead = llm.llm_engine, params_of, dead
+        self.longest: int = llm.llm_engine.model_config.max_model_len
+        self._number = 0
+
+    def run(self, asked: Mapping[Any, tuple[Sequence[int], Mapping[str, Any]]]) -> "Generator[list[tuple[Any, Any]]]":
+        """Ask for a completion of each of these prompts, by key; yield what each step told: (key, RequestOutput).
+
+        Whoever closes it gives up what is under way.
+        """
+        names: dict[str, Any] = {}
+        try:
+            for key, (prompt, arguments) in asked.items():
+                self._number += 1
+                name = str(self._number)
+                names[name] = key
+                params = self.params_of(**arguments)
+                self.engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+            while self.engine.has_unfinished_requests():
+                told = [(names[one.request_id], one) for one in self.engine.step() if one.request_id in names]
+                yield told
+                for _, one in told:
+                    if one.finished:
+                        del names[one.request_id]
+        except self.dead as error:
+            raise EngineDied(f"{ENGINE_DIED}: vLLM: {type(error).__name__}: {error}") from None
+        finally:
+            self.abort(list(names))
+
+    def abort(self, names: list[str]) -> None:
+        """Give up these requests, as far as the engine lives."""
+        if names:
+            try:
+                self.engine.abort_request(names)
+            except self.dead:
+                return
+            while self.engine.has_unfinished_requests():  # what another step had begun is told and forgotten
+                self.engine.step()
+
+
+class VllmCompleter:
+    """Completes prompts for JournaledMaker, by one way of sampling. A completion ends where our engine ends it."""
+
+    def __init__(
+        self,
+        started: Callable[[], Stepped],
+        sampling: Sampling,
+        *,
+        stop_ids: set[int],
+        completes: Callable[[Sequence[int], Sequence[str]], bool],
+        model: str,
+    ):
+        """`started` gives the engine. `completes(tokens, texts)` says whether the last of the tokens completes one of
+        the texts."""
+        self.started, self.sampling, self.stop_ids, self.completes = started, sampling, stop_ids, completes
+        self.model = model
+
+    def complete(self, asks: Sequence[Ask]) -> Generator[Completion | None, None, None]:
+        """Yield the completion of each, as they end; None after a step in which none did."""
+        if not asks:
+            return
+        stepped, asked = self.started(), {}
+        longest = stepped.longest
+        for ask in asks:
+            if len(ask.prompt) + self.sampling.max_tokens > longest:
+                raise too_long(ask.draw.item.uid, len(ask.prompt), self.sampling.max_tokens, longest=longest)
+            arguments = sampling_arguments(self.sampling, self.stop_ids, ask.seed)
+            asked[ask.item, ask.number] = (ask.prompt, arguments)
+        by_key = {(ask.item, ask.number): ask for ask in asks}
+        looked = dict.fromkeys(by_key, 0)  # tokens of each that were looked at for stop strings
+        with contextlib.closing(stepped.run(asked)) as run:
+            for told in run:
+                for key, one in told:
+                    completion = self._ended(by_key[key], one, looked) if key in looked else None
+                    if completion is not None:
+                        del looked[key]
+                        if not one.finished:
+                            stepped.engine.abort_request([one.request_id])
+                        yield completion
+                yield None
+
+    def _ended(self, ask: Ask, told: Any, looked: dict[tuple[int, int], int]) -> Completion | None:
+        """Return the completion that a request came to, None while it is under way."""
+        key, out = (ask.item, ask.number), told.outputs[0]
+        tokens = list(out.token_ids)
+        finish = {"stop": "stop", "length": "length", None: ""}.get(out.finish_reason, "abort")
+        for count in range(looked[key] + 1, len(tokens) + 1) if self.sampling.stop_strings else ():
+            if self.completes(tokens[:count], self.sampling.stop_strings):
+                finish, tokens = "stop", tokens[:count]
+                break
+        looked[key] = len(tokens)
+        if not finish:
+            return None
+        logprobs = [float(one[token].logprob) for one, token in zip(out.logprobs, tokens)]
+        for place, value in enumerate(logprobs):
+            if value != value:
+                raise UserMistake(
+                    f"{self.model} gives NaN or infinite logits for prompt {ask.draw.item.uid}, sample {ask.number}, "
+                    f"new token {place + 1}: its weights are damaged, or overflow in their dtype; look at what made "
+                    "them, or try dtype: float32"
+                )
+        return Completion(ask.item, ask.number, tokens, logprobs, finish)
+
+
+def prompt_log_probs(stepped: Stepped, asked: Mapping[Any, tuple[Sequence[int], int]]) -> Iterator[tuple[Any, float]]:
+    """Yield (key, sum of the log-probs of the last `count` tokens) of each (tokens, count), as they come."""
+    arguments = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False, "ignore_eos": True}
+    for told in stepped.run({key: (tokens, arguments) for key, (tokens, _) in asked.items()}):
+        for key, one in told:
+            if one.finished:
+                tokens, count = asked[key]
+                last = list(zip(tokens, one.prompt_logprobs))[len(tokens) - count :]
+                yield key, sum(float(entry[token].logprob) for token, entry in last)
+
+
+def too_long(uid: str, prompt: int, new: int, longest: int) -> UserMistake:
+    """Return the mistake of a sequence for which the engine has no room."""
+    said = f"prompt {uid} has {prompt:,} tokens, with {new:,} new ones more than the {longest:,} of vllm.max_model_len"
+    return UserMistake(Problem("vllm.max_model_len", f"{said}: raise it, or leave the prompt out"))

@@ -1,0 +1,141 @@
+"""What a server does wrong is tried again where that can help, and told in one sentence where it cannot."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from data_tools.mistake import UserMistake
+from megatron_ext.foreign import answers, client
+from megatron_ext.foreign.client import Client, Question
+from megatron_ext.rollout.endpoint import Endpoint
+from megatron_ext.rollout.settings import Sampling
+from tests.megatron_ext.foreign.server import CUT, SILENT, Fault, serving
+
+pytest.importorskip("openai")
+KEY = "sk-never-to-be-seen-0123456789"
+
+
+def ask(server, secret: str = "", checked: bool = False, **settings: Any) -> tuple[answers.Answer, dict[str, int]]:
+    """Ask once, after the list of models where it is wanted; returns what was tried again too."""
+    endpoint = Endpoint(**{"url": server.url, "model": "judge", "timeout_s": 5.0, "retries": 1, **settings})
+    endpoint.key = "env:TEACHER_KEY" if secret else ""
+
+    async def run() -> tuple[answers.Answer, dict[str, int]]:
+        async with Client(endpoint, secret) as asked:
+            if checked:
+                await asked.check_model()
+            sent = client.request(
+                endpoint, answers.messages_of("2+2="), sampling=Sampling(max_tokens=9), seed=7, arguments={}
+            )
+            return await asked.ask(Question("prompt p1", sent, 4, 9)), asked.tried_again
+
+    return asyncio.run(run())
+
+
+def refusal(server, **settings: Any) -> str:
+    with pytest.raises(UserMistake) as caught:
+        ask(server, **settings)
+    assert "\n" not in str(caught.value) and KEY not in str(caught.value)
+    return str(caught.value)
+
+
+def failing(status: int, code: Any = None, message: str = "no", **headers: str) -> Fault:
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, {
+        "error": {"message": message, "code": code}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        (failing(429, Retry_After="0.2"), "status 429"),
+        (failing(429, retry_after_ms="200"), "status 429"),
+        (failing(503, Retry_After="Mon, 30 Nov 2020 10:00:00 GMT"), "status 503"),
+        ((500, {}, "<html>oops"), "status 500"),
+        (failing(408), "status 408"),
+        (CUT, "no connection"),
+        ((200, {}, "{nope"), "no answer"),
+        ((200, {"Content-Type": "text/html"}, "<html>"), "no answer"),
+        ((200, {}, {"choices": []}), "no answer"),
+    ],
+)  # fmt: skip
+def test_what_may_be_better_the_next_time_is_asked_again(fault, reason):
+    with serving(faults=[fault]) as server:
+        answer, again = ask(server)
+        assert answer.text.startswith("said ") and again == {reason: 1}
+        assert len(server.asked) == 2 and server.asked[0] == server.asked[1]
+
+
+def test_a_server_that_says_nothing_is_given_up_after_a_while():
+    with serving(faults=[SILENT, SILENT]) as server:
+        assert "asked 2 times for prompt p1" in (said := refusal(server, timeout_s=0.3))
+        assert "endpoint.timeout_s" in said and "not asked again" in said
+    assert "did not answer (no connection" in refusal(server, checked=True, retries=0)  # nobody listens there
+
+
+@pytest.mark.parametrize(
+    "fault, told",
+    [
+        (
+            failing(400, "context_length_exceeded", "8192 tokens at most"),
+            "prompt p1 is too long for judge beside 9 new",
+        ),
+        (failing(400, 400, "This model's maximum context length is 64"), "is too long"),
+        (
+            failing(400, None, "Unsupported parameter: 'top_p'"),
+            "Unsupported parameter: 'top_p'; it was sent max_tokens",
+        ),
+        (failing(404, None, "no model judge"), "404 for model 'judge'"),
+        (failing(403, None, f"not for {KEY}"), "refuses the key of env:TEACHER_KEY (403): not for ***TEACHER_KEY***"),
+        (failing(429, "insufficient_quota"), "quota is used up"),
+        (failing(422), "refuses prompt p1 with 422"),
+    ],
+)
+def test_what_would_be_refused_again_is_final(fault, told):
+    with serving(faults=[fault]) as server:
+        assert told in refusal(server, secret=KEY, retries=3)
+        assert len(server.asked) == 1
+
+
+def test_address_key_and_model_are_checked_before_anything_is_spent():
+    with serving(key=KEY) as server:
+        assert "wants a key (401), and none is named" in refusal(server, checked=True)
+        said = refusal(server, secret="sk-another-key", checked=True)
+        assert "refuses the key of env:TEACHER_KEY (401)" in said and "sk-another-key" not in said
+        assert "no model 'teacher-7' (did you mean teacher-7b?" in refusal(
+            server, secret=KEY, checked=True, model="teacher-7"
+        )
+        assert not server.asked
+        assert ask(server, secret=KEY, checked=True)[0].text
+        server.models = None  # a server without such a list
+        assert ask(server, secret=KEY, checked=True)[0].text
+    with serving() as server:
+        ask(server)
+        assert "authorization" not in server.headers[0]  # where no key is named, none is sent
+
+
+def test_a_request_says_what_was_set_and_no_more():
+    sampling = Sampling(temperature=0.5, top_p=0.9, top_k=3, max_tokens=9, stop_strings=["."])
+
+    def sent(**settings: Any) -> dict[str, Any]:
+        endpoint = Endpoint(model="m", **settings)
+        return client.request(endpoint, "2+2=", sampling=sampling, seed=7, arguments={"thinking": False})
+
+    usual = {"model": "m", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 7}
+    assert sent(api="completions") == {**usual, "prompt": "2+2="}
+    assert sent(api="completions", leave_out=["seed"], logprobs=True) == {
+        **{name: value for name, value in usual.items() if name != "seed"},
+        "prompt": "2+2=",
+        "logprobs": 1,
+    }
+    body = {"top_k": 3, "min_p": 0.0, "chat_template_kwargs": {"thinking": False}, "include_stop_str_in_output": True}
+    whole = sent(takes=[*body], extra={"effort": "low"}, limit_as="max_completion_tokens")
+    told = {name: value for name, value in usual.items() if name != "max_tokens"}
+    assert whole == {
+        **told,
+        "max_completion_tokens": 9,
+        "messages": "2+2=",
+        "stop": ["."],
+        "extra_body": {**body, "effort": "low"},
+    }

@@ -1,0 +1,213 @@
+"""Engines that are not ours: what is recorded, gone on with and refused, with a stand-in of vLLM's signatures.
+
+The real one, where it is installed: tests/vllm.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from data_tools.mistake import UserMistake
+from data_tools.progress import Stopped
+from data_tools.tasks.mix import Entry, MixConfig
+from data_tools.tasks.task import Source
+from jobs.kind import keyed_settings
+from jobs.phases import generate as samples
+from jobs.task import Task
+from megatron_ext.entrypoints import evaluate, generate
+from megatron_ext.foreign.maker import seed_of
+from megatron_ext.foreign.vllm_engine import EngineDied
+from megatron_ext.parallel.plan import ParallelPlan, Site
+from megatron_ext.rl import journal
+from megatron_ext.rollout.settings import EngineConfig, Sampling
+from tests.megatron_ext import vllm_stand_in
+from tests.megatron_ext.vllm_stand_in import LLM
+
+PROMPTS, SAMPLES = 7, 3
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    """vLLM's stand-in, in place of the package; the engines that are started."""
+    for name, module in vllm_stand_in.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(LLM, "started", [])
+    return LLM.started
+
+
+def config(calculator, **changes) -> generate.Config:
+    source = Source(synthetic_rows=40, synthetic_split="heldout")
+    mix = MixConfig({"sums": Entry("calculator", source=source, limit=PROMPTS)})
+    values = {"samples": SAMPLES, "sampling": Sampling(max_tokens=6), "seed": 3, "verifiers": 1, "chunk": 5,
+              "backend": "vllm", "record_s": 1e-9, **changes}  # fmt: skip
+    return generate.Config(model=str(calculator["base"]), mix=mix, **values)
+
+
+def run(asked, root, **told):
+    for name in ("out", "keep"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    facts = generate.run(asked, root / "out", root / "keep", **told)
+    return facts, (root / "out" / "samples.jsonl").read_text()
+
+
+def keys(requests):
+    return [(tuple(request.prompt), request.params.seed) for request in requests]
+
+
+def test_samples_of_a_foreign_engine_are_written_as_ours_are(calculator, tmp_path, stand_in):
+    facts, text = run(config(calculator), tmp_path)
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [(row["place"], row["sample"]) for row in rows] == [(p, s) for p in range(PROMPTS) for s in range(SAMPLES)]
+    assert facts["engine"] == {"is": "vllm", "version": "0.32.0"} and facts["samples"] == len(rows)
+    assert {row["finish"] for row in rows} <= {"stop", "length"} and all(0 < row["tokens"] <= 6 for row in rows)
+    seeds = {request.params.seed for request in stand_in[0].llm_engine.asked}
+    assert len(seeds) == len(rows) and all(0 <= seed < 2**53 for seed in seeds)
+
+
+def test_what_an_engines_death_interrupts_goes_on_without_a_double_or_a_loss(
+    calculator, tmp_path, stand_in, monkeypatch
+):
+    _, expected = run(config(calculator), tmp_path / "whole")
+    start = LLM.__init__
+
+    def dying(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self.llm_engine.dies_after = 3
+
+    monkeypatch.setattr(LLM, "__init__", dying)
+    with pytest.raises(EngineDied, match="sampling engine died: vLLM: EngineDeadError: EngineCore encountered"):
+        run(config(calculator), tmp_path / "cut")
+    (root,) = (tmp_path / "cut" / "keep").glob("element_*/rollouts")
+    recorded = {key for key, entry in journal.read(root, 0).items() if entry.finish}
+    assert 0 < len(recorded) < 5 * SAMPLES
+    monkeypatch.setattr(LLM, "__init__", start)
+    _, text = run(config(calculator), tmp_path / "cut")
+    assert text == expected
+    again = keys(stand_in[-1].llm_engine.asked)
+    assert len(again) == len(set(again)) == PROMPTS * SAMPLES - len(recorded)
+
+
+def test_a_stop_is_obeyed_between_steps_and_what_was_drawn_is_recorded(calculator, tmp_path, stand_in):
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) > 4
+
+    with pytest.raises(Stopped) as stopped:
+        run(config(calculator), tmp_path, stop=stop)
+    assert 0 < stopped.value.done < PROMPTS and not stand_in[0].llm_engine.requests
+    _, text = run(config(calculator), tmp_path)
+    assert text == run(config(calculator), tmp_path / "whole")[1]
+
+
+def test_a_completion_ends_with_the_token_that_completes_a_stop_string(calculator, tmp_path, stand_in):
+    plain = [json.loads(line) for line in run(config(calculator), tmp_path / "plain")[1].splitlines()]
+    stop = next(row["completion"][:2] for row in plain if len(row["completion"]) >= 3)
+    sampling = Sampling(max_tokens=6, stop_strings=[stop])
+    rows = [json.loads(line) for line in run(config(calculator, sampling=sampling), tmp_path)[1].splitlines()]
+    for before, after in zip(plain, rows):
+        at = before["completion"].find(stop)
+        assert after["completion"] == (before["completion"] if at < 0 else before["completion"][: at + len(stop)])
+        assert at < 0 or after["finish"] == "stop"
+    assert stand_in[-1].llm_engine.aborted
+
+
+def test_the_model_is_exported_once_for_all_elements_and_goes_with_the_phase(calculator, tmp_path, stand_in):
+    phase, asked = tmp_path / "phase", config(calculator)
+    elements = [(tmp_path / f"out{index}", phase / "elements" / str(index)) for index in range(2)]
+    for index, (out, keep) in enumerate(elements):
+        task = Task("p", index, 2, value=None, out=out, keep=keep, rank=0, world_size=1)
+        out.mkdir()
+        keep.mkdir(parents=True)
+        samples.run(asked, task)
+    assert len({llm.model for llm in stand_in}) == 1 and len(stand_in) == 2
+    assert [path.parent for path in (phase / "exported").iterdir()] == [phase / "exported"]
+    (tmp_path / "out").mkdir()
+    joined = generate.finish(asked, [out for out, _ in elements], tmp_path / "out", phase)
+    assert joined["samples"] == PROMPTS * SAMPLES and not (phase / "exported").exists()
+
+
+def test_an_evaluation_asks_one_engine_for_answers_samples_and_choices(calculator, tmp_path, stand_in):
+    asked = evaluate.Config(
+        model=str(calculator["base"]), task="calculator", source=Source(synthetic_rows=9), max_new_tokens=4,
+        samples=2, backend="vllm", verifiers=1,
+    )  # fmt: skip
+    for name in ("out", "keep"):
+        (tmp_path / name).mkdir()
+    facts = evaluate.run(asked, tmp_path / "out", tmp_path / "keep")
+    assert facts["engine"]["is"] == "vllm" and len(stand_in) == 1
+    temperatures = {request.params.temperature for request in stand_in[0].llm_engine.asked}
+    assert temperatures == {0, 1.0}
+
+
+def test_seeds_are_those_of_run_prompt_and_sample():
+    cases = [(seed, uid, number) for seed in (0, 1, -5) for uid in (0, 1, 2**40) for number in (0, 1)]
+    seeds = [seed_of(*case) for case in cases]
+    assert len(set(seeds)) == len(cases) and seeds == [seed_of(*case) for case in cases]
+    assert seed_of(0, 0, 0) == 2610508678112439  # a restart under a later version draws the same
+
+
+REFUSED = {
+    "vllm.max_num_seq": dict(vllm={"max_num_seq": 4}),
+    "vllm.dtype": dict(vllm={"dtype": "half"}),
+    "engine.kv_gib": dict(engine=EngineConfig(kv_gib=3)),
+    "base": dict(base="mxfp4"),
+    "parallel.context": dict(parallel=ParallelPlan(context=2)),
+    "sampling.min_p": dict(sampling=Sampling(max_tokens=6, min_p=0.1, top_p=0.9)),
+    "vllm": dict(backend="auto", vllm={"max_num_seqs": 4}),
+}
+
+
+@pytest.mark.parametrize("where", REFUSED)
+def test_settings_that_an_engine_does_not_use_are_refused_by_name(calculator, tmp_path, where):
+    with pytest.raises(UserMistake) as refused:
+        run(config(calculator, **REFUSED[where]), tmp_path)
+    assert [problem.where for problem in refused.value.problems] == [where]
+    if where == "vllm.max_num_seq":
+        assert "did you mean max_num_seqs?" in str(refused.value)
+
+
+SITES = {
+    "resources.nodes": (Site(2, nodes=2, gpus_per_node=1), {}),
+    "backend": (Site(8, gpus_per_node=8), {"parallel": ParallelPlan(tensor=8)}),
+    "parallel": (Site(1, gpus_per_node=8), {"parallel": ParallelPlan(tensor=2)}),
+    "parallel.pipeline": (Site(1, gpus_per_node=0), {"parallel": ParallelPlan(pipeline=2)}),
+}
+
+
+@pytest.mark.parametrize("where", SITES)
+def test_a_plan_refuses_places_that_an_engine_cannot_have(calculator, where):
+    site, changes = SITES[where]
+    found = generate.check(config(calculator, **changes), site.ranks, site)
+    assert where in [problem.where for problem in found]
+
+
+def test_a_plan_refuses_heads_that_the_cpu_build_does_not_have(calculator):
+    site = Site(1, gpus_per_node=0)  # the fixture's heads are of 8
+    assert "no attention for heads of 8" in str(generate.check(config(calculator), 1, site)[0])
+    assert generate.check(config(calculator), 1, replace(site, gpus_per_node=1)) == []
+
+
+def test_a_plan_refuses_a_family_that_vllm_does_not_have(calculator):
+    site = Site(1, gpus_per_node=1, forecasts={"made": {"hf_config": {"model_type": "nanochat"}}})
+    found = generate.check(replace(config(calculator), model="made"), 1, site)
+    assert "vLLM 0.32 has no nanochat models" in str(found[-1])
+
+
+def test_a_foreign_engine_is_in_the_key_and_ours_is_not(calculator):
+    keyed = {name: keyed_settings(generate.Config, config(calculator, backend=name)) for name in ("auto", "te", "vllm")}
+    assert keyed["auto"] == keyed["te"] and keyed["vllm"] == {**keyed["auto"], "backend": "vllm"}
+    told = config(calculator, vllm={"max_num_seqs": 4, "quantization": "fp8"})
+    assert keyed_settings(generate.Config, told) == {**keyed["vllm"], "vllm": {"quantization": "fp8"}}
+
+
+def test_without_megatron_core_a_foreign_engine_can_be_opened():
+    names = ("foreign.vllm_backend", "foreign.exports", "rl.generation", "model_folders.merge", "weights.convert",
+             "entrypoints.generate", "entrypoints.evaluate")  # fmt: skip
+    imports = "".join(f"import megatron_ext.{name}; " for name in names)
+    code = f"import sys; sys.modules['megatron'] = None; {imports}"
+    subprocess.run([sys.executable, "-c", code], check=True)
