@@ -316,7 +316,7 @@ CONFIG = MixConfig({
     "e": Entry("nowhere.at:all", source=Source(inputs=["x"])),
 })  # fmt: skip
 TASKS = ", ".join(task_names())
-OWN = "; one of your own is my.module, or my.module:function"
+OWN, CWD = "; one of your own is my.module, or my.module:function", Path.cwd()
 TOLD = f"""
 mix.entries.calculater.weight: -1 is out of range: at least 0
 mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: {TASKS}){OWN}
@@ -327,7 +327,7 @@ mix.entries.c.source: no prompts; give files in source.inputs, or a dataset of t
 mix.entries.d.weight: nan is out of range: at least 0
 mix.entries.d.options: task option reverse_digits=1 is a int, not bool
 mix.entries.d.hub: 'gsm8k' is no dataset: write org/name, org/name@revision or org/name:glob
-mix.entries.e.task: there is no module 'nowhere.at'; it has to be importable where the run is submitted
+mix.entries.e.task: there is no module 'nowhere.at'; looked in {CWD}; it has to be importable where the run is submitted
 """.strip().splitlines()
 
 
