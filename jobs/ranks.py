@@ -7,6 +7,7 @@ the submission's key can enter (data_tools/base/rendezvous.py) and that torch.di
 import contextlib
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from jobs.retry import EXIT_UNFINISHED
 VERDICT_LIMIT_S = 3600.0  # rank 0 may hash large upstream files before it speaks
 GOODBYE_LIMIT_S = 30.0
 KILL_AFTER_S = 5.0  # from the end of one rank to the KILL of those left
+SAME_MOMENT_S = 0.5  # between two ranks that ended for one cause
 PR_SET_PDEATHSIG = 1
 SPAWN_VARIABLE = "AFTEROK_SPAWN"  # tells the ranks of one spawn_ranks from those of another
 
@@ -109,12 +111,14 @@ def spawn_ranks(command: list[str], world_size: int, gpus: int) -> int:
 
 def _wait_for_all(children: list[subprocess.Popen]) -> int:
     """Wait for all ranks, ending the others soon after one failed; return the exit code of that one."""
-    worst = 0
+    worst, first = 0, math.inf
     deadline: float | None = None
     while None in [child.poll() for child in children]:  # a list: every child is polled, not only the first alive
-        # A rank killed by a signal (negative) is the cause where another failed within the same moment, for want of it.
+        # A rank killed by a signal (negative) is the cause where another failed within the same moment, for want of it:
+        # a killed process closes what the other reads before it can be waited for.
         bad = min((child.returncode for child in children if child.returncode), default=0)
-        if bad and not worst:
+        first = min(first, time.monotonic()) if bad else first
+        if not worst and (bad < 0 or time.monotonic() - first > SAME_MOMENT_S):
             worst = exit_code(bad)
             deadline = time.monotonic() + KILL_AFTER_S
             for other in children:  # those that were asked to stop with this one, and are slower, need no second word

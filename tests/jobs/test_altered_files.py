@@ -117,7 +117,8 @@ def steps(folder: Path) -> Path:
 def ledger(folder: Path) -> Path:
     book = Ledger(folder / "ledger.jsonl")
     for event in ("submission", "sending", "job", "released"):
-        book.append(event, submission=1, phase="p", key="77ab", job="12", elements=[0, 1], waits={"a": "17"})
+        asked = {"name": "n", "backend": "slurm", "choice": "dev", "time": 1.5}
+        book.append(event, submission=1, phase="p", key="77ab", job="12", elements=[0, 1], waits={"a": "17"}, **asked)
     return book.path
 
 
@@ -160,7 +161,7 @@ def rollouts(folder: Path) -> Path:
 def read_rollouts(path: Path):
     """Lines from an altered one on are drawn again: what is read is a beginning of what was written."""
     entries = journal.read(path.parent.parent, 3)
-    if entries != {(7, 0): journal.Entry([1, 2, 9], [-0.5, -0.25, -7.25], "stop", {"reward": 1.0, "note": ""})}:
+    if entries != {(7, 0): journal.Entry([1, 2, 9], [-0.5, -0.25, -7.25], "stop", score={"reward": 1.0, "note": ""})}:
         assert entries == {} or entries == {(7, 0): journal.Entry([1, 2, 9], [-0.5, -0.25, -7.25], "stop")}
         raise TornFile(str(path))
     return entries

@@ -222,7 +222,8 @@ def test_a_ledger_line_is_whole_or_absent_on_a_full_disk_and_after_a_power_cut(d
 def test_an_edited_ledger_is_one_line_that_names_its_line(toy):
     pipeline, run = toy
     run.mkdir()
-    (run / "ledger.jsonl").write_text('{"event": "cancel", "jobs": []}\nnot json\n{"event": "cancel", "jobs": []}\n')
+    line = '{"event": "cancel", "jobs": [], "time": 0}\n'
+    (run / "ledger.jsonl").write_text(f"{line}not json\n{line}")
     assert f"{run}/ledger.jsonl:2 is not whole JSON" in one_line(afterok("submit", pipeline, "--run", run, check=2))
 
 

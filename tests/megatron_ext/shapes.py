@@ -14,7 +14,7 @@ def gpt_oss(layers: int, experts: int) -> ModelShape:
         layers=((WINDOW, MOE), (ATTENTION, MOE)) * (layers // 2), hidden=2880, vocabulary=201088, max_positions=131072,
         heads=64, kv_groups=8, head_dim=64, window=128, yarn_positions=4096, sinks=True, qkv_bias=True,
         attention_output_bias=True,
-        experts=experts, top_k=4, expert_ffn=2880, expert_bias=True,
+        experts=experts, top_k=4, expert_ffn=2880, expert_bias=True, activation_steps=2,
     )  # fmt: skip
 
 
