@@ -325,7 +325,8 @@ class FunctionTask:
     """Represents a user's function as a task: `my.module:reward` is called with (item, completion) and gives reward
     terms.
 
-    A record has `prompt` (text or messages) or `messages`, and whatever else the function reads from item.columns.
+    A record has `prompt` (text or messages) or `messages`, and whatever else the function reads from item.columns. A
+    text is asked as it stands, or as a user's message (`form`).
     RIGHT of the module, or of the function, is the least reward that is right.
     """
 
@@ -335,6 +336,12 @@ class FunctionTask:
     class Options:
         prompt_key: str = "prompt"
         answer_key: str = "answer"
+        form: str = setting(
+            "",
+            "of a prompt that is a text: message, a user's message for the chat template; text, as it stands;"
+            ' "": as it stands, and plan says so of a model with a chat template',
+            choices=("", "message", "text"),
+        )
 
     def __init__(self, path: str):
         module, _, name = path.partition(":")
@@ -351,6 +358,8 @@ class FunctionTask:
         prompt = record.get(options.prompt_key, record.get("messages"))
         if not isinstance(prompt, (str, list)):
             raise ValueError(f"no text or messages under {options.prompt_key!r}")
+        if isinstance(prompt, str) and options.form == "message":
+            prompt = [{"role": "user", "content": prompt}]
         return [Item.of(prompt, record.get(options.answer_key), record)]
 
     def rewards(self, item: Item, completion: str, options: Any) -> Any:

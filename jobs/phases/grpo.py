@@ -8,15 +8,20 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import grpo
 from megatron_ext.entrypoints.grpo import Config, costs, forecast, parallel_report
+from megatron_ext.preflight import facts
 from megatron_ext.rl.untrained import told
 
-__all__ = ["STOPS", "Config", "check", "costs", "datasets", "forecast", "parallel_report", "run"]
+__all__ = ["STOPS", "Config", "check", "costs", "datasets", "forecast", "parallel_report", "remarks", "run"]
 
 STOPS = True
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return grpo.check(config, placement.ranks, placement)
+
+
+def remarks(config: Config, placement: Placement) -> list[str]:
+    return facts.remarks(config.mix, config.model, placement)
 
 
 def datasets(config: Config) -> list[str]:
