@@ -25,15 +25,19 @@ MIB = 1 << 20
 
 
 def long_line(size, name, folder):
-    """A file of one record of about so many bytes, behind a short one."""
-    line = b'{"a": "' + b"x" * size + b'"}\n'
+    """A file of one record of about so many bytes, behind a short one; of JSON written in pieces, for what is asked is
+    the memory of the reader."""
     path = folder / name
     if name.endswith(".csv"):
         path.write_bytes(b"a,b\n1,2\n3," + b"x" * size + b"\n")
     elif name.endswith(".parquet"):
         spell(path, [{"a": "y"}, {"a": "x" * size}])
     else:
-        path.write_bytes((gzip.compress if name.endswith(".gz") else bytes)(b'{"a": "y"}\n' + line))
+        with gzip.open(path, "wb", compresslevel=6) if name.endswith(".gz") else open(path, "wb") as file:
+            file.write(b'{"a": "y"}\n{"a": "')
+            for start in range(0, size, MIB):
+                file.write(b"x" * min(MIB, size - start))
+            file.write(b'"}\n')
     return path
 
 
