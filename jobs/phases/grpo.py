@@ -11,9 +11,13 @@ from megatron_ext.entrypoints.grpo import Config, costs, forecast, parallel_repo
 from megatron_ext.preflight import facts
 from megatron_ext.rl.untrained import told
 
-__all__ = ["STOPS", "Config", "check", "costs", "datasets", "forecast", "parallel_report", "remarks", "run"]
+__all__ = [
+    "ELSEWHERE", "STOPS", "Config", "check", "costs", "datasets", "forecast", "parallel_report", "remarks", "run",
+]  # fmt: skip
 
 STOPS = True
+ELSEWHERE = {name: f"grpo calls it sampling.{name}" for name in ("max_tokens", "temperature", "top_p")}
+ELSEWHERE |= {"max_new_tokens": "grpo calls it sampling.max_tokens", "log_every": "grpo logs every step"}
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
