@@ -1,5 +1,6 @@
 """Modules of the user's own: whatever goes wrong where one is imported is one line that names its file and line."""
 
+import ast
 import difflib
 import importlib
 import importlib.util
@@ -84,3 +85,21 @@ def _why(name: str, error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"{said}{at}it ends the program"
     return f"{said}{at}{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def names_in(file: str | None) -> set[str]:
+    """Return the names that a module's file gives at its top, without running it; none where that cannot be told."""
+    try:
+        body = ast.parse(Path(file or "").read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    names = set[str]()
+    for part in body:
+        if isinstance(part, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
+            return set()  # what is defined there depends
+        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(part.name)
+        elif isinstance(part, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in part.names}
+        names |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names if not names & {"*", "__getattr__"} else set()

@@ -239,14 +239,16 @@ class PackedLines:
                 first = begun if place == 0 and rest else block
                 if first >= self.stop:
                     return
-                if place == 0 and rest:
-                    line = b"".join([*rest, line])
-                if first >= self.start:
-                    number += 1
-                    self._check(number, len(line), most)
-                    yield line + b"\n"
-                else:
+                if first < self.start:
                     self.skipped += 1
+                    continue
+                if place == 0 and rest:  # the pieces are let go of: whoever reads the line makes copies of it
+                    line, rest = b"".join([*rest, line, b"\n"]), []
+                else:
+                    line += b"\n"
+                number += 1
+                self._check(number, len(line) - 1, most)
+                yield line
             if lines or not rest:
                 rest, size, begun = [], 0, block
             if last:

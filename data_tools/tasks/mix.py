@@ -300,6 +300,12 @@ def load(name: str, entry: Entry) -> Loaded:
     return Loaded(items, sheet, sum(count > 1 for count in several.values()))
 
 
+def first_record(entry: Entry, task: Any) -> Any:
+    """Return the first record of an entry that is not blank, None where there is none. Raise UserMistake where its
+    files cannot be read, or are not there yet."""
+    return next((record.value for record in _records(entry, task, SourceBalance(""))), None)
+
+
 def _given(task: Any, record: Any, options: Any) -> list[Item]:
     """Return the items that a task makes of a record. Raise UserMistake where its `items` gives anything else."""
     items = task.items(record, options)

@@ -283,31 +283,13 @@ def check_task(name: str) -> str | None:
         return f"there is no module {module!r}{looked}; it has to be importable where the run is submitted"
     if ":" in name and not function.isidentifier():
         return f"{function!r} is no name of a function"
-    names = _names_in(spec.origin)
+    names = users_code.names_in(spec.origin)
     if function and names and function not in names:
         return f"module {module!r} has no function {function!r}{nearest(function, sorted(names))}"
     if not function and names and not ({"Options", "items", "rewards"} <= names or {"Options", "parse_line"} <= names):
         needed = "Options, REWARDS, items and rewards (data_tools/README.md, “A task of your own”)"
         return f"module {module!r} is no task, which has {needed}; of a function alone say {module}:FUNCTION"
     return None
-
-
-def _names_in(file: str | None) -> set[str]:
-    """Return the names that a module's file gives at its top, without running it; none where that cannot be told."""
-    try:
-        body = ast.parse(Path(file or "").read_bytes()).body
-    except (OSError, SyntaxError, ValueError):
-        return set()
-    names = set[str]()
-    for part in body:
-        if isinstance(part, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
-            return set()  # what is defined there depends
-        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.add(part.name)
-        elif isinstance(part, (ast.Import, ast.ImportFrom)):
-            names |= {(alias.asname or alias.name).partition(".")[0] for alias in part.names}
-        names |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return names if not names & {"*", "__getattr__"} else set()
 
 
 def code_digest(name: str) -> str:
@@ -326,7 +308,8 @@ class FunctionTask:
     """Represents a user's function as a task: `my.module:reward` is called with (item, completion) and gives reward
     terms.
 
-    A record has `prompt` (text or messages) or `messages`, and whatever else the function reads from item.columns.
+    A record has `prompt` (text or messages) or `messages`, and whatever else the function reads from item.columns. A
+    text is asked as it stands, or as a user's message (`form`).
     RIGHT of the module, or of the function, is the least reward that is right.
     """
 
@@ -336,6 +319,12 @@ class FunctionTask:
     class Options:
         prompt_key: str = "prompt"
         answer_key: str = "answer"
+        form: str = setting(
+            "",
+            "of a prompt that is a text: message, a user's message for the chat template; text, as it stands;"
+            ' "": as it stands, and plan says so of a model with a chat template',
+            choices=("", "message", "text"),
+        )
 
     def __init__(self, path: str):
         module, _, name = path.partition(":")
@@ -352,6 +341,8 @@ class FunctionTask:
         prompt = record.get(options.prompt_key, record.get("messages"))
         if not isinstance(prompt, (str, list)):
             raise ValueError(f"no text or messages under {options.prompt_key!r}")
+        if isinstance(prompt, str) and options.form == "message":
+            prompt = [{"role": "user", "content": prompt}]
         return [Item.of(prompt, record.get(options.answer_key), record)]
 
     def rewards(self, item: Item, completion: str, options: Any) -> Any:

@@ -15,6 +15,7 @@ from jobs.task import Task
 from megatron_ext.entrypoints import evaluate
 from megatron_ext.entrypoints.evaluate import Config
 from megatron_ext.parallel.parts import OPENAI
+from megatron_ext.preflight import facts
 from megatron_ext.rollout import endpoint
 
 ELSEWHERE = {
@@ -28,6 +29,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
     if named and not evaluate.of_mix(config):
         return named  # what the default task lacks would mislead whoever named tasks in the array alone
     return evaluate.check(config, placement.ranks, placement) + named
+
+
+def remarks(config: Config, placement: Placement) -> list[str]:
+    return facts.remarks(config.mix, config.model, placement)
 
 
 def datasets(config: Config) -> list[str]:

@@ -10,6 +10,7 @@ from jobs.task import Task
 from megatron_ext.entrypoints import generate
 from megatron_ext.entrypoints.generate import Config
 from megatron_ext.parallel.parts import OPENAI
+from megatron_ext.preflight import facts
 from megatron_ext.rollout import endpoint
 
 STOPS = True
@@ -19,6 +20,10 @@ ELSEWHERE["max_new_tokens"] = "generate calls it sampling.max_tokens"
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return generate.check(config, placement.ranks, placement)
+
+
+def remarks(config: Config, placement: Placement) -> list[str]:
+    return facts.remarks(config.mix, config.model, placement)
 
 
 def datasets(config: Config) -> list[str]:

@@ -8,9 +8,12 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import grpo
 from megatron_ext.entrypoints.grpo import Config, costs, forecast, parallel_report
+from megatron_ext.preflight import facts
 from megatron_ext.rl.untrained import told
 
-__all__ = ["ELSEWHERE", "STOPS", "Config", "check", "costs", "datasets", "forecast", "parallel_report", "run"]
+__all__ = [
+    "ELSEWHERE", "STOPS", "Config", "check", "costs", "datasets", "forecast", "parallel_report", "remarks", "run",
+]  # fmt: skip
 
 STOPS = True
 ELSEWHERE = {name: f"grpo calls it sampling.{name}" for name in ("max_tokens", "temperature", "top_p")}
@@ -19,6 +22,10 @@ ELSEWHERE |= {"max_new_tokens": "grpo calls it sampling.max_tokens", "log_every"
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return grpo.check(config, placement.ranks, placement)
+
+
+def remarks(config: Config, placement: Placement) -> list[str]:
+    return facts.remarks(config.mix, config.model, placement)
 
 
 def datasets(config: Config) -> list[str]:

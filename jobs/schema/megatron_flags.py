@@ -8,7 +8,7 @@ February 2026 (megatron/training/arguments.py).
 """
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -167,8 +167,7 @@ def translate(text: str) -> tuple[list[str], list[str]]:
     """Return (our overrides, a line for each flag that has none). Raises UserMistake naming every flag nobody knows."""
     rows = {name: row for row in FLAGS for name in row.names}
     words = _words(text)
-    overrides: dict[str, str] = {}
-    notes, problems = [], []
+    notes, problems, said = list[str](), list[Problem](), list[tuple[str, str, str]]()
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
@@ -181,25 +180,47 @@ def translate(text: str) -> tuple[list[str], list[str]]:
                 while words and not words[0].startswith("--"):
                     words.pop(0)
             continue  # a script's name, or a value of an unknown flag
-        if row.values and not equals:
-            if not words or words[0].startswith("--"):
-                problems.append(Problem("--from-megatron", f"{name} has no value"))
-                continue
-            value = words.pop(0)
+        value, wrong = _value(name, row, words) if row.values and not equals else (value, "")
+        if wrong:
+            problems.append(Problem("--from-megatron", wrong))
+            continue
         if row.why:
             notes.append(f"{name}: {row.why}")
-        for override in row.fixed:
-            key, _, fixed = override.partition("=")
-            overrides[key] = fixed
+        said += [(name, key, fixed) for key, _, fixed in (override.partition("=") for override in row.fixed)]
         if row.key:
             try:
-                overrides[row.key] = row.convert(value)
+                said.append((name, row.key, row.convert(value)))
                 notes += [f"{name}: {row.unlike}"] if row.unlike else []
             except ValueError:
                 problems.append(Problem("--from-megatron", f"{name} {value}: not a number"))
     if problems:
         raise UserMistake(problems)
-    return [f"{key}={value}" for key, value in overrides.items()], notes
+    overrides = {key: value for _, key, value in said}  # the last one counts, as for Megatron-LM
+    return [f"{key}={value}" for key, value in overrides.items()], notes + _said_again(said)
+
+
+def _value(name: str, row: Flag, words: list[str]) -> tuple[str, str]:
+    """Take the value of a flag from the words behind it. Return (value, what is wrong with them)."""
+    if not words or words[0].startswith("--"):
+        return "", f"{name} has no value"
+    value = words.pop(0)
+    is_another = row.key and words and not words[0].startswith("-") and not words[0].endswith(".py")  # a script
+    return value, f"{name} {value} {words[0]}: takes one value, drop the other" if is_another else ""
+
+
+def _said_again(said: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Return a line for each setting that several (flag, setting, value) give several values: which of them counts."""
+    by_key: dict[str, dict[str, str]] = {}
+    for name, key, value in said:
+        by_key.setdefault(key, {}).pop(value, None)
+        by_key[key][value] = name  # in the order in which each was said last
+    notes = []
+    for key, names in by_key.items():
+        *before, last = names
+        if before:
+            dropped = ", ".join(f"{names[value]} {value}" for value in before)
+            notes.append(f"{names[last]} {last}: counts for {key}, said last; not {dropped}")
+    return notes
 
 
 def _words(text: str) -> list[str]:

@@ -15,6 +15,8 @@ from data_tools.base.inside import inside
 from data_tools.chats.char_tokenizer import characters_of
 from data_tools.chats.tokenizer import has_template
 from data_tools.mistake import Problem, UserMistake
+from data_tools.tasks.messages import told_texts
+from data_tools.tasks.mix import MixConfig
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.registry import parse_config
 from megatron_ext.parallel import rules
@@ -115,6 +117,11 @@ def model_template(folder: str, site: Site) -> bool | None:
     """Return whether the tokenizer of a model folder has a chat template, or will have one; None: not known."""
     known = has_template(Path(folder) / "hf")
     return site.forecasts.get(folder, {}).get("chat_template") if known is None else known
+
+
+def remarks(mix: MixConfig, model: str, site: Site) -> list[str]:
+    """Say which prompts of a mix pass the chat template of a model folder by."""
+    return told_texts(mix, model_template(model, site), model)
 
 
 def model_characters(folder: str, site: Site) -> str | None:

@@ -14,9 +14,19 @@ from megatron_ext.preflight.search import offer_text
 def check(plan: ParallelPlan, t: Training, site: Site) -> list[Problem]:
     """Return every broken rule, and whether the plan does not fit the GPUs, where memory and packs are known."""
     problems = rules.check(plan, t.workload) + environment_problems(plan, site.environment) + check_gpus(site)
+    problems += check_dtype(t)
     if t.workload.pack_length and is_reckoned(plan, t, site):
         problems += over(memory(plan, t), t, lambda: offer_text(plan, t))
     return problems
+
+
+def check_dtype(t: Training) -> list[Problem]:
+    """Refuse to train in float16, whose least number is 6e-8: without a scale of the loss, which there is none of,
+    gradients below it vanish."""
+    if t.dtype != "float16":
+        return []
+    said = "float16, the type of the weights here, is not trained: gradients below 6e-8 would be 0 without a word"
+    return [Problem("dtype", f"{said}; set dtype: bfloat16, or float32")]
 
 
 def check_gpus(site: Site) -> list[Problem]:

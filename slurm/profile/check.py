@@ -226,7 +226,8 @@ def _environment_problems(env: Env, where: str) -> list[Problem]:
 
 
 def forwarding_notes(profile: Profile, environment: Mapping[str, str]) -> list[str]:
-    """Return what `plan` and `submit` say of the variables that leave the submitter's environment; names only."""
+    """Return what `plan` and `submit` say of the variables that leave the submitter's environment, and of those that
+    sbatch would obey; names only."""
     every = [env for _, env in environments(profile)]
     sent = [name for name in dict.fromkeys(name for env in every for name in env.forward) if name in environment]
     secrets = [pair for env in every for pair in env.secrets.items()]
@@ -241,6 +242,12 @@ def forwarding_notes(profile: Profile, environment: Mapping[str, str]) -> list[s
         notes.append(
             f"warning: {', '.join(called_secret)} will not stay secret: Slurm writes a forwarded variable to "
             "its state directory (and to slurmdbd with job_env); name a file: or cmd: in env.secrets instead"
+        )
+    unheard = sorted(name for name in environment if name.startswith("SBATCH_"))
+    if unheard and profile.kind == "slurm":
+        notes.append(
+            f"{', '.join(unheard)} of your environment: sbatch would obey, and does not get it; say account, partition "
+            "and what else it means in the phase's resources, or in a profile of yours"
         )
     return notes
 

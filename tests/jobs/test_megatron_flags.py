@@ -95,6 +95,25 @@ def test_unknown_flags_and_missing_values_are_all_named_at_once():
     assert "--nonsense" in text
 
 
+@pytest.mark.parametrize("text, last, dropped", [
+    ("--env-config a.yaml --env-config b.yaml", "--env-config b.yaml", "--env-config a.yaml"),
+    ("--langrl-env-config a.yaml --env-config=b.yaml", "--env-config b.yaml", "--langrl-env-config a.yaml"),
+    ("--env-config a --env-config b --env-config a", "--env-config a", "--env-config b"),
+    ("--env-config a.yaml --langrl-env-config a.yaml", "--langrl-env-config a.yaml", ""),
+])  # fmt: skip
+def test_of_a_setting_said_several_times_the_last_counts_and_is_told(text, last, dropped):
+    key = "grpo.with.mix.environments"
+    note = f"{last}: counts for {key}, said last; not {dropped}"
+    assert translate(text) == ([f"{key}={last.split()[1]}"], [note] if dropped else [])
+
+
+def test_a_second_value_is_refused_not_dropped():
+    for row in FLAGS:
+        if row.key:
+            with pytest.raises(UserMistake, match=f"{row.names[0]} 1 b.yaml: takes one value, drop the other"):
+                translate(f"python train.py {row.names[0]} 1 b.yaml")
+
+
 def test_afterok_plan_prints_overrides_and_says_what_has_none():
     done = afterok("plan", "--from-megatron", "--grpo-group-size 8 --rl-default-top-k -1 --mock-data")
     assert done.stdout.split() == ["grpo.with.group=8", "grpo.with.sampling.top_k=0"]

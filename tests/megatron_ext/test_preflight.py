@@ -7,7 +7,7 @@ import pytest
 
 from data_tools.base import durable
 from data_tools.packs import pack
-from megatron_ext.entrypoints import import_hf, init_model, sft
+from megatron_ext.entrypoints import grpo, import_hf, init_model, sft
 from megatron_ext.models.qwen2.config import hf_config
 from megatron_ext.parallel.calibration import GIB, GPUS
 from megatron_ext.parallel.plan import ParallelPlan, Site, Workload
@@ -34,6 +34,21 @@ def test_what_upstream_phases_will_make_is_known_before_they_ran(tmp_path):
     assert "2 does not split 3 heads and 3 KV groups evenly: use tensor 1" in found
     assert any(message.startswith("101 tokens do not divide by 2") for message in found)
     assert sft.forecast(config, site) == forecasts[model]  # a second fine-tuning behind it is checked too
+
+
+@pytest.mark.parametrize("source, dtype, refused", [
+    ("float16", "", True), ("bfloat16", "float16", True), ("float16", "bfloat16", False), ("float16", "float32", False),
+    ("bfloat16", "", False), ("float32", "", False),
+])  # fmt: skip
+@pytest.mark.parametrize("phase", [sft, grpo])
+def test_float16_is_not_trained_whoever_says_it(phase, source, dtype, refused, tmp_path):
+    """Neither by the setting nor by the model folder, which is there already or only forecast."""
+    said = hf_config(replace(tiny.DIMS, dtype=source))
+    (tmp_path / "hf").mkdir()
+    durable.write_json(tmp_path / "hf" / "config.json", said)
+    for model, site in ((str(tmp_path), Site(1)), ("later", Site(1, forecasts={"later": {"hf_config": said}}))):
+        found = [str(problem) for problem in phase.check(phase.Config(model=model, steps=1, dtype=dtype), 1, site)]
+        assert refused == any(line.startswith("dtype: float16") and "set dtype: bfloat16" in line for line in found)
 
 
 def test_the_documents_of_a_pack_plan_are_counted(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_tools.mistake import UserMistake
+from slurm.client import scrubbed_environment
 from slurm.printed import PartitionRow
 from slurm.profile import files
 from slurm.profile.check import check, forwarding_notes, forwarding_problems
@@ -235,6 +236,14 @@ def test_forwarding_is_said_by_name_and_a_forwarded_secret_is_warned_of():
     (problem,) = forwarding_problems(asked, {})
     assert "export KEY first" in problem.message and "env.secrets.TOKEN" in problem.message
     assert forwarding_notes(Profile(), {"MODE": "x"}) == []
+
+
+def test_what_sbatch_would_obey_and_does_not_get_is_said_by_name():
+    obeyed = {"SBATCH_ACCOUNT": "hunter2", "SBATCH_QOS": "", "SLURM_JOB_ID": "1", "MODE": "x"}
+    (note,) = forwarding_notes(Profile(), obeyed)
+    assert note.startswith("SBATCH_ACCOUNT, SBATCH_QOS of") and "say account" in note and "hunter2" not in note
+    assert forwarding_notes(Profile(kind="local"), obeyed) == []
+    assert not [name for name in scrubbed_environment(obeyed) if name.startswith("SBATCH_")]  # so it is true
 
 
 def test_local_processes_run_no_shell_lines_and_say_so(tmp_path):
