@@ -243,7 +243,11 @@ FOREIGN = ("untrained", "trained", "reinforced", "sampled", "refined")  # phases
 def test_the_quick_start_samples_rejects_and_evaluates_by_vllm(tmp_path):
     given = [f"init.with.{size}" for size in ("heads=3", "kv_groups=3")]  # heads of 32
     for phase in FOREIGN:
-        given += [f"{phase}.with.backend=vllm", f"{phase}.with.vllm={json.dumps(ARGUMENTS)}"]
+        given += [
+            f"{phase}.resources={{role: generate}}",
+            f"{phase}.with.backend=vllm",
+            f"{phase}.with.vllm={json.dumps(ARGUMENTS)}",
+        ]
         given += [f"{phase}.with.engine={json.dumps(asdict(EngineConfig()))}"]  # as if it were left out
     run = tmp_path / "run"
     afterok(
