@@ -42,6 +42,7 @@ from typing import Any
 import jobs.phases
 from data_tools.base import declared, users_code
 from data_tools.mistake import Problem, UserMistake
+from data_tools.records import hub
 from jobs.schema.imports import beside
 from jobs.schema.references import references
 from megatron_ext.parallel.plan import Site
@@ -87,6 +88,11 @@ class PhaseKind:
         return "." in self.name or getattr(self.module, "TAKES_PARTS", False)
 
     @property
+    def elsewhere(self) -> dict[str, str]:
+        """Keys that settings of other kinds have, and what this kind has in their place, in words."""
+        return getattr(self.module, "ELSEWHERE", {})
+
+    @property
     def run(self) -> Callable[..., dict[str, Any] | None]:
         """The work of one element on one rank."""
         return self.module.run
@@ -102,9 +108,15 @@ class PhaseKind:
         return declared.check_with(config, lambda legal: own(legal, placement) if own else [])
 
     def datasets(self, config: Any) -> list[str]:
-        """Return the datasets of the hub that a config reads from the local cache."""
-        datasets = getattr(self.module, "datasets", None)
-        return datasets(declared.legal(config)) if datasets else []
+        """Return what a config reads of the hub from the local cache: datasets, and the models and tokenizers that its
+        inputs name (data_tools/records/hub.py has the forms)."""
+        datasets, config = getattr(self.module, "datasets", None), declared.legal(config)
+        models = [
+            hub.MODEL + "@".join(filter(None, (entry, getattr(config, "revision", ""))))
+            for _, entry, kind in inputs(self.config, config)
+            if kind == "hub" and hub.is_hub_name(entry) and not Path(entry).exists()
+        ]
+        return [*(datasets(config) if datasets else []), *models]
 
     def forecast(self, config: Any, placement: Placement) -> dict[str, Any]:
         """Return what the phase's folder will hold, as far as it is known before it runs."""

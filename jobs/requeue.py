@@ -26,7 +26,7 @@ def refusal(job: Mapping[str, str], received: Iterable[int]) -> str:
     ended; a preemption with GraceTime leaves the job RUNNING, and one that ends by itself meanwhile is FAILED.
     """
     if job.get("JobState") != "RUNNING":
-        return "Slurm is ending the job itself"
+        return "Slurm was ending the job, as after a cancel; submit again to go on"
     if job.get("BatchFlag") != "1":
         return "it is no batch job"
     if job.get("Requeue") != "1":

@@ -63,7 +63,7 @@ CHECKS: Mapping[str, Check] = {
     "E002": Check(
         "the variables that jobs get of the submitter's environment are set, and none is a secret", beyond_slurm=True
     ),
-    "H001": Check("the hub's datasets are in a cache on this machine", NOTE, beyond_slurm=True),
+    "H001": Check("the hub's datasets, models and tokenizers are in a cache on this machine", NOTE, beyond_slurm=True),
     "H002": Check("jobs look for the hub's files where they were found", WARNING, beyond_slurm=True),
     "D001": Check("the disk has room for what the phases will leave", WARNING, passes_by=True, beyond_slurm=True),
     "A001": Check("the profile sets nothing that afterok sets itself, and names what there is", beyond_slurm=True),

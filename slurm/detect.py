@@ -206,7 +206,9 @@ def cluster_name(slurm: Slurm) -> str:
 def _dev(cluster: devcluster.DevCluster, on_top: Layer | None) -> Cluster:
     """Return the dev cluster, with its profile's limits set to the shape it was started with."""
     if not cluster.is_up():
-        raise NoDevCluster(f"no dev cluster is up at {cluster.prefix}; start one with `afterok cluster up`")
+        raise NoDevCluster(
+            f"no dev cluster is up at {cluster.prefix}; start one with `{devcluster.command(cluster.prefix, 'up')}`"
+        )
     env = cluster.env()
     Slurm(env).ping(client.PING_LIMIT_S)
     chosen, shape = files.load("dev"), cluster.shape

@@ -4,11 +4,16 @@ import os
 import sys
 
 import pytest
+from hypothesis import settings
 
 from tests.inputs import ORIGINS, Inputs
 
 TABLES = pytest.StashKey[list[str]]()  # lines that tests want printed; left by a session's end
 _SENT = "tables"
+
+# No deadline: how long an example takes says how busy the machine is.
+settings.register_profile("all", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("all")
 
 # Python keeps what it compiles, whatever the shell around says: else each process of a test compiles all our modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -32,6 +32,11 @@ def clean_log(text: str) -> str:
     return clean(re.sub(r"\r+\n?", "\n", text))
 
 
+def count_of(count: int, word: str) -> str:
+    """Return `1 curve`, `30 curves`: a count with its word, which takes an s."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
 def set_in(text: str) -> str:
     """Return `text` whose further lines are set in, so that none of what it quotes looks like a line of ours."""
     return text.replace("\n", "\n  ")

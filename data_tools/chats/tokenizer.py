@@ -12,7 +12,7 @@ from typing import Any
 from data_tools.base import bounds
 from data_tools.base.durable import TornFile, read_json
 from data_tools.base.inside import files, inside
-from data_tools.chats.unknown import CannotEncode, cannot_encode, check_kept, check_unicode, unknown_of
+from data_tools.chats.unknown import CannotEncode, cannot_encode, check_kept, check_unicode, is_unicode, unknown_of
 from data_tools.mistake import Problem, UserMistake
 
 # Classes for which transformers uses tokenizer.json as it stands. For any other it may rebuild the pipeline from the
@@ -199,7 +199,7 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
         for key, token in config.items()
         if key in _SPECIAL_TOKENS and token
     }
-    if wrong := next((key for key, token in tokens.items() if not isinstance(token, str)), ""):
+    if wrong := next((key for key, token in tokens.items() if not is_unicode(token)), ""):
         raise UserMistake(f"tokenizer {folder}: tokenizer_config.json: {wrong} is {config[wrong]!r:.60}, no text")
     pad, eos, unk = (
         backend.token_to_id(tokens[key]) if key in tokens else None for key in ("pad_token", "eos_token", "unk_token")

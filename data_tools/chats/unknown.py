@@ -26,6 +26,11 @@ def unknown_of(fast: Any) -> int | None:
     return fast.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
 
 
+def is_unicode(value: Any) -> bool:
+    """Return whether this is a text, and holds no half of a surrogate pair."""
+    return isinstance(value, str) and not _HALF.search(value)
+
+
 def check_unicode(text: str) -> None:
     """Raise CannotEncode where the text holds half a surrogate pair."""
     if not text.isascii() and (found := _HALF.search(text)):

@@ -2,6 +2,8 @@
 internet. `hf download NAME --repo-type dataset` on a machine with internet fills it.
 
     org/name[@revision][:glob]        openai/gsm8k:main/train-*.parquet
+
+Models and tokenizers stand beside them, as `models/org/name[@revision]`, where it is asked what the cache lacks.
 """
 
 import fnmatch
@@ -11,6 +13,7 @@ from pathlib import Path
 
 from data_tools.mistake import UserMistake
 
+MODEL = "models/"  # begins a model or a tokenizer among datasets
 _SPEC = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(.+))?")
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".csv")
 _NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json")
@@ -19,6 +22,12 @@ _NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json")
 def is_dataset(spec: str) -> bool:
     """Return whether the spec is well formed."""
     return _SPEC.fullmatch(spec) is not None
+
+
+def is_hub_name(text: str) -> bool:
+    """Return whether a text reads org/name and does not look like a path."""
+    parts = text.split("/")
+    return len(parts) == 2 and all(parts) and not text.startswith((".", "~", "/"))
 
 
 def cache() -> Path:
@@ -55,13 +64,27 @@ def dataset_files(spec: str, folder: Path | None = None) -> list[Path]:
     return files
 
 
+def _find_model(spec: str, folder: Path | None) -> None:
+    """Raise UserMistake where the cache has no file of a model or tokenizer `models/org/name[@revision]`."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = spec.removeprefix(MODEL).partition("@")
+    try:
+        snapshot_download(name, revision=revision or None, local_files_only=True, cache_dir=folder)
+    except (LocalEntryNotFoundError, HFValidationError):
+        command = f"hf download {name}{f' --revision {revision}' if revision else ''}"
+        remedy = f"run `{command}` on a machine with internet, or give a folder"
+        raise UserMistake(f"{name}{f'@{revision}' if revision else ''} is not in the hub cache; {remedy}") from None
+
+
 def missing(specs: Iterable[str], folder: Path | None = None) -> list[str]:
-    """Return why each of these datasets cannot be read from the cache `folder` (None: this process's), with the command
-    that fetches it; nothing for those that can."""
+    """Return why each of these datasets and models cannot be read from the cache `folder` (None: this process's), with
+    the command that fetches it; nothing for those that can."""
     reasons = []
     for spec in dict.fromkeys(specs):
         try:
-            dataset_files(spec, folder)
+            _find_model(spec, folder) if spec.startswith(MODEL) else dataset_files(spec, folder)
         except UserMistake as mistake:
             reasons.append(str(mistake))
     return reasons

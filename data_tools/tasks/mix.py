@@ -40,6 +40,7 @@ from data_tools.tasks.task import (
     check_source,
     check_task,
     code_digest,
+    declared_options,
     load_task,
     rows_from,
     task_names,
@@ -197,8 +198,8 @@ def check_entry(entry: Entry, where: str) -> list[Problem]:
     if wrong := check_task(entry.task):
         return [*problems, Problem(f"{where}.task", wrong)]
     task: Any = FunctionTask if ":" in entry.task else None if "." in entry.task else load_task(entry.task)
-    if task:  # a user's module is first run where it is used
-        problems += check_options(task, entry.options, f"{where}.options")
+    if options_of := task or declared_options(entry.task):  # a user's module is first run where it is used
+        problems += check_options(options_of, entry.options, f"{where}.options")
     if task and not hasattr(task, "items"):
         return [Problem(f"{where}.task", f"task {entry.task} has conversations to learn; materialize takes it")]
     terms = getattr(task, "REWARDS", {})

@@ -21,6 +21,7 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
+from data_tools.base import users_code
 from data_tools.mistake import UserMistake
 from data_tools.tasks.process import Ended, Process
 from data_tools.tasks.task import Item, load_task, task_options
@@ -319,10 +320,15 @@ class _Loaded:
             answer = getattr(self.task, "final_answer", None)
             return replace(score, answer=answer(item, completion, self.options)) if answer else score
         except BaseException as error:  # SystemExit too: whatever a verifier does is about its sample only
-            return Score(None, {}, f"{type(error).__name__}: {error}"[:_NOTE])
+            return Score(None, {}, _note_of(error))
 
     def reply(self, item: Item, transcript: str) -> Reply:
         try:
             return reply_of(self.task.reply(item, transcript, self.options))
         except BaseException as error:
-            return Reply(None, f"{type(error).__name__}: {error}"[:_NOTE])
+            return Reply(None, _note_of(error))
+
+
+def _note_of(error: BaseException) -> str:
+    """Return what a task's code raised, and where in a user's own."""
+    return f"{type(error).__name__}: {error}"[:_NOTE] + users_code.raised_at(error)

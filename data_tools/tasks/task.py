@@ -18,15 +18,15 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
 from data_tools.base import declared, users_code
 from data_tools.base.declared import setting
 from data_tools.chats.conversation import Conversation
 from data_tools.mistake import Problem, UserMistake, nearest
-from data_tools.own_packages import taken
 from data_tools.records import readers
 
 _OF_TASKS = re.compile(r"^HUB = ", re.MULTILINE)  # what a task's file says, and no other of the folder
@@ -279,7 +279,8 @@ def check_task(name: str) -> str | None:
     except UserMistake as mistake:
         return str(mistake)
     if spec is None:
-        return f"there is no module {module!r}{taken(module)}; it has to be importable where the run is submitted"
+        looked = users_code.not_there(module)
+        return f"there is no module {module!r}{looked}; it has to be importable where the run is submitted"
     if ":" in name and not function.isidentifier():
         return f"{function!r} is no name of a function"
     names = _names_in(spec.origin)
@@ -367,10 +368,33 @@ def task_options(task: Any, values: Mapping[str, Any]) -> Any:
             raise UserMistake(f"unknown task option {key!r}{nearest(key, sorted(valid))}")
         if valid[key] is float and type(value) is int:
             value = float(value)
-        if type(value) is not valid[key]:
+        if valid[key] is not Any and type(value) is not valid[key]:
             raise UserMistake(f"task option {key}={value!r} is a {type(value).__name__}, not {valid[key].__name__}")
         given[key] = value
     return task.Options(**given)
+
+
+def declared_options(name: str) -> Any:
+    """Return what stands for a user's task in `check_options`, its `Options` read from its file, which is not run.
+
+    None where that cannot be told: they are no plain dataclass of the file's own. Types other than texts, numbers and
+    truth values are left open.
+    """
+    spec = users_code.find(name)
+    try:
+        tree = ast.parse(Path(spec.origin if spec and spec.origin else "").read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return None
+    known = [part for part in tree.body if isinstance(part, ast.ClassDef) and part.name == "Options"]
+    if len(known) != 1 or known[0].bases or known[0].keywords or not known[0].decorator_list:
+        return None
+    plain = {kind.__name__: kind for kind in (bool, int, float, str)}
+    options = [
+        (part.target.id, plain.get(ast.unparse(part.annotation).strip("'\""), Any), None)
+        for part in known[0].body
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+    ]
+    return SimpleNamespace(Options=make_dataclass("Options", options))
 
 
 def check_rows(name: str, options: dict[str, Any], source: Source) -> list[Problem]:

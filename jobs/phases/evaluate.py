@@ -17,6 +17,11 @@ from megatron_ext.entrypoints.evaluate import Config
 from megatron_ext.parallel.parts import OPENAI
 from megatron_ext.rollout import endpoint
 
+ELSEWHERE = {
+    "sampling": "evaluate has its settings beside the others: max_new_tokens, temperature and top_p",
+    "max_tokens": "evaluate calls it max_new_tokens",
+}
+
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     named = [Problem("mix", f"array: {wrong}") for wrong in evaluate.check_elements(config, placement.values)]

@@ -10,9 +10,11 @@ from megatron_ext.entrypoints import grpo
 from megatron_ext.entrypoints.grpo import Config, costs, forecast, parallel_report
 from megatron_ext.rl.untrained import told
 
-__all__ = ["STOPS", "Config", "check", "costs", "datasets", "forecast", "parallel_report", "run"]
+__all__ = ["ELSEWHERE", "STOPS", "Config", "check", "costs", "datasets", "forecast", "parallel_report", "run"]
 
 STOPS = True
+ELSEWHERE = {name: f"grpo calls it sampling.{name}" for name in ("max_tokens", "temperature", "top_p")}
+ELSEWHERE |= {"max_new_tokens": "grpo calls it sampling.max_tokens", "log_every": "grpo logs every step"}
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:

@@ -114,7 +114,8 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
         write_table(task.keep, "recipe", **facts.pop("recipe_table"))
     dropped = ", ".join(f"{count:,} {bucket}" for bucket, count in sorted(facts["buckets"].items()))
     listed = f"; {facts['left_out']['file']} lists {facts['left_out']['rows']:,}" if "left_out" in facts else ""
-    kept = f"{facts['kept']:,} of {facts['rows']:,} rows kept{f' ({dropped}{listed})' if dropped else ''}"
+    came = facts["kept"] + sum(facts["buckets"].values())  # a line that could not be read is a row that is not kept
+    kept = f"{facts['kept']:,} of {came:,} rows kept{f' ({dropped}{listed})' if dropped else ''}"
     tokens = f"{facts['tokens']:,} tokens, {facts['supervised']:,} in the loss"
     return {
         "headline": "; ".join([f"{kept}, {tokens}", *_recipe(facts), *remedies(facts["buckets"]), *_liberties(config)]),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.printing import count_of
 from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
 from data_tools.packs import pack
@@ -28,4 +29,7 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     facts["exports"] = export(config, task.out, task.progress)
     for name, table in facts.pop("tables").items():
         write_table(task.keep, name, **table)
-    return {"headline": f"{facts['packs']:,} packs of {config.pack_length:,} tokens, {facts['fill']:.1%} full", **facts}
+    return {
+        "headline": f"{count_of(facts['packs'], 'pack')} of {config.pack_length:,} tokens, {facts['fill']:.1%} full",
+        **facts,
+    }

@@ -340,6 +340,7 @@ class _Loader:
                 schema=kind.config,
                 settings=settings,
                 skipped=resolver.unresolved,
+                elsewhere=kind.elsewhere,
             ),
             array=array,
             throttle=throttle,

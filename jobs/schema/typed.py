@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
-from typing import Any, get_args, get_type_hints
+from collections.abc import Collection, Mapping
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf, ValidationError
 from omegaconf.errors import OmegaConfBaseException
@@ -18,14 +18,26 @@ def typed_config(kind: PhaseKind, settings: dict[str, Any]) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(_defaults(kind.config), settings))
 
 
-def structured(problems: Problems, key: str, schema: type, settings: Any, skipped: Collection[str] = ()) -> Any:
+def structured(
+    problems: Problems,
+    key: str,
+    schema: type,
+    settings: Any,
+    skipped: Collection[str] = (),
+    elsewhere: Mapping[str, str] = {},
+) -> Any:
     """Return `settings`, the value of a dotted key, as the dataclass `schema`; None, which is noted, where one lacks.
 
     What is wrong is noted key by key, so that one mistake does not hide the others; not of `skipped` keys.
+    `elsewhere` says of keys that other schemas have what this one has in their place.
     """
     if not isinstance(settings, dict):
         problems.note(key, f"{settings!r} is not a mapping")
         return None
+    if others := {name: elsewhere[name] for name in settings if name in elsewhere}:
+        for name, told in others.items():
+            problems.note(f"{key}.{name}", f"unknown key: {told}")
+        settings = {name: value for name, value in settings.items() if name not in others}
     try:
         config = _merged(schema, settings)
     except OmegaConfBaseException:
@@ -49,10 +61,8 @@ def _good_keys(
         if name not in fields or f"{key}.{name}" in skipped:
             continue
         type_ = fields[name].type
-        if isinstance(type_, type) and dataclasses.is_dataclass(type_) and isinstance(value, dict):
-            good[name] = _good_keys(
-                problems=problems, key=f"{key}.{name}", schema=type_, settings=value, skipped=skipped
-            )
+        if _holds_settings(type_, value):
+            good[name] = _good_parts(problems=problems, key=f"{key}.{name}", kind=type_, value=value, skipped=skipped)
             continue
         try:
             _merged(schema, {name: value})
@@ -61,6 +71,35 @@ def _good_keys(
             expected = type_.__name__ if isinstance(type_, type) else str(type_).replace("typing.", "")
             problems.note(f"{key}.{name}", f"{value!r} is not of type {expected} ({first_line(error)})")
     return good
+
+
+def _holds_settings(kind: Any, value: Any) -> bool:
+    """Return whether a value is the mapping of a dataclass, or a mapping or list of such."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return isinstance(value, dict)
+    inner = get_args(kind)[-1:]
+    if not (inner and isinstance(inner[0], type) and dataclasses.is_dataclass(inner[0])):
+        return False
+    if not isinstance(value, get_origin(kind)):
+        return False
+    return all(isinstance(element, dict) for element in (value.values() if isinstance(value, dict) else value))
+
+
+def _good_parts(problems: Problems, key: str, kind: Any, value: Any, skipped: Collection[str]) -> Any:
+    """Return a value that holds settings, without those that its dataclasses do not take, which are noted."""
+    if not get_args(kind):
+        return _good_keys(problems=problems, key=key, schema=kind, settings=value, skipped=skipped)
+    schema = get_args(kind)[-1]
+    places = (
+        {name: f"{key}.{name}" for name in value}
+        if isinstance(value, dict)
+        else {place: f"{key}[{place}]" for place in range(len(value))}
+    )
+    good = {
+        name: _good_keys(problems=problems, key=place, schema=schema, settings=value[name], skipped=skipped)
+        for name, place in places.items()
+    }
+    return good if isinstance(value, dict) else list(good.values())
 
 
 def _merged(schema: type, settings: dict[str, Any]) -> Any:

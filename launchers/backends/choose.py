@@ -1,11 +1,14 @@
 """Chooses the back end that a run's jobs go to, and finds the one that each of its submissions went to."""
 
+from pathlib import Path
+
 from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import RunFolder
 from launchers.backends.contract import Backend
 from launchers.backends.local import LocalBackend
 from launchers.planning.ledger import Ledger
 from slurm.detect import Cluster, find_cluster
+from slurm.dev.cluster import command
 
 
 class OtherCluster(UserMistake):
@@ -41,10 +44,12 @@ def backend_of(run: RunFolder, choice: str) -> Backend:
         return LocalBackend(run)
     cluster = find_cluster(choice)
     if cluster.kind != "slurm":
+        remedy = "set SLURM_CONF, or use `afterok cluster exec` for a dev cluster"
+        if prefix := event.get("prefix"):
+            remedy = f"put `{command(Path(prefix), 'exec')}` before the command"
         raise OtherCluster(
             f"{run.path}: submission {event['submission']} went to the Slurm cluster "
-            f"{event['cluster']}, which is not configured here; set SLURM_CONF, or use "
-            "`afterok cluster exec` for a dev cluster"
+            f"{event['cluster']}, which is not configured here; {remedy}"
         )
     if other := ledger.other_cluster(choice, cluster.slurm_name):
         raise OtherCluster(other)

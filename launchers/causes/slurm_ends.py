@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from data_tools.progress import counted
 from jobs.health import FAILED_ON
 from jobs.retry import Cause
 from launchers.causes.evidence import SIGNAL_NO_OUTPUT, Diagnosis, Evidence, guilty_node, last_line
@@ -121,7 +122,9 @@ def cancelled(e: Evidence) -> Diagnosis | None:
         return None
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(e.cancelled_at)) if e.cancelled_at else ""
     who = f"`afterok cancel` at {when}" if when else line or "not by afterok: a scancel, or the site's admin"
-    return Diagnosis(Cause.CANCELLED, "was cancelled", who, "submit again to run it")
+    done = e.outcome.done if e.outcome is not None else None
+    remedy = f"submit again: it goes on from step {counted(done)}" if done else "submit again to run it"
+    return Diagnosis(Cause.CANCELLED, "was cancelled", who, remedy)
 
 
 def lost(e: Evidence) -> Diagnosis | None:

@@ -112,9 +112,16 @@ def explain(phase: str, setting: str = "") -> Explained:
     if setting:
         wanted = [each for each in settings if _is_below(each.key, setting)]
         if not wanted:
-            raise UserMistake(f"phase kind {phase} has no setting {setting!r}{_nearest_key(setting, settings)}")
+            told = _told_elsewhere(phase, setting) or _nearest_key(setting, settings)
+            raise UserMistake(f"phase kind {phase} has no setting {setting!r}{told}")
         settings = wanted
     return Explained(phase, about, settings)
+
+
+def _told_elsewhere(phase: str, setting: str) -> str:
+    """Return what a kind has in place of a setting that other kinds have; "" where that is not known."""
+    told = "" if phase == RESOURCES else _kind(phase).elsewhere.get(setting.partition(".")[0], "")
+    return f": {told}" if told else ""
 
 
 def _kind(phase: str) -> PhaseKind:

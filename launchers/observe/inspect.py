@@ -52,6 +52,7 @@ class Inspection(TypedDict):
     lengths: list[Any]  # rows of a histogram: (shortest, longest, documents, tokens)
     title: str
     documents: list[dict[str, Any]]
+    limit: int  # tokens of each that are shown, at most
 
 
 def inspect(run: RunFolder, name: str, count: int, pack: int | None, seed: int, limit: int) -> Inspection:
@@ -93,6 +94,7 @@ def inspect(run: RunFolder, name: str, count: int, pack: int | None, seed: int, 
         "balance": inspection.balance_table(folder),
         "lengths": inspection.histogram(lengths),
         "title": title,
+        "limit": limit,
         "documents": [
             {**asdict(document), "spans": [span._asdict() for span in document.spans]} for document in documents
         ],

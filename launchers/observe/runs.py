@@ -1,5 +1,6 @@
 """Finds runs: the one that a user means, and those below a folder with a line about each (`afterok ls`)."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ def find_run(name: str | None) -> RunFolder:
         for path in (Path(name), Path("runs") / name):
             if is_run(path):
                 return RunFolder(path.absolute())
+        if (run := _with_phase(name)) is not None:
+            last = as_typed(run.path)
+            remedy = f"name the run: {last}, or look at the phase alone: `afterok why {last} {name}`"
+            raise UserMistake(f"{name!r} is no run but a phase of {last}, the run submitted last; {remedy}")
         raise UserMistake(f"{_no_run(name)}{nearest(name, _names()) if _names() else '; there is no run below ./runs'}")
     runs = [RunFolder(path.absolute()) for path in runs_below(Path("runs"))]
     if not runs:
@@ -46,27 +51,43 @@ def _names() -> list[str]:
     return [path.name for path in runs_below(Path("runs"))]
 
 
-def run_and_phase(words: list[str]) -> tuple[RunFolder, str | None]:
-    """Return what RUN, PHASE, both or neither mean; one word that is no run is a phase of the run submitted last.
+def _with_phase(word: str) -> RunFolder | None:
+    """Return the run submitted last where it has a phase of that name."""
+    if "/" in word or not _names():
+        return None
+    run = find_run(None)
+    numbers = run.submissions()
+    return run if numbers and word in run.frozen(numbers[-1]) else None
 
-    UserMistake where a run is not there, or the one word is neither.
+
+def run_and_phases(name: str | None, phases: Sequence[str]) -> tuple[RunFolder, list[str]]:
+    """Return what RUN and PHASE… mean, or PHASE… alone: a first word that is no run is a phase of the run submitted
+    last.
+
+    UserMistake where it is neither.
     """
+    try:
+        return find_run(name), list(phases)
+    except UserMistake:
+        run = _with_phase(name) if name is not None else None
+        if name is not None and run is not None:
+            return run, [name, *phases]
+        if name is None or phases or "/" in name or not _names():
+            raise
+        run = find_run(None)
+        neither = f"and no phase of {as_typed(run.path)}, the run submitted last"
+        close = nearest(name, [*_names(), *run.frozen(run.newest_submission())])
+        raise UserMistake(f"{_no_run(name)}, {neither}{close}") from None
+
+
+def run_and_phase(words: list[str]) -> tuple[RunFolder, str | None]:
+    """Return what RUN, PHASE, both or neither mean, as `run_and_phases` does."""
     if len(words) > 2:
         raise UserMistake(f"{len(words)} words: {' '.join(words)}; write afterok why [RUN] [PHASE]")
-    if len(words) == 1:
-        try:
-            return find_run(words[0]), None
-        except UserMistake:
-            if "/" in words[0] or not _names():
-                raise
-            run = find_run(None)
-            phases = list(run.frozen(run.newest_submission()))
-            if words[0] in phases:
-                return run, words[0]
-            neither = f"and no phase of {as_typed(run.path)}, the run submitted last"
-            close = nearest(words[0], [*_names(), *phases])
-            raise UserMistake(f"{_no_run(words[0])}, {neither}{close}") from None
-    return find_run(words[0] if words else None), words[1] if words else None
+    run, phases = run_and_phases(words[0] if words else None, words[1:])
+    if len(phases) > 1:  # the first word was no run
+        raise UserMistake(f"{_no_run(words[0])}{nearest(words[0], _names())}")
+    return run, phases[0] if phases else None
 
 
 @dataclass

@@ -316,7 +316,20 @@ def _number(value: Any) -> float | None:
     return as_float(value) if isinstance(value, (int, float)) else None
 
 
+def _messages(value: Any) -> str:
+    """Return the text of a message, or of several with their roles; "" where they are more than a role and a text."""
+    several = value if isinstance(value, list) else [value]
+    if not several or not all(isinstance(each, dict) and each.keys() == {"role", "content"} for each in several):
+        return ""
+    if not all(isinstance(each["content"], str) for each in several):
+        return ""
+    if value is not several:
+        return str(value["content"])
+    return "\n".join(f"{each['role']}: {each['content']}" for each in several)
+
+
 def cut(text: Any, characters: int = TEXT) -> str:
-    """Return a text, or the JSON of what is none, of at most so many characters; the end says how many there were."""
-    whole = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+    """Return a text, that of messages, or the JSON of what is neither, of at most so many characters; the end says how
+    many there were."""
+    whole = text if isinstance(text, str) else _messages(text) or json.dumps(text, ensure_ascii=False)
     return whole if len(whole) <= characters else f"{whole[:characters]} … (cut: {len(whole):,} characters)"

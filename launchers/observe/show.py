@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.base.printing import as_typed, clean, raw, size_text
+from data_tools.base.printing import as_typed, clean, count_of, raw, size_text
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
 from launchers.observe.runs import RunLine
 from launchers.observe.status import PhaseStatus, RunStatus
@@ -155,9 +155,10 @@ def print_submitted(plan: "Plan", done: "Submitted") -> None:
         state = "now waits on the new attempt" if phase in done.rewired else "is under way already"
         print(f"{phase} {state} as job {job}")
     if not done.jobs and not done.active:
+        all_ = f"all {len(plan.phases)} phases" if len(plan.phases) != 1 else "the one phase"
         or_not_needed = " or not needed" if any(phase.action == "skip" for phase in plan.phases) else ""
         print(
-            f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}"
+            f"nothing to submit: {all_} of {run} {'is' if len(plan.phases) == 1 else 'are'} sealed{or_not_needed}"
             + (f"; submission {done.number} has their settings" if done.number else "")
         )
     elif done.number:
@@ -197,6 +198,8 @@ def print_inspection(inspection: "Inspection") -> None:
             marked = span["text"] if out.is_terminal or not span["trained"] else f"⟦{span['text']}⟧"
             text.append(marked, style="green" if span["trained"] else "dim")
         out.print(text, soft_wrap=True)
+        if (more := document["tokens"] - inspection["limit"]) > 0:
+            out.print(f"… {count_of(more, 'more token')} (--tokens {document['tokens']})")
 
 
 def print_samples(shown: "ShownSamples") -> None:
@@ -334,11 +337,6 @@ def summary(status: RunStatus) -> "Group":
                 for row in written["rows"]
             ]
             parts.append(table(written["columns"], cells, f"{phase.phase}: {written['title']}"))
-    parts.append(
-        table(
-            ["phase", "files"],
-            [[p.phase, p.latest or p.folder] for p in status.phases if p.state == COMPLETED],
-            "files",
-        )
-    )
+    if sealed := [[p.phase, p.latest or p.folder] for p in status.phases if p.state == COMPLETED]:
+        parts.append(table(["phase", "files"], sealed, "files"))
     return Group(*parts)

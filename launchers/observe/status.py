@@ -84,7 +84,8 @@ class RunStatus:
     phases: list[PhaseStatus]
     notes: list[str] = field(default_factory=list)  # what could not be asked, and what the cluster refused
     where: str = ""  # which cluster it went to last, by which profile of which file
-    overrides: str = ""  # which are in force beside the pipeline file, since when, and the way back
+    overrides: str = ""  # which are in force beside the pipeline file, since when, and the way back; of many the first
+    held: list[str] = field(default_factory=list)  # all of them
     unasked: str = ""  # why a cluster of its jobs told nothing
     may_answer: bool = False  # that cluster, later
 
@@ -117,6 +118,7 @@ def status_of(look: Look) -> RunStatus:
         notes=list(look.notes),
         where=_where(ledger.backend(look.number)),
         overrides=held.told(look.run),
+        held=[each.override for each in held.held(look.run)],
     )
     if look.unasked:
         status.unasked = look.unasked[0].problems[0].message
@@ -128,8 +130,8 @@ def status_of(look: Look) -> RunStatus:
         status.notes.append(f"submission {look.number} is a bundle that was not sent yet: sh {folder}/submit.sh")
     if sealed_before := [phase.phase for phase in status.phases if phase.sealed_before]:
         status.notes.append(
-            f"sealed before, under other settings or inputs: {', '.join(sealed_before)}. That is kept, and counts "
-            "again once they are as they were"
+            f"sealed earlier, under other settings or inputs: {', '.join(sealed_before)}. These results stay, and are "
+            "reused if you go back to those settings"
         )
     if before := [phase.phase for phase in status.phases if phase.written_before]:
         status.notes.append(

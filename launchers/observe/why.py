@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base.indices import Indices
+from data_tools.base.printing import count_of
 from data_tools.mistake import UserMistake
 from jobs.artifacts.layout import indices_of_logs, log_name
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
@@ -84,13 +85,14 @@ class Report:
     @property
     def headline(self) -> str:
         """Return one line about the whole: how much is sealed, and whether anything is wrong."""
-        done = f"{self.sealed} of {self.phases} phases are sealed"
+        done = f"{self.sealed} of {count_of(self.phases, 'phase')} {'are' if self.phases != 1 else 'is'} sealed"
         if self.not_submitted:
             done += f", {', '.join(self.not_submitted)} not submitted"
         if not self.healthy:
             return f"{self.run}: {done}"
         if self.sealed == self.phases:
-            return f"{self.run}: nothing is wrong: all {self.phases} phases are sealed"
+            all_ = f"all {self.phases} phases are" if self.phases != 1 else "its one phase is"
+            return f"{self.run}: nothing is wrong: {all_} sealed"
         return f"{self.run}: nothing is wrong: {done}, the rest is under way"
 
     def as_json(self) -> dict[str, Any]:

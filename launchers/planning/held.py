@@ -14,6 +14,9 @@ from data_tools.base.printing import as_typed
 from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.pipeline import Pipeline
 
+SHOWN, FEW = 5, 3  # so many overrides are told; of more than SHOWN the first FEW
+LONGEST = 240  # characters of overrides in one line
+
 
 @dataclass(frozen=True)
 class Held:
@@ -50,7 +53,16 @@ def file_of(run: RunFolder) -> Path | None:
 def told(run: RunFolder) -> str:
     """Return which overrides are in force in a run, and how to go back to its file; "" where none is."""
     kept = [f"{shlex.quote(each.override)} (submission {each.submission})" for each in held(run)]
-    return f"overrides in force: {', '.join(kept)}; `{_way_back(run)}` takes them back" if kept else ""
+    if not kept:
+        return ""
+    shown = kept if len(kept) <= SHOWN and len(", ".join(kept)) <= LONGEST else [_cut(text) for text in kept[:FEW]]
+    rest = len(kept) - len(shown)
+    more = f" and {rest} more (all: `afterok status {as_typed(run.path)} --json`)" if rest else ""
+    return f"overrides in force: {', '.join(shown)}{more}; `{_way_back(run)}` drops them"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST // FEW else f"{text[: LONGEST // FEW]}…"
 
 
 def _way_back(run: RunFolder) -> str:
@@ -66,7 +78,7 @@ def remarks(pipeline: Pipeline, run: RunFolder) -> list[str]:
     missing = [each.override for each in held(run) if _key(each.override) not in own]
     if not missing:
         return []
-    return [f"this takes back overrides of the run; add those that are to stay: {shlex.join(missing)}"]
+    return [f"this drops overrides of the run; repeat those that are to stay: {shlex.join(missing)}"]
 
 
 def _origin(run: RunFolder, number: int) -> dict[str, Any]:

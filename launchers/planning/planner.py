@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.records.hub import is_hub_name
 from data_tools.records.inputs import matching
 from jobs.artifacts import standing
 from jobs.artifacts.hash_cache import HashCache
@@ -399,12 +400,6 @@ def _unknown_kinds(profile: Profile, file: str) -> list[Problem]:
         for name in profile.phases
         if name not in kind_names() and "." not in name
     ]
-
-
-def is_hub_name(text: str) -> bool:
-    """Return whether a text reads org/name and does not look like a path."""
-    parts = text.split("/")
-    return len(parts) == 2 and all(parts) and not text.startswith((".", "~", "/"))
 
 
 def _absolute_inputs(phase: Phase, settings: dict[str, Any]) -> dict[str, Any]:

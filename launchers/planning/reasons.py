@@ -22,9 +22,12 @@ from jobs.artifacts.layout import checkpoints_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.artifacts.seal import Seal
 from jobs.schema.pipeline import NEED_SEALS, Pipeline
+from launchers.planning.ledger import Ledger
 from launchers.planning.plan import RUNS, PlannedPhase
 from launchers.planning.snapshot import Code, code_changes
 
+ASKED = 100  # elements of a phase whose ends are read; of more elements that of the first
+LONGEST = 160  # characters of what an attempt said last
 SHOWN = 3  # seals of one phase that do not stand, or files that changed: so many are named
 
 
@@ -100,9 +103,9 @@ class Reasoner:
         elif survey.parts:
             planned.reasons = [f"{len(survey.parts)} of {frozen.elements} elements are sealed"]
         elif any(checkpoints_of(self.run.artifact(frozen).folder)):
-            planned.reasons = ["not sealed yet; goes on from its newest checkpoint"]
+            planned.reasons = ["not sealed yet; goes on from its newest checkpoint", *attempted(self.run, frozen)]
         else:
-            planned.reasons = ["never ran in this run"]
+            planned.reasons = attempted(self.run, frozen, "not sealed: ") or ["never ran in this run"]
 
     def _what_stands(self, frozen: FrozenPhase) -> standing.Survey:
         """Return what is sealed of a phase under its key and speaks of the results that are sealed upstream now."""
@@ -172,6 +175,37 @@ class Reasoner:
         return code_changes(
             sealed_code=sealed_code, uses=phase.uses, config=phase.config, code=self.code, digests=self.digests
         )
+
+
+_ENDS = {"failed": "failed", "mistake": "failed", "stopped": "was stopped"}  # an outcome's state, in words
+
+
+def attempted(run: RunFolder, frozen: FrozenPhase, before: str = "") -> list[str]:
+    """Return how the newest attempt at an unsealed phase ended (`before` begins the line), and which of its settings
+    have changed since; nothing where there was none."""
+    ledger = Ledger(run.ledger)
+    newest = next((entry for entry in reversed(ledger.jobs()) if entry.phase == frozen.name), None)
+    if newest is None:
+        return []
+    number = newest.submission
+    outcomes = run.outcomes(frozen.name, number, None if frozen.elements <= ASKED else newest.elements[0])
+    ended = next((outcome for outcome in reversed(outcomes) if outcome.state in _ENDS), None)
+    cancelled = {job for event in ledger.events() if event["event"] == "cancel" for job in event["jobs"]}
+    if ended is not None:
+        message = " ".join(ended.message.split())
+        said = f"{_ENDS[ended.state]} ({message[:LONGEST]}{' …' * (len(message) > LONGEST)})"
+    else:
+        said = "was cancelled" if newest.job in cancelled else "has not said how it ended"
+    try:
+        then = run.frozen(number).get(frozen.name)
+    except (OSError, UserMistake):
+        then = None
+    changed = []
+    if then is not None and then.key != frozen.key:
+        old, new = then.material.get("settings", {}), frozen.material["settings"]
+        changed = changed_settings(frozen.name, old, new, (then.inputs, frozen.inputs))
+    more = [f"and {len(changed) - SHOWN} more settings"] if len(changed) > SHOWN else []
+    return [f"{before}attempt {number} {said}", *changed[:SHOWN], *more]
 
 
 Inputs = Mapping[str, str]  # external file or folder -> SHA-256

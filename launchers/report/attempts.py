@@ -173,6 +173,12 @@ class _Needs:
                 self._parts.append({life.element: span.ended for span, life in lives_of_need if life is not None})
             elif seal is not None:
                 self._sealed.append(seal.content.get("sealed_at", 0.0))
+                # What was sealed again since was sealed before, too, once each of its attempts had ended.
+                ends: dict[int, float] = {}
+                for span in lives.get(need, ()):
+                    if span.sealed and span.life is not None:
+                        ends[span.life.attempt] = max(span.ended, ends.get(span.life.attempt, 0.0))
+                self._sealed += ends.values()
 
     def met(self, element: int, before: float) -> float:
         """Return when the last need of an element was sealed, of those that were before a time; 0 where none was."""

@@ -1,7 +1,7 @@
 """Gathers all that the report of a run tells, from the owners of what a run has on disk."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,8 @@ from data_tools.base.printing import clean_log
 from data_tools.evaluations.side_by_side import SideBySide
 from data_tools.mistake import UserMistake
 from data_tools.records.balance import Balance, SourceBalance
-from jobs.artifacts.run_folder import RunFolder
+from jobs.artifacts.run_folder import FrozenPhase, RunFolder
+from jobs.schema.references import substitute
 from launchers.causes.states import COMPLETED
 from launchers.causes.traces import log_tail
 from launchers.observe.evaluated import KINDS
@@ -90,7 +91,7 @@ def contents_of(run: RunFolder) -> Contents:
         status=status,
         pipeline=run.pipeline_name(look.number),
         kinds={name: phase.uses for name, phase in look.phases.items()},
-        settings={name: phase.own_settings for name, phase in look.phases.items()},
+        settings=_settings(look.phases),
         written=now,
         attempts=attempts,
         graph=graph_of({name: phase.needs for name, phase in look.phases.items()}),
@@ -107,6 +108,12 @@ def contents_of(run: RunFolder) -> Contents:
     notes += [note for each in groups for note in each.notes]
     found.notes = list(dict.fromkeys(notes))
     return found
+
+
+def _settings(phases: Mapping[str, FrozenPhase]) -> dict[str, dict[str, Any]]:
+    """Return the settings of each phase, with its references as the pipeline's file writes them."""
+    written = {name: f"${{phases.{name}.out}}" for name in phases}
+    return {name: substitute(phase.own_settings, written) for name, phase in phases.items()}
 
 
 def _each(look: Look, read: Callable[[RunFolder, Any], Found | None]) -> list[Found]:

@@ -14,6 +14,7 @@ from jobs.kind import user_code
 from launchers.planning.ledger import Ledger
 from launchers.planning.plan import Plan
 from launchers.planning.snapshot import take_snapshot
+from slurm.dev.cluster import prefix_of
 from slurm.profile.files import to_yaml
 
 
@@ -62,7 +63,9 @@ def freeze(plan: Plan, number: int) -> None:
 
 
 def opening(plan: Plan, number: int) -> dict[str, Any]:
-    """Return what the ledger's first line about a submission says: where it goes, and the run's place."""
+    """Return what the ledger's first line about a submission says: where it goes, of a dev cluster the prefix too, and
+    the run's place."""
+    prefix = prefix_of(Path(plan.cluster.env.get("SLURM_CONF", "")))
     return {
         "submission": number,
         "backend": "slurm" if plan.cluster.kind == "slurm" else "local",
@@ -72,6 +75,7 @@ def opening(plan: Plan, number: int) -> dict[str, Any]:
         "profile": plan.cluster.profile.meta.name,
         "profile_file": plan.cluster.profile_file,
         "run": str(plan.run.path.resolve()),
+        **({"prefix": str(prefix)} if prefix is not None else {}),
     }
 
 

@@ -28,7 +28,7 @@ def do_cluster_up(args: argparse.Namespace) -> int:
     with_ = " with accounting" if args.dbd else ""
     print(f"up: {args.nodes} nodes × {args.gpus_per_node} fake GPUs{with_} in {cluster.prefix}")
     if args.prefix:
-        inside = f"afterok cluster exec --prefix {shlex.quote(str(cluster.prefix))}"
+        inside = f"afterok cluster exec --prefix {shlex.quote(str(cluster.prefix))}"  # also where it is the usual one
         print(f"use it: `{inside} afterok run PIPELINE`, or `{inside} squeue`")
     else:
         print("use it: `afterok run PIPELINE cluster=dev`, or `afterok cluster exec squeue`")
@@ -45,18 +45,26 @@ def do_cluster_down(args: argparse.Namespace) -> int:
 
 
 def do_cluster_status(args: argparse.Namespace) -> int:
-    status = _dev_cluster(args).status()
+    cluster = _dev_cluster(args)
+    status = cluster.status()
     if args.json:
         return print_json(status)
-    print("\n".join(_told(status)))
+    print("\n".join(_told(status, _command(cluster, "up"))))
     return 0
 
 
-def _told(status: dict[str, Any]) -> list[str]:
-    """Return the status of a rehearsal cluster in lines for people."""
+def _command(cluster: "DevCluster", action: str) -> str:
+    """Return the command that does something with a rehearsal cluster, its prefix where that is not the usual one."""
+    from slurm.dev.cluster import command
+
+    return command(cluster.prefix, action)
+
+
+def _told(status: dict[str, Any], up: str) -> list[str]:
+    """Return the status of a rehearsal cluster in lines for people; the command `up` starts it."""
     lines = [f"{'up' if status['up'] else 'not up'}: {status['prefix']}"]
     if not status["up"]:
-        lines[0] += "; start it with `afterok cluster up`"
+        lines[0] += f"; start it with `{up}`"
     if shape := status["shape"]:
         size = f"{shape['cpus']} CPUs, {shape['memory_mib'] / 1024:,.0f} GiB and {shape['gpus_per_node']} fake GPUs"
         accounting = ", with accounting" if shape["accounting"] else ""
@@ -78,10 +86,10 @@ def _told(status: dict[str, Any]) -> list[str]:
 def do_cluster_exec(args: argparse.Namespace) -> int:
     cluster = _dev_cluster(args)
     if not cluster.is_up():
-        raise UserMistake(f"the dev cluster in {cluster.prefix} is not up; start it: afterok cluster up")
+        raise UserMistake(f"the dev cluster in {cluster.prefix} is not up; start it: {_command(cluster, 'up')}")
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
-        raise UserMistake("name a command: afterok cluster exec squeue")
+        raise UserMistake(f"name a command: {_command(cluster, 'exec')} squeue")
     try:
         os.execvpe(command[0], command, cluster.env())
     except FileNotFoundError:

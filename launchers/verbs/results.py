@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.base.printing import as_typed
+from data_tools.base.printing import as_typed, count_of
 from launchers.verbs.said import print_json
 
 if TYPE_CHECKING:
@@ -44,21 +44,22 @@ def do_report(args: argparse.Namespace) -> int:
 
 def do_plot(args: argparse.Namespace) -> int:
     """Draw the curves of a run into a file."""
-    from launchers.observe.runs import find_run
+    from launchers.observe.runs import run_and_phases
     from launchers.report.curves import curves_of
     from launchers.report.figure import chosen, draw
 
-    run = find_run(args.run)
+    run, names = run_and_phases(args.run, args.phases)
     phases = run.frozen(run.newest_submission()).values()
     curves = [found for phase in phases if (found := curves_of(run, phase)) is not None]
-    charts = chosen(curves, args.phases, args.metric)
+    charts = chosen(curves, names, args.metric)
     path = (args.output or run.curves).absolute()
     size = draw(charts, path)
     notes = [note for each in curves for note in each.notes]
     if args.json:
         drawn = [{"phase": phase, "metric": chart.metric} for phase, chart in charts]
         return print_json({"run": str(run.path), "file": str(path), "bytes": size, "charts": drawn, "notes": notes})
-    print(f"{as_typed(path)}: {len(charts)} curves of {', '.join(dict.fromkeys(phase for phase, _ in charts))}")
+    of = ", ".join(dict.fromkeys(phase for phase, _ in charts))
+    print(f"{as_typed(path)}: {count_of(len(charts), 'curve')} of {of}")
     for note in notes:
         print(f"  {note}", file=sys.stderr)
     return 0
@@ -90,7 +91,7 @@ def do_completion(args: argparse.Namespace) -> int:
 
 def _sealed(contents: "Contents") -> str:
     done = sum(phase.state == "COMPLETED" for phase in contents.phases)
-    return f"{contents.state}, {done} of {len(contents.phases)} phases sealed"
+    return f"{contents.state}, {done} of {count_of(len(contents.phases), 'phase')} sealed"
 
 
 def _told(contents: "Contents", path: Path, size: int) -> dict[str, Any]:

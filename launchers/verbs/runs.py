@@ -260,7 +260,9 @@ def do_ls(args: argparse.Namespace) -> int:
     if runs:
         console().print(runs_table(runs))
     else:
-        print(f"no runs below {args.folder}")
+        inner = args.folder / "runs"
+        beside = f"; those below {as_typed(inner)}: afterok ls {as_typed(inner)}" if list_runs(inner) else ""
+        print(f"no runs below {args.folder}{beside}")
     return 0
 
 

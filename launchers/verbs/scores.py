@@ -9,10 +9,10 @@ from launchers.verbs.said import print_json
 def do_scores(args: argparse.Namespace) -> int:
     """Show the evaluations of a run side by side, and draw them where a file is named."""
     from data_tools.evaluations.plot import svg_of
-    from launchers.observe.runs import find_run
+    from launchers.observe.runs import run_and_phases
     from launchers.observe.scores import print_table, scores
 
-    found = scores(find_run(args.run), args.phases)
+    found = scores(*run_and_phases(args.run, args.phases))
     if args.svg:
         try:
             args.svg.write_text(svg_of(found), encoding="utf-8")

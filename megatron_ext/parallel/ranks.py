@@ -119,15 +119,15 @@ class MeetingStore(dist.Store):
     delete_key, num_keys = deleteKey, getNumKeys
 
 
-_joins = itertools.count()  # every rank joins as often as the others
+_joins = itertools.count()  # with others: every rank joins as often as they do, and one may have worked alone before
 
 
 def join(patience: timedelta = PATIENCE) -> None:
     """Join the process group. Raises RuntimeError from torch when the address does not answer, NoOwnGpu where ranks
     share a GPU.
     """
-    number = next(_joins)
     if world_size_of_environment() > 1:
+        number = next(_joins)
         # gloo looks its interface up by host name, which fails on machines whose name resolves to nothing.
         if _is_loopback(os.environ.get("MASTER_ADDR", "")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -17,6 +17,7 @@ import fcntl
 import os
 import pwd
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -54,6 +55,12 @@ LONGEST_SOCKET = "/spool/n9999/n9999_67043327.4294967291"
 def default_prefix() -> Path:
     """Return where this user's dev cluster lives: $AFTEROK_CLUSTER, else ~/.cache/afterok/cluster."""
     return Path(os.environ.get(PREFIX_VARIABLE) or "~/.cache/afterok/cluster").expanduser().absolute()
+
+
+def command(prefix: Path, action: str) -> str:
+    """Return the command that does something with the dev cluster of a prefix, which it names unless it is the usual
+    one."""
+    return f"afterok cluster {action}" + (f" --prefix {shlex.quote(str(prefix))}" if prefix != default_prefix() else "")
 
 
 def prefix_of(configuration: Path) -> Path | None:

@@ -5,15 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from data_tools.chats.char_tokenizer import write_char_tokenizer
 from data_tools.packs.materialize import Config, finish, materialize
 from data_tools.tasks.calculator import ALPHABET
 from data_tools.tasks.task import Source
-
-settings.register_profile("data", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("data")
 
 
 @pytest.fixture(scope="session")

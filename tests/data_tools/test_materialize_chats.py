@@ -364,6 +364,10 @@ def test_what_a_template_leaves_out_is_said_in_the_headline_with_what_keeps_it(t
     assert facts["kept"] == 2 and facts["inline_reasoning"] and "between <think> tags" in facts["headline"]
     facts = facts_of(may_lose=["reasoning"])
     assert facts["kept"] == 2 and facts["may_lose"] == ["reasoning"] and "reasoning left out" in facts["headline"]
+    with (tmp_path / "a.jsonl").open("ab") as file:
+        file.write(b"{torn\n")
+    facts = facts_of(may_lose=["reasoning"])  # a line that cannot be read counts as a row that came
+    assert facts["headline"].startswith("2 of 3 rows kept (1 malformed_line; left_out.jsonl lists 1), ")
 
 
 # -- the real files ---------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from typing import get_type_hints
 
 import pytest
 
+from data_tools.base.declared import describe
 from data_tools.mistake import UserMistake
-from jobs.kind import find_kind, shares_of_parts, wrong_makers
+from jobs.kind import find_kind, kind_names, shares_of_parts, wrong_makers
 from jobs.schema.pipeline import load_pipeline
 from jobs.schema.problems import Problems
 from jobs.schema.references import references, substitute
@@ -396,3 +397,29 @@ def test_a_reference_in_our_own_spelling_is_refused(tmp_path):
     (tmp_path / "p.yaml").write_text("name: t\nphases: {a: {uses: pack, with: {store: '@{phases.zz.out}'}}}\n")
     with pytest.raises(UserMistake, match="@.phases.zz.out.' is afterok's own spelling; write ..phases.zz.out."):
         load_pipeline(tmp_path / "p.yaml")
+
+
+def test_an_unknown_key_within_a_mapping_of_settings_is_told_as_any_other():
+    """Of the mappings and lists of dataclasses in a kind's settings, each element is looked at by itself."""
+    noted = Problems("p.yaml")
+    entries = {"capitals": {"task_options": {"loud": True}, "weight": "much", "limit": 4}, "sums": {"task": "svamp"}}
+    config = structured(noted, "with", find_kind("generate").config, {"mix": {"entries": entries}})
+    told = [str(problem) for problem in noted.noted]
+    assert told[0].startswith("p.yaml: with.mix.entries.capitals.task_options: unknown key (did you mean options?")
+    assert told[1].startswith("p.yaml: with.mix.entries.capitals.weight: 'much' is not of type float") and not told[2:]
+    assert config.mix.entries["capitals"].limit == 4 and config.mix.entries["sums"].task == "svamp"
+
+
+def test_a_key_that_another_kind_has_is_told_with_what_this_one_has_in_its_place():
+    """Every such key is one of another kind's settings, and none of its own."""
+    kinds = {name: find_kind(name) for name in kind_names()}
+    keys = {
+        name: {part for each in describe(kind.config) for part in each.key.split(".")} for name, kind in kinds.items()
+    }
+    for kind in kinds.values():
+        for key, told in kind.elsewhere.items():
+            noted = Problems("p.yaml")
+            structured(noted, "with", kind.config, {key: 1}, elsewhere=kind.elsewhere)
+            assert [str(problem) for problem in noted.noted][0] == f"p.yaml: with.{key}: unknown key: {told}"
+            assert key not in get_type_hints(kind.config) and any(key in keys[other] for other in kinds)
+    assert kinds["grpo"].elsewhere["log_every"] == "grpo logs every step"

@@ -116,6 +116,10 @@ def test_a_word_that_is_neither_run_nor_phase_is_told_so_with_the_nearest_of_eit
         (["why", "tiney", "sft"], ["'tiney' is no run", "did you mean tiny?"]),
         (["why", "tiny", "sfft"], ["runs/tiny has no phase 'sfft' (did you mean sft?"]),
         (["status", "tinny"], ["'tinny' is no run", "did you mean tiny?"]),
+        (["status", "sft"], ["no run but a phase of runs/tiny", "`afterok why runs/tiny sft`"]),
+        (["plot", "sft"], ["no phase of the run has written metrics"]),  # it is found
+        (["scores", "sft", "data"], ["sft"]),
+        (["plot", "sfft"], ["'sfft' is no run", "and no phase of runs/tiny", "did you mean sft?"]),
         (["path", "tiny"], ["has no phase 'tiny'", "tiny is a run: name a phase of it, too"]),
         (["inspect", "tiny"], ["'tiny' is no phase", "tiny is a run: name a phase of it, too"]),
     ]:

@@ -53,7 +53,7 @@ def test_a_dev_cluster_from_up_to_down(short_folder, tmp_path):
 
 def test_the_status_is_told_in_words_whatever_state_the_cluster_is_in(dev_cluster, tmp_path):
     none = afterok("cluster", "status", "--prefix", tmp_path / "none").stdout
-    assert none.startswith(f"not up: {tmp_path}/none; start it with `afterok cluster up`")
+    assert none.startswith(f"not up: {tmp_path}/none; start it with `afterok cluster up --prefix {tmp_path}/none`")
     told = afterok("cluster", "status", "--prefix", dev_cluster.prefix).stdout
     nodes, gpus = dev_cluster.shape.nodes, dev_cluster.shape.gpus_per_node
     assert f"up: {dev_cluster.prefix}\n" in told and f"shape: {nodes} nodes, each of " in told

@@ -58,6 +58,7 @@ def test_what_a_phase_may_ask_of_the_cluster_is_explained_too():
     [
         (["stf"], "unknown phase kind 'stf' (did you mean sft?"),
         (["sft", "lora.rnk"], "phase kind sft has no setting 'lora.rnk' (did you mean lora.rank? known: lora.rank, "),
+        (["evaluate", "sampling.max_tokens"], "evaluate has its settings beside the others: max_new_tokens, "),
         (["sft", "lernrate"], "phase kind sft has no setting 'lernrate' ("),
         (["no.such.module"], "module 'no.such.module' cannot be imported"),
     ],

@@ -28,7 +28,9 @@ def test_a_store_shows_its_balance_lengths_and_text_with_the_mask(run: Path) -> 
         prompt, answer = document["spans"]
         assert not prompt["trained"] and prompt["text"].endswith("=") and answer["trained"]
     shown = afterok("inspect", run, "data", "--documents", "1").stdout
-    assert "in the loss: ⟦ ⟧" in shown and "=⟦" in shown and "Lengths" in shown
+    assert "in the loss: ⟦ ⟧" in shown and "=⟦" in shown and "Lengths" in shown and "more token" not in shown
+    cut, whole = afterok("inspect", run, "data", "--documents", "1", "--tokens", "2").stdout, found["documents"][0]
+    assert f"… {whole['tokens'] - 2} more tokens (--tokens {whole['tokens']})" in cut
 
 
 def test_a_pack_shows_its_documents(run: Path) -> None:

@@ -11,7 +11,7 @@ from data_tools.evaluations import harness
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry
 from data_tools.tasks.task import Item
-from launchers.observe.sampled import groups_of
+from launchers.observe.sampled import cut, groups_of
 from launchers.verbs import runs
 from tests.launchers.planted_run import PlantedRun, finished, sample
 
@@ -60,8 +60,10 @@ def test_samples_that_were_generated_or_kept_are_shown_and_a_seed_draws_others(p
     assert len(drawn) == 3 and all(
         len(inspected(planted, "drawn", capsys, seed=2)["groups"][n]["samples"]) == 2 for n in range(3)
     )
-    (kept,) = inspected(planted, "kept", capsys, documents=1, tokens=2)["groups"]
-    assert kept["samples"][0]["completion"].startswith('{"role": "') and "(cut: " in kept["samples"][0]["completion"]
+    (kept,) = inspected(planted, "kept", capsys, documents=1)["groups"]
+    assert (kept["prompt"], kept["samples"][0]["completion"]) == ("user: 0+1=", "1")  # the texts of messages
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "x"}]}
+    assert cut(called).startswith('{"role": ')  # nothing of one that has more is dropped
 
 
 def evaluation(folder, entries) -> dict[str, str]:

@@ -192,10 +192,23 @@ def test_all_datasets_that_are_not_on_this_machine_are_noted_once_with_their_com
         (tmp_path / name).mkdir()
     text = ASKS.replace("FILE", str(tmp_path / "rows.jsonl")).replace("org/model", str(tmp_path / "model"))
     plan = plan_of(tmp_path, text)
-    found = [note.partition("`hf download ")[2].partition(" --repo-type dataset")[0] for note in plan.notes]
-    assert found == ["open-thoughts/OpenThoughts-114k", "HuggingFaceH4/MATH-500", "some/set", "Maxwell-Jia/AIME_2024"]
-    assert "`hf download some/set --repo-type dataset --revision v1`" in plan.notes[2]
+    found = [note.partition("`hf download ")[2].partition("`")[0] for note in plan.notes]
+    sets = ["open-thoughts/OpenThoughts-114k", "HuggingFaceH4/MATH-500", "some/set", "Maxwell-Jia/AIME_2024"]
+    wanted = [f"{name} --repo-type dataset{' --revision v1' if name == 'some/set' else ''}" for name in sets]
+    assert found == [wanted[0], "org/name", *wanted[1:]]  # the tokenizer, too
     assert plan.as_json()["notes"] == plan.notes and {problem.check for problem in plan.told} == {"H001"}
+
+
+def test_a_model_that_the_cache_lacks_is_noted_with_its_revision_and_one_that_is_there_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    text = "name: a\nphases: {one: {uses: import_hf, with: {source: org/base}}}"
+    (note,) = plan_of(tmp_path, text.replace("org/base", "org/base, revision: v2")).notes
+    assert "org/base@v2 is not in the hub cache; run `hf download org/base --revision v2` on" in note
+    home = tmp_path / "models--org--base"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    (home / "snapshots" / "abc").mkdir(parents=True)
+    assert plan_of(tmp_path, text).notes == []
 
 
 LARGE = """

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -157,7 +157,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@settings(deadline=None)
 @given(st.text(max_size=30) | st.text("\x1b\x07\x9b\u202e[]/0;mA\r\n\t:\\", max_size=30))
 def test_on_a_terminal_only_our_own_colours_are_escape_sequences(text):
     with pytest.MonkeyPatch.context() as patch:

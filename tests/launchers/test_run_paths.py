@@ -71,6 +71,6 @@ def test_what_is_sealed_under_settings_of_before_is_named_where_the_newest_ones_
     planted.submit(2, ["data"], minute=9)
     status = run_status(planted.run)
     assert status.phases[0].failed and status.phases[0].sealed_before == str(before)
-    assert any("sealed before, under other settings or inputs: data" in note for note in status.notes)
+    assert any("sealed earlier, under other settings or inputs: data" in note for note in status.notes)
     with pytest.raises(UserMistake, match=f"data is not sealed yet; under other .*{before}"):
         find_sealed(planted.run, "data")

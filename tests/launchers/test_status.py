@@ -211,6 +211,10 @@ def test_ls_lists_runs_newest_change_first(tmp_path):
     assert "sealed 1 of 1" in afterok("ls", tmp_path).stdout
     (tmp_path / "empty").mkdir()
     assert "no runs below" in afterok("ls", tmp_path / "empty").stdout
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above" / "runs").symlink_to(tmp_path)
+    told = afterok("ls", tmp_path / "above").stdout
+    assert told.startswith(f"no runs below {tmp_path}/above; those below {tmp_path}/above/runs: afterok ls ")
     assert "is no folder" in one_line(afterok("ls", tmp_path / "nowhere", check=2))
 
 

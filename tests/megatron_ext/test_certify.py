@@ -292,7 +292,6 @@ def model_folder(root: Path, dims: Any) -> str:
     return str(root)
 
 
-@pytest.mark.soak
 def test_a_certificate_is_made_once_for_what_it_speaks_of(tmp_path):
     asked = entrypoint.Config(model_folder(tmp_path / "model", tiny.DIMS), 2, ParallelPlan(context=2))
     facts = entrypoint.certificate(asked, tmp_path / "kept")

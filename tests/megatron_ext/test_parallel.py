@@ -128,7 +128,7 @@ WORKLOADS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(PLANS, WORKLOADS)
 def test_the_value_that_is_offered_mends_what_was_broken(plan, workload):
     for rule, message in broken_rules(plan, workload):
@@ -139,7 +139,7 @@ def test_the_value_that_is_offered_mends_what_was_broken(plan, workload):
         assert mend[0] in rule.fields
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from([QWEN_32B, GPT_OSS_20B, NANO]), st.sampled_from(["tensor", "expert", "context"]), DEGREE)
 def test_one_wrong_degree_is_mended_to_a_plan_that_is_legal_altogether(shape, field, degree):
     expert = 2 if shape.experts else 1
@@ -240,7 +240,7 @@ AXES = {"tensor": "tp", "context": "cp", "data": "dp", "pipeline": "pp", "optimi
 EXPERT_AXES = {"expert_tensor": "tp", "expert": "ep", "expert_data": "dp", "pipeline": "pp"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(*[st.sampled_from([1, 2, 3, 4])] * 4, st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2]))
 def test_the_grid_is_that_of_megatron_cores_rank_generator(tensor, context, data, pipeline, expert, expert_tensor):
     from megatron.core.parallel_state import RankGenerator

@@ -187,14 +187,14 @@ def _check_completions(kept: Path) -> None:
 
 @pytest.mark.soak
 # Expected reward on 2026-11-30: before, of the adapter, of the exported model. The gains are paired by prompt:
-# seed 1  -0.237 ± 0.020   0.095 ± 0.038   0.073 ± 0.036   gains 0.332 ± 0.041 and 0.310 ± 0.046
-# seed 2  -0.322 ± 0.019   0.059 ± 0.042   0.021 ± 0.042   gains 0.381 ± 0.047 and 0.343 ± 0.054
-# seed 3  -0.240 ± 0.016  -0.073 ± 0.022  -0.011 ± 0.032   gains 0.167 ± 0.027 and 0.228 ± 0.038
+# seed 1  -0.287 ± 0.023   0.112 ± 0.049   0.127 ± 0.046   gains 0.399 ± 0.059 and 0.414 ± 0.053
+# seed 2  -0.354 ± 0.014   0.152 ± 0.042   0.171 ± 0.058   gains 0.506 ± 0.044 and 0.525 ± 0.058
+# seed 3  -0.297 ± 0.015  -0.082 ± 0.038  -0.080 ± 0.039   gains 0.215 ± 0.038 and 0.217 ± 0.043
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released, tmp_path, seed):
     # Half of what this model says names no action. Masked, or worth 0 where a reward is 0.1 on average, that teaches no
-    # format: seed 1 then gained 0.061 ± 0.031.
-    words = overrides(released, tmp_path, steps=40, prompts=8, group=8, test_samples=16, save_steps=0, seed=seed)
+    # format: seed 1 then gained 0.061 ± 0.031 in 40 steps.
+    words = overrides(released, tmp_path, steps=80, prompts=8, group=8, test_samples=16, save_steps=0, seed=seed)
     words += [
         "params.lr=0.005",
         "params.on_invalid=penalty",

@@ -195,7 +195,7 @@ NAME = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(NAME, max_size=5))
 def test_no_name_breaks_the_reading_of_queue_and_accounting(names):
     between = printed.separator()

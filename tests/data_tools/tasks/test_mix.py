@@ -50,7 +50,7 @@ def made(shares: dict[str, tuple[int, float]], seed: int = 0, **more: Entry) -> 
 shares = st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 9), st.floats(0.01, 10)), min_size=1)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shares, st.integers(0, 2**40), st.integers(1, 400))
 def test_every_prompt_once_an_epoch_and_weights_exact_over_every_prefix(shares, seed, length):
     mix = made(
@@ -74,7 +74,7 @@ def test_every_prompt_once_an_epoch_and_weights_exact_over_every_prefix(shares, 
             )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(shares, st.integers(0, 1000), st.lists(st.integers(0, 5000), min_size=1, max_size=8))
 def test_prompt_k_does_not_depend_on_what_was_asked_before(shares, seed, places):
     assert [made(shares, seed).draw(k) for k in places] == [mix.draw(k) for mix in [made(shares, seed)] for k in places]
@@ -161,7 +161,7 @@ def loaded(tmp_path, rows, entry=None, text=None):
 rewards = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.1, 0.2, 0.3])), min_size=1, max_size=12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rewards, st.randoms(use_true_random=False), st.integers(0, 5))
 def test_every_row_is_a_prompt_a_duplicate_or_over_the_limit_in_any_order(tmp_path_factory, given_rows, random, limit):
     rows = [{"prompt": prompt, "reward_action_0": reward, "reward_action_1": 1.0} for prompt, reward in given_rows]
@@ -316,7 +316,7 @@ CONFIG = MixConfig({
     "e": Entry("nowhere.at:all", source=Source(inputs=["x"])),
 })  # fmt: skip
 TASKS = ", ".join(task_names())
-OWN = "; one of your own is my.module, or my.module:function"
+OWN, CWD = "; one of your own is my.module, or my.module:function", Path.cwd()
 TOLD = f"""
 mix.entries.calculater.weight: -1 is out of range: at least 0
 mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: {TASKS}){OWN}
@@ -327,7 +327,7 @@ mix.entries.c.source: no prompts; give files in source.inputs, or a dataset of t
 mix.entries.d.weight: nan is out of range: at least 0
 mix.entries.d.options: task option reverse_digits=1 is a int, not bool
 mix.entries.d.hub: 'gsm8k' is no dataset: write org/name, org/name@revision or org/name:glob
-mix.entries.e.task: there is no module 'nowhere.at'; it has to be importable where the run is submitted
+mix.entries.e.task: there is no module 'nowhere.at'; looked in {CWD}; it has to be importable where the run is submitted
 """.strip().splitlines()
 
 

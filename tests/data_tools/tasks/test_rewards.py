@@ -50,7 +50,7 @@ def test_a_verifier_that_misbehaves_costs_that_sample_only():
 
 
 FAILED = {
-    "raise": "ValueError: no such tool",
+    "raise": "ValueError: no such tool (verifiers.py:",  # the line of the user's code that raised it
     "sleep": "time limit of 2 s",
     "die": "ended its process (signal SIGKILL)",
     "number": "the reply was a int: 3; text was expected",

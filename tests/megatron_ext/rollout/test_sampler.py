@@ -57,7 +57,7 @@ def test_noise_spread_evenly_draws_each_token_as_often_as_it_is_likely(sampling)
     st.integers(0, 10**6), st.integers(2, 40), st.floats(0.3, 3.0), st.integers(0, 12), st.floats(0.05, 1.0),
     st.floats(0.0, 0.9),
 )  # fmt: skip
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_all_filters_together_leave_what_transformers_leaves(seed, size, temperature, top_k, top_p, min_p):
     sampling, scores = Sampling(temperature, top_k, top_p, min_p), logits(1, size, seed)
     weights = (scores[0].double() / temperature).softmax(-1)
