@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,8 @@ from megatron_ext.entrypoints import evaluate, generate, import_hf, init_model
 from megatron_ext.entrypoints.bare import read_config
 from megatron_ext.foreign import exports
 from megatron_ext.model_folders.model_folder import open_folder
-from megatron_ext.rollout.settings import EngineConfig
 from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
-from tests.command import ROOT, TINY_SHORT, afterok, afterok_json, states
+from tests.command import ROOT, afterok, afterok_json, states
 from tests.data_tools.chats import write_tokenizer
 from tests.megatron_ext.rounding import logits_bound
 from tests.megatron_ext.test_likelihood import SCHOOL
@@ -236,25 +234,60 @@ def test_an_array_of_four_runs_in_its_roles_own_environment(folder, tmp_path, de
     assert list(run.rglob("exported")) == []  # it was shared, and went with the phase
 
 
-FOREIGN = ("untrained", "trained", "reinforced", "sampled", "refined")  # phases of tiny.yaml that sample
+REJECTION = """\
+name: rejection
+phases:
+  init: {{uses: init_model, with: {{alphabet_task: calculator, chats: true, {sizes}}}}}
+  imported: {{uses: import_hf, with: {{source: "${{phases.init.out}}"}}}}
+  before:
+    uses: evaluate
+    resources: {{role: generate}}
+    with: &evaluation
+      {{model: "${{phases.imported.out}}", samples: 2, backend: vllm, vllm: {arguments},
+       source: {{synthetic_rows: 60, synthetic_split: heldout}}}}
+  sampled:
+    uses: generate
+    array: 2
+    resources: {{role: generate}}
+    with:
+      model: "${{phases.imported.out}}"
+      backend: vllm
+      vllm: {arguments}
+      mix: {{entries: {{calculator: {{source: {{synthetic_rows: 400}}, limit: 40}}}}}}
+      samples: 4
+      sampling: {{max_tokens: 24}}
+  kept:
+    uses: reject_filter
+    array: 2
+    needs: [{{sampled: aftercorr}}]
+    with: {{inputs: ["${{phases.sampled.out}}"], per_prompt: 1, correct: false}}
+  rs_data:
+    uses: materialize
+    with:
+      {{source: {{inputs: ["${{phases.kept.out}}/chat.jsonl"]}}, tokenizer: "${{phases.init.out}}", on_bad_row: bucket}}
+  rs_packs: {{uses: pack, with: {{store: "${{phases.rs_data.out}}", pack_length: 128}}}}
+  rs_sft:
+    uses: sft
+    resources: {{role: cpu}}
+    with:
+      {{model: "${{phases.imported.out}}", store: "${{phases.rs_data.out}}", packs: "${{phases.rs_packs.out}}",
+       steps: 2, global_batch: 1, lr: 1.0e-3}}
+  after:
+    uses: evaluate
+    resources: {{role: generate}}
+    with: {{<<: *evaluation, model: "${{phases.rs_sft.out}}", compare_with: "${{phases.before.out}}"}}
+"""
 
 
 @pytest.mark.soak
-def test_the_quick_start_samples_rejects_and_evaluates_by_vllm(tmp_path):
-    given = [f"init.with.{size}" for size in ("heads=3", "kv_groups=3")]  # heads of 32
-    for phase in FOREIGN:
-        given += [
-            f"{phase}.resources={{role: generate}}",
-            f"{phase}.with.backend=vllm",
-            f"{phase}.with.vllm={json.dumps(ARGUMENTS)}",
-        ]
-        given += [f"{phase}.with.engine={json.dumps(asdict(EngineConfig()))}"]  # as if it were left out
-    run = tmp_path / "run"
-    afterok(
-        "run", "jobs/pipelines/tiny.yaml", *TINY_SHORT, *given, profile(tmp_path, "local"), "--run", run, timeout=9000
-    )
+def test_rejection_sampling_and_evaluation_run_to_the_end_by_vllm(tmp_path):
+    """As the quick start has them after its first training; a random model's samples are kept whatever they say."""
+    sizes = ", ".join(f"{name}: {size}" for name, size in SIZES.items())
+    file, run = tmp_path / "rejection.yaml", tmp_path / "run"
+    file.write_text(REJECTION.format(sizes=sizes, arguments=json.dumps(ARGUMENTS)))
+    afterok("run", file, profile(tmp_path, "local"), "--run", run, timeout=3000)
     facts = {phase["phase"]: phase["facts"] for phase in afterok_json("status", run)["phases"]}
-    assert {facts[phase]["engine"]["is"] for phase in FOREIGN} == {"vllm"}
-    assert facts["kept"]["kept"] > 0 and facts["refined"]["gain_error"] >= 0
-    assert facts["trained"]["accuracy"] >= facts["untrained"]["accuracy"]
-    assert list(run.rglob("exported")) == [run / "exported"]  # the phase of this name alone
+    assert {facts[phase]["engine"]["is"] for phase in ("before", "sampled", "after")} == {"vllm"}
+    assert facts["sampled"]["samples"] == 160 and facts["kept"]["kept"] > 0 and facts["rs_sft"]["step"] == 2
+    assert facts["after"]["sampled_accuracy"] >= 0 and facts["after"]["gain_error"] >= 0
+    assert list(run.rglob("exported")) == []
