@@ -52,7 +52,7 @@ def test_the_manuals_own_model_data_and_reward_can_be_planned(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert cli.main(["plan", str(path), "cluster=local", ANY_DISK]) == 0
-    assert capsys.readouterr().out.count("never ran in this run") == len(read_values(path.read_text())["phases"]) == 12
+    assert capsys.readouterr().out.count("never ran in this run") == len(read_values(path.read_text())["phases"]) == 13
 
 
 def test_the_manuals_reward_scores_the_manuals_prompt(tmp_path):

@@ -380,7 +380,7 @@ def test_curves_are_plotted_as_the_ending_of_the_file_says(tmp_path, capsys):
     text = (tmp_path / "run" / "curves.svg").read_text()
     assert text.count('<g id="axes_') == 6 and found["bytes"] == (tmp_path / "run" / "curves.svg").stat().st_size
     deep = "$\\frac{x$\x1b]0;x/deep"
-    assert "1 curves of sft" in plotted(planted, capsys, phases=["sft"], metric=[deep], output=tmp_path / "x.png")
+    assert "1 curve of sft" in plotted(planted, capsys, phases=["sft"], metric=[deep], output=tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
