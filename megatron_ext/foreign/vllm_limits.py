@@ -13,7 +13,7 @@ from megatron_ext.rollout.settings import Sampling, SamplingSettings
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # v1/attention/backends/cpu_attn.py of 0.32
 
 ABSENT = ("nanochat",)  # model types of ours that model_executor/models/registry.py of 0.32 does not have
-# Those whose model of 0.32 (glm4_moe.py 559, gpt_oss.py 1459, nemotron_h.py 844) makes an output layer of its own, which
+# Those whose model of 0.32 (glm4_moe.py 559, gpt_oss.py 1459, nemotron_h.py 844) makes an output layer of its own, that
 # nothing fills where it is the embedding. A tied glm4_moe said nothing but padding here.
 UNTIED = ("glm4_moe", "gpt_oss", "nemotron_h")
 
