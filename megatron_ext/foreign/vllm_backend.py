@@ -55,7 +55,7 @@ class Vllm(Alone):
             import vllm
             from vllm.engine.arg_utils import EngineArgs
         except ImportError as error:
-            remedy = "name an environment that has it in the profile: env.roles.ROLE.python, see megatron_ext/README.md"
+            remedy = "name an environment that has it in the profile: roles.ROLE.env.python, see megatron_ext/README.md"
             raise UserMistake(Problem("backend", f"vllm: it cannot be imported here ({error}): {remedy}")) from None
         if problems := vllm_arguments.unknown(self.config.vllm, vllm.LLM, EngineArgs, vllm.__version__):
             raise UserMistake(problems)

@@ -13,12 +13,19 @@ from megatron_ext.rollout.settings import Sampling, SamplingSettings
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # v1/attention/backends/cpu_attn.py of 0.32
 
 ABSENT = ("nanochat",)  # model types of ours that model_executor/models/registry.py of 0.32 does not have
+# Those whose model of 0.32 (glm4_moe.py 559, gpt_oss.py 1459, nemotron_h.py 844) makes an output layer of its own, that
+# nothing fills where it is the embedding. A tied glm4_moe said nothing but padding here.
+UNTIED = ("glm4_moe", "gpt_oss", "nemotron_h")
 
 
 def check(config: SamplingSettings, site: Site, shape: ModelShape | None) -> list[Problem]:
     """Return what is wrong with a phase's settings for vLLM, as far as it is known."""
     problems = vllm_arguments.check(config.vllm) + _check_place(config, site)
-    model_type = (facts.model_config(config.model, site)[0] or {}).get("model_type")
+    file = facts.model_config(config.model, site)[0] or {}
+    model_type = file.get("model_type")
+    if model_type in UNTIED and file.get("tie_word_embeddings"):
+        message = f"vLLM 0.32 leaves the output layer of a {model_type} with tie_word_embeddings empty"
+        problems.append(Problem("backend", f"{message}: use backend auto"))
     if model_type in ABSENT:
         problems.append(Problem("backend", f"vLLM 0.32 has no {model_type} models: use backend auto"))
     cpu = site.gpus_per_node == 0

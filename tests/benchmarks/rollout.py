@@ -1,14 +1,17 @@
-"""Rollout tokens a CPU second beside Hugging Face `generate` and transformers' continuous batching, on one CPU thread.
+"""Rollout tokens a CPU second beside Hugging Face `generate`, transformers' continuous batching and vLLM, on one CPU
+thread.
 
-    python -m tests.benchmarks.rollout [--requests 128] [--rounds 3] [--dtype float32]
+    python -m tests.benchmarks.rollout [--requests 128] [--rounds 3] [--dtype float32] [--vllm PYTHON]
 
 A Qwen2 of about 30 million parameters, groups of 8 samples, log-normal lengths that are forced (nobody stops early),
-32 places. Ours gives log-probs too. Peers: padded batches in order of arrival; continuous batching, tuned.
+32 places. Ours gives log-probs too. Peers: padded batches in order of arrival; continuous batching, tuned; vLLM's CPU
+build, where `--vllm` names the Python of an environment that has it (.ci/vllm.txt), eager and with log-probs.
 """
 
 import argparse
 import json
 import math
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +32,7 @@ from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import EngineConfig, Sampling
+from tests.benchmarks import rollout_vllm
 
 PLACES, GROUP, VOCABULARY = 32, 8, 8192
 
@@ -110,11 +114,21 @@ def rate(call: Callable[..., Any], model: Any, requests: int, rounds: int) -> tu
     return median(rates), found
 
 
+def of_vllm(python: str, folder: Path, requests: int, rounds: int, dtype: str) -> dict[str, Any]:
+    """Return what rollout_vllm.py measures of the model in FOLDER/model, with the prompts and lengths of `rate`."""
+    jobs = [work(requests, seed) for seed in range(rounds)] + [work(GROUP, rounds)]
+    (folder / "work.json").write_text(json.dumps(jobs))
+    command = [python, rollout_vllm.__file__, folder, dtype, PLACES]
+    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Rollout tokens a CPU second beside those of other engines.")
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM's CPU build")
     args = parser.parse_args()
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
@@ -124,7 +138,7 @@ def main() -> None:
     from megatron_ext.weights import convert
 
     with tempfile.TemporaryDirectory() as folder, ranks.started(ParallelPlan()):
-        hf = hf_folder(Path(folder))
+        hf = hf_folder(Path(folder) / "model")
         family, dims, _ = read_config(hf)
         (model,) = family.build(dims, ParallelPlan(), getattr(torch, args.dtype))
         convert.import_weights(model, hf, family, dims)
@@ -147,6 +161,12 @@ def main() -> None:
                     f"continuous batching, page {page}, {tokens} tokens a batch: {found_rate:.0f} tokens/s", flush=True
                 )
                 tuned = max(tuned, found_rate)
+        third = {}
+        if args.vllm:
+            told = of_vllm(args.vllm, Path(folder), args.requests, args.rounds, args.dtype)
+            rival = median(told["rates"])
+            print(f"vLLM {told['version']}: {rival:.0f} tokens/s", flush=True)
+            third = {"vllm": round(rival, 1), "ratio_vllm": round(mine / rival, 2)}
     print(
         json.dumps(
             {
@@ -157,6 +177,7 @@ def main() -> None:
                 "unit": "tokens/CPU s",
                 "continuous_batching": round(tuned, 1),
                 "ratio_continuous": round(mine / tuned, 2),
+                **third,
                 **{key: round(value, 3) for key, value in found.items()},
                 "dtype": args.dtype,
             }

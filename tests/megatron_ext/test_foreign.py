@@ -18,6 +18,7 @@ from jobs.kind import keyed_settings
 from jobs.phases import generate as samples
 from jobs.task import Task
 from megatron_ext.entrypoints import evaluate, generate
+from megatron_ext.foreign import vllm_limits
 from megatron_ext.foreign.maker import seed_of
 from megatron_ext.foreign.vllm_engine import EngineDied
 from megatron_ext.parallel.plan import ParallelPlan, Site
@@ -196,6 +197,17 @@ def test_a_plan_refuses_a_family_that_vllm_does_not_have(calculator):
     site = Site(1, gpus_per_node=1, forecasts={"made": {"hf_config": {"model_type": "nanochat"}}})
     found = generate.check(replace(config(calculator), model="made"), 1, site)
     assert "vLLM 0.32 has no nanochat models" in str(found[-1])
+
+
+@pytest.mark.parametrize("model_type", vllm_limits.UNTIED)
+def test_a_plan_refuses_tied_embeddings_where_vllm_fills_no_output_layer_with_them(model_type, calculator):
+    def found(tied):
+        told = {"hf_config": {"model_type": model_type, "tie_word_embeddings": tied}}
+        site = Site(1, gpus_per_node=1, forecasts={"made": told})
+        return str(generate.check(replace(config(calculator), model="made"), 1, site))
+
+    said = f"leaves the output layer of a {model_type} with tie_word_embeddings empty: use backend auto"
+    assert said in found(True) and said not in found(False)
 
 
 def test_a_foreign_engine_is_in_the_key_and_ours_is_not(calculator):
