@@ -78,8 +78,8 @@ TERM, USR2 = signal.SIGTERM, signal.SIGUSR2
         ({"PreemptTime": "2026-11-21T01:47:31"}, {TERM}, ""),  # within a preemption's GraceTime the job still runs
         ({}, {TERM}, "SIGTERM came from neither"),
         ({}, {USR2, TERM}, "SIGTERM came from neither"),  # the limit was near, then somebody ended it
-        ({"JobState": "COMPLETING"}, {USR2}, "Slurm is ending the job"),  # scancel: a requeue would bring it back
-        ({"JobState": "COMPLETING"}, {TERM}, "Slurm is ending the job"),
+        ({"JobState": "COMPLETING"}, {USR2}, "Slurm was ending the job"),  # scancel: a requeue would bring it back
+        ({"JobState": "COMPLETING"}, {TERM}, "Slurm was ending the job"),
         ({"Requeue": "0"}, {USR2}, "may not be requeued"),
         ({"BatchFlag": "0"}, {USR2}, "no batch job"),
     ],
