@@ -287,7 +287,9 @@ def test_rejection_sampling_and_evaluation_run_to_the_end_by_vllm(tmp_path):
     file.write_text(REJECTION.format(sizes=sizes, arguments=json.dumps(ARGUMENTS)))
     afterok("run", file, profile(tmp_path, "local"), "--run", run, timeout=3000)
     facts = {phase["phase"]: phase["facts"] for phase in afterok_json("status", run)["phases"]}
-    assert {facts[phase]["engine"]["is"] for phase in ("before", "sampled", "after")} == {"vllm"}
+    for phase, elements in {"before": 1, "sampled": 2, "after": 1}.items():
+        seals = [durable.read_json(file) for file in run.glob(f"{phase}/*/seals/*.json")]
+        assert [seal["facts"]["engine"]["is"] for seal in seals] == ["vllm"] * elements
     assert facts["sampled"]["samples"] == 160 and facts["kept"]["kept"] > 0 and facts["rs_sft"]["step"] == 2
     assert facts["after"]["sampled_accuracy"] >= 0 and facts["after"]["gain_error"] >= 0
     assert list(run.rglob("exported")) == []
