@@ -18,6 +18,7 @@ from data_tools.own_packages import PACKAGES
 from jobs.kind import kind_names
 from jobs.schema.pipeline import load_pipeline
 from launchers import cli
+from megatron_ext import versions
 from slurm.profile.layers import read_values as read_text
 from slurm.profile.schema import Profile
 from slurm.profile.typed import typed
@@ -276,6 +277,7 @@ def test_a_command_that_needs_nothing_runs(tmp_path, command):
     assert afterok(*words).stdout.strip()
 
 
+@pytest.mark.skipif(versions.installed() != "0.16.1", reason="the manual shows what is refused under 0.16.1")
 def test_the_parallel_plan_of_the_manual_is_refused_as_it_says(tmp_path):
     """The command of the manual, with a config.json in place of the 30B model."""
     (text,) = [text for language, text in fences(ROOT / "megatron_ext/README.md") if language == "console"]

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from megatron_ext import versions
 from megatron_ext.models.nemotron_h.config import Dims, hf_config
 from tests.command import ANY_DISK, afterok, one_line
 
@@ -139,8 +140,10 @@ def test_the_plan_of_the_openresearcher_seed_is_refused_with_the_memory_table_an
     assert "31,577,937,344 parameters" in done.stdout
     (state,) = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("state")]
     assert state == ["state", "258.6", "258.6", "258.6"]  # by recomputation: none, selective, full
-    trap, shortage = done.stderr.splitlines()
-    assert "gives wrong expert gradients without an error: use expert 2" in trap
+    *trap, shortage = done.stderr.splitlines()
+    if versions.installed() == "0.16.1":  # of which later releases have no more
+        assert "gives wrong expert gradients without an error: use expert 2" in trap.pop()
+    assert not trap
     assert "needs 499.9 GiB a GPU (state 258.6, activations 234.1, logits 3.3, other 4.0)" in shortage
     offer = json.loads(plan(*OPENRESEARCHER, "--parallel", "sft", "--json", check=2).stdout)["offer"]
     accepted = [f"sft.with.parallel.{name}={value}" for name, value in offer["plan"].items()]

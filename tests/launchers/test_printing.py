@@ -146,6 +146,7 @@ def test_an_inspection_shows_text_of_rows_as_text(capsys):
             "balance": {"columns": [EVIL], "rows": [[EVIL]], "title": EVIL},
             "lengths": [(1, 2, 1, 2)],
             "documents": [document],
+            "limit": 2,
         }
     )
     out = capsys.readouterr().out

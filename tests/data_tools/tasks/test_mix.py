@@ -322,7 +322,7 @@ mix.entries.calculater.weight: -1 is out of range: at least 0
 mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: {TASKS}){OWN}
 mix.entries.b.limit: -1 is out of range: at least 0 (prompts)
 mix.entries.b.rewards: task calculator has no reward term 'corect' (did you mean correct? known: correct)
-mix.entries.c.options: unknown task option 'prompt' (did you mean prompt_key? known: answer_key, prompt_key)
+mix.entries.c.options: unknown task option 'prompt' (did you mean prompt_key? known: answer_key, form, prompt_key)
 mix.entries.c.source: no prompts; give files in source.inputs, or a dataset of the hub in hub
 mix.entries.d.weight: nan is out of range: at least 0
 mix.entries.d.options: task option reverse_digits=1 is a int, not bool
