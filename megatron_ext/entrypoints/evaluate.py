@@ -36,7 +36,7 @@ from data_tools.evaluations import harness
 from data_tools.evaluations.accuracy import accuracy, unclear_names, write_tables
 from data_tools.evaluations.lines import RESULT, SAMPLES, Line, lines_of
 from data_tools.mistake import Problem, UserMistake, nearest
-from data_tools.progress import Progress, never, silent
+from data_tools.progress import Progress, Stop, Stopped, never, silent
 from data_tools.tasks.messages import check_template
 from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, compared, entries_of, load
 from data_tools.tasks.outcome import is_graded, is_unjudged
@@ -225,6 +225,7 @@ def run(
     out: Path,
     keep: Path,
     progress: Progress = silent,
+    stop: Stop = never,
     index: int = 0,
     count: int = 1,
     only: str = "",
@@ -234,7 +235,8 @@ def run(
     OUT/result.json, the harness's samples and, for the only element, what is said of all. SHARED is what all elements
     keep together: a model that was exported; None: KEEP.
 
-    Return the facts of accuracy.accuracy, and `records`: Mix.counts.
+    Return the facts of accuracy.accuracy, and `records`: Mix.counts. Raise Stopped, with all that was sampled recorded,
+    once `stop` says so.
     """
     problems = check(config, backends.world_size_of_environment())
     if problems:
@@ -244,7 +246,7 @@ def run(
     share = Share(0, 1, only) if only else Share(index, count)
     lines_of_share = _lines_of_mix if of_mix(config) else _lines_of_rows
     with backends.opened(config, folder, shared or keep) as backend:
-        lines, records = lines_of_share(asking, folder, keep, backend, progress=progress, share=share)
+        lines, records = lines_of_share(asking, folder, keep, backend, progress=progress, stop=stop, share=share)
         writer, told = backend.is_writer, backend.facts()
     opening = told_opening(load_tokenizer(str(folder.hf)), config.bos) if folder else {}
     tasks, macro = _tasks(asking), asking.macro if count == 1 else {}
@@ -300,6 +302,7 @@ def _lines_of_mix(
     backend: "Backend",
     *,
     progress: Progress,
+    stop: Stop,
     share: Share,
     only_ended: bool = False,
 ) -> tuple[list[Line], dict[str, Any]]:
@@ -312,7 +315,7 @@ def _lines_of_mix(
     element, by_way, records = keep / "sampled" / share.folder, [], {}
     for kept, way in zip((element / "greedy", element / "samples"), _ways(config, entries) if entries else ()):
         samples = generate.sampled(
-            way, folder, kept, backend, index=share.index, count=share.count, progress=progress, stop=never
+            way, folder, kept, backend, index=share.index, count=share.count, progress=progress, stop=stop
         )
         by_way.append(samples)
         records = generate.records_of(kept) if backend.is_writer else {}
@@ -321,7 +324,8 @@ def _lines_of_mix(
     lines = {sample["prompt_id"]: line_of(sample) for sample in by_way[0]} if by_way else {}
     if config.samples and by_way:
         add_samples(lines, by_way[1])
-    found, theirs = _compared_choices(config, folder, choices, backend, progress=progress, share=share)
+    asked = _until(stop, progress)
+    found, theirs = _compared_choices(config, folder, choices, backend, progress=asked, share=share)
     return backend.from_writer(([*lines.values(), *found], {**records, **theirs}))
 
 
@@ -346,6 +350,18 @@ def _compared_choices(
     draws = all_of(mix, list(mix.items))[share.index :: share.count]
     lines = backend.likeliest(draws, Encoding(encoder, positions), progress)
     return list(lines), mix.counts()
+
+
+def _until(stop: Stop, progress: Progress) -> Progress:
+    """Return `progress` of work that is not recorded, which a lone process leaves where it is asked to stop; several
+    would have to agree, and go on."""
+
+    def told(done: int, total: int, unit: str, note: str = "") -> None:
+        progress(done, total, unit, note)
+        if done < total and backends.world_size_of_environment() == 1 and stop():
+            raise Stopped(0, total, unit.removesuffix("s"))
+
+    return told
 
 
 def line_of(sample: Mapping[str, Any]) -> Line:
@@ -378,7 +394,14 @@ def add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]])
 
 
 def _lines_of_rows(
-    config: Config, folder: "ModelFolder | None", keep: Path, backend: "Backend", *, progress: Progress, share: Share
+    config: Config,
+    folder: "ModelFolder | None",
+    keep: Path,
+    backend: "Backend",
+    *,
+    progress: Progress,
+    stop: Stop,
+    share: Share,
 ) -> tuple[list[Line], dict[str, Any]]:
     """Return a line for each row of this element, and Mix.counts of the task, on every rank.
 
@@ -386,7 +409,9 @@ def _lines_of_rows(
     """
     kind, loaded = getattr(load_task(config.task), "kind", None), rows(config)
     asked = _asked(config)
-    lines, records = _lines_of_mix(asked, folder, keep, backend, progress=progress, share=share, only_ended=True)
+    lines, records = _lines_of_mix(
+        asked, folder, keep, backend, progress=progress, stop=stop, share=share, only_ended=True
+    )
     items = {item.uid: item for item in loaded.items}
     element = [items[line["prompt"]] for line in lines]
     finished, rows_asked = [], Counter(item.prompt for item in loaded.items)

@@ -19,6 +19,7 @@ from megatron_ext.foreign.alone import Alone
 from megatron_ext.foreign.maker import JournaledMaker
 from megatron_ext.foreign.vllm_engine import Stepped, VllmCompleter, prompt_log_probs, too_long
 from megatron_ext.model_folders.model_folder import ModelFolder
+from megatron_ext.parallel.parts import VLLM
 from megatron_ext.rl.choices import choices, line
 from megatron_ext.rl.makers import Maker, Work
 from megatron_ext.rl.prompts import Encoding
@@ -121,9 +122,8 @@ class Vllm(Alone):
             progress(some.stop, len(draws), "prompts")
 
     def facts(self) -> dict[str, Any]:
-        """Return which engine it was."""
-        started = "engine" in self.__dict__
-        return {"engine": {"is": "vllm", "version": self.module.__version__ if started else None}}
+        """Return which engine it is; it was not started where all samples were there already."""
+        return {"engine": {"is": VLLM, "version": self.module.__version__}}
 
 
 _REMEDY = (

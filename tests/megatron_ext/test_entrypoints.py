@@ -111,7 +111,8 @@ def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):
         evaluate.run(config, outs[1 + index], tmp_path / "keep", index=index, count=2)
     assert not (tmp_path / "keep" / "tables").exists()
     joined = evaluate.finish(config, outs[1:3], outs[3], tmp_path / "keep")
-    assert joined | {"parts": whole["parts"]} == whole  # whose layers an element was made of, it says itself
+    said = {name: whole[name] for name in ("engine", "parts")}  # by each element of itself
+    assert joined | said == whole
     assert joined == durable.read_json(outs[3] / "result.json") == durable.read_json(outs[0] / "result.json")
     assert whole["prompts"] == whole["seen_prompts"] + whole["unseen_prompts"] and whole["seen_prompts"] == 0
     samples = [sorted((out / "samples.jsonl").read_text().splitlines()) for out in (outs[0], outs[3])]
@@ -162,7 +163,8 @@ def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp
         evaluate.run(config, outs[1 + index], tmp_path / "parts", index=index, count=2)
         evaluate.run(config, outs[4 + index], tmp_path / "tasks", index=index, count=2, only=outs[4 + index].name)
     for parts, out, keep in ((outs[1:3], outs[3], "parts"), (outs[4:6], outs[6], "tasks")):
-        assert evaluate.finish(config, parts, out, tmp_path / keep) | {"parts": whole["parts"]} == whole
+        joined = evaluate.finish(config, parts, out, tmp_path / keep)
+        assert joined | {name: whole[name] for name in ("engine", "parts")} == whole
         for file in ("results.json", "samples_sums.jsonl", "samples_tool.jsonl"):
             assert (out / "harness" / file).read_bytes() == (outs[0] / "harness" / file).read_bytes(), file
     assert {json.loads(line)["kind"] for line in open(outs[4] / "samples.jsonl")} == {"sums"}  # an element a task

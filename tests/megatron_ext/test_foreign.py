@@ -3,6 +3,7 @@
 The real one, where it is installed: tests/vllm.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
-from jobs.kind import keyed_settings
+from jobs.kind import find_kind, keyed_settings
 from jobs.phases import generate as samples
+from jobs.sealing import Told
 from jobs.task import Task
+from launchers.observe import show
 from megatron_ext.entrypoints import evaluate, generate
 from megatron_ext.foreign import vllm_limits
 from megatron_ext.foreign.maker import seed_of
@@ -143,6 +146,42 @@ def test_an_evaluation_asks_one_engine_for_answers_samples_and_choices(calculato
     assert facts["engine"]["is"] == "vllm" and len(stand_in) == 1
     temperatures = {request.params.temperature for request in stand_in[0].llm_engine.asked}
     assert temperatures == {0, 1.0}
+
+
+def test_an_evaluation_that_is_asked_to_stop_goes_on_without_asking_twice(calculator, tmp_path, stand_in):
+    source = Source(synthetic_rows=9)
+    asked = evaluate.Config(
+        model=str(calculator["base"]), source=source, max_new_tokens=6, samples=2, backend="vllm", verifiers=1
+    )
+
+    def run(root, **told):
+        for name in ("out", "keep"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        evaluate.run(asked, root / "out", root / "keep", **told)
+        return [(root / "out" / name).read_text() for name in ("samples.jsonl", "result.json")]
+
+    looks = itertools.count()
+    with pytest.raises(Stopped):
+        run(tmp_path / "cut", stop=lambda: next(looks) > 3)
+    before = len(keys(stand_in[-1].llm_engine.finished))
+    assert run(tmp_path / "cut") == run(tmp_path / "whole")
+    whole, after = (keys(llm.llm_engine.asked) for llm in (stand_in[-1], stand_in[-2]))
+    assert 0 < before and len(after) == len(whole) - before
+
+
+def test_the_seal_of_a_phase_tells_whose_samples_its_elements_are():
+    kinds = [find_kind(name).of_elements for name in ("generate", "evaluate")]
+    assert kinds == [("engine",), ("engine",)]
+    told, mixed = Told(("engine",)), Told(("engine",))
+    for version in ("1", "1", "2"):
+        mixed.add({"engine": {"is": "vllm", "version": version}, "samples": 3})
+    for _ in range(2):
+        told.add({"engine": {"is": "openai", "url": "http://a/v1", "model": "m"}})
+    assert mixed.facts() == {"engine": [{"is": "vllm", "version": "1"}, {"is": "vllm", "version": "2"}]}
+    assert Told(("engine",)).facts() == {} and told.facts()["engine"]["is"] == "openai"
+    lines = [show.headline({"headline": "3 samples", **one.facts()}) for one in (told, mixed)]
+    assert lines == ["3 samples; by m at http://a/v1", "3 samples; by vllm 1, vllm 2"]
+    assert show.headline({"headline": "3 samples", "engine": {"is": "afterok"}}) == "3 samples"
 
 
 def test_seeds_are_those_of_run_prompt_and_sample():

@@ -67,6 +67,7 @@ class LLMEngine:
         self.requests: dict[str, _Request] = {}
         self.asked: list[_Request] = []
         self.aborted: list[str] = []
+        self.finished: list[_Request] = []
         self.dies_after = -1  # steps
 
     def add_request(
@@ -100,6 +101,7 @@ class LLMEngine:
             reason = "length"
         if reason:
             del self.requests[request.request_id]
+            self.finished.append(request)
         tokens = list(request.token_ids)
         logprobs = [{token: SimpleNamespace(logprob=-0.5 * (place + 1))} for place, token in enumerate(tokens)]
         prompt = [None, *({token: SimpleNamespace(logprob=-0.25 * token)} for token in request.prompt[1:])]
