@@ -26,13 +26,14 @@ from megatron_ext.rl.prompts import Encoding
 from megatron_ext.rollout.sequence import completes
 from megatron_ext.rollout.settings import SamplingSettings
 
+_SAID = 400  # characters of an error
 _AT_A_TIME = 64  # questions whose choices are asked for together
 QUIET = {  # what a user may say otherwise in the profile's env.set
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # it warns with a traceback that it has no tokenizer, which it was told
 }
-_MEMORY = ("out of memory", "OutOfMemoryError", "No available memory", "can't allocate memory", "KV cache")
+_MEMORY = ("out of memory", "outofmemoryerror", "available memory", "can't allocate memory", "kv cache")
 
 
 class Vllm(Alone):
@@ -88,8 +89,12 @@ class Vllm(Alone):
         try:
             llm = vllm.LLM(**arguments)
         except Exception as error:
-            if any(words in str(error) for words in _MEMORY):
+            if any(words in str(error).lower() for words in _MEMORY):
                 raise UserMistake(Problem("vllm", f"{_first(error)}: {_REMEDY}")) from None
+            if isinstance(error, (TypeError, ValueError)):  # pydantic's ValidationError is one
+                said = f"{type(error).__name__}: {' '.join(str(error).split())[:_SAID]}"
+                message = f"vLLM {vllm.__version__} does not start with {self.config.vllm} and this model ({said})"
+                raise UserMistake(Problem("vllm", f"{message}: leave an argument out, or use backend auto")) from None
             raise
         return Stepped(llm, vllm.SamplingParams, _deaths())
 

@@ -21,7 +21,7 @@ from jobs.sealing import Told
 from jobs.task import Task
 from launchers.observe import show
 from megatron_ext.entrypoints import evaluate, generate
-from megatron_ext.foreign import vllm_limits
+from megatron_ext.foreign import vllm_arguments, vllm_limits
 from megatron_ext.foreign.maker import seed_of
 from megatron_ext.foreign.vllm_engine import EngineDied
 from megatron_ext.parallel.plan import ParallelPlan, Site
@@ -194,6 +194,9 @@ def test_seeds_are_those_of_run_prompt_and_sample():
 REFUSED = {
     "vllm.max_num_seq": dict(vllm={"max_num_seq": 4}),
     "vllm.dtype": dict(vllm={"dtype": "half"}),
+    "vllm.hf_token": dict(vllm={"hf_token": "abc"}),
+    "vllm.load_format": dict(vllm={"load_format": "dummy"}),
+    "vllm.data_parallel_rank": dict(vllm={"data_parallel_rank": 0}),
     "engine.kv_gib": dict(engine=EngineConfig(kv_gib=3)),
     "base": dict(base="mxfp4"),
     "parallel.context": dict(parallel=ParallelPlan(context=2)),
@@ -209,6 +212,27 @@ def test_settings_that_an_engine_does_not_use_are_refused_by_name(calculator, tm
     assert [problem.where for problem in refused.value.problems] == [where]
     if where == "vllm.max_num_seq":
         assert "did you mean max_num_seqs?" in str(refused.value)
+
+
+WRONG = {  # what vllm.LLM raises -> what is said
+    TypeError("'<' not supported between 'int' and 'str'"): "does not start with {'max_num_seqs': 2} and this model",
+    ValueError("1 validation error for ModelConfig\n  Value error, no"): "(ValueError: 1 validation error for Mod",
+    ValueError("Available KV cache memory is not enough"): "give the engine less to hold",
+    ValueError("Available memory on node 0 on kv cache allocation is less than requested"): "VLLM_CPU_KVCACHE_SPACE in",
+    RuntimeError("CUDA out of memory. Tried"): "give the engine less to hold",
+}
+
+
+@pytest.mark.parametrize("error", WRONG, ids=str)
+def test_an_engine_that_does_not_start_is_one_sentence(error, calculator, tmp_path, monkeypatch):
+    def start(self, *_, **__):
+        raise error
+
+    monkeypatch.setattr(LLM, "__init__", start)
+    monkeypatch.setattr(vllm_arguments, "unknown", lambda *_: [])  # whose signature is not the stand-in's any more
+    with pytest.raises(UserMistake) as refused:
+        run(config(calculator, vllm={"max_num_seqs": 2}), tmp_path)
+    assert WRONG[error] in str(refused.value) and "\n" not in str(refused.value)
 
 
 SITES = {
