@@ -65,7 +65,7 @@ def unknown(given: Mapping[str, Any], llm: Any, engine_args: Any, version: str, 
     own = inspect.signature(llm.__init__).parameters.values()
     known = {one.name for one in own if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)} - {"self"}
     known |= {field.name for field in fields(engine_args)}
-    names = sorted(name for name in known if not is_ours(name))
+    names = sorted(known)
     return [
         Problem(f"{where}.{name}", f"vLLM {version} has no such argument{_closest(name, names)}")
         for name in given
