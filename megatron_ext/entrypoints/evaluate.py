@@ -34,9 +34,9 @@ from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.evaluations import harness
 from data_tools.evaluations.accuracy import accuracy, unclear_names, write_tables
-from data_tools.evaluations.lines import RESULT, SAMPLES, Line, lines_of
+from data_tools.evaluations.lines import RESULT, SAMPLES, Line, compared_lines
 from data_tools.mistake import Problem, UserMistake, nearest
-from data_tools.progress import Progress, Stop, Stopped, never, silent
+from data_tools.progress import Progress, Stop, never, silent, stopping
 from data_tools.tasks.messages import check_template
 from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, compared, entries_of, load
 from data_tools.tasks.outcome import is_graded, is_unjudged
@@ -139,7 +139,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     new, where, work = config.max_new_tokens, "max_new_tokens", _work(config)
     if config.is_foreign:
         asked = backends.Asked(Sampling(max_tokens=new, top_p=config.top_p), where)
-        return problems + backends.check(config, asked, site, shape=training.shape)
+        return problems + backends.check(_asked(config), asked, site, shape=training.shape)
     problems += backends.check_unused(config)
     problems += check_recording(config, training.shape)
     problems += check_room(config, training.shape, dtype=training.dtype, new=new, where=where)
@@ -324,7 +324,7 @@ def _lines_of_mix(
     lines = {sample["prompt_id"]: line_of(sample) for sample in by_way[0]} if by_way else {}
     if config.samples and by_way:
         add_samples(lines, by_way[1])
-    asked = _until(stop, progress)
+    asked = stopping(progress, stop) if backends.world_size_of_environment() == 1 else progress
     found, theirs = _compared_choices(config, folder, choices, backend, progress=asked, share=share)
     return backend.from_writer(([*lines.values(), *found], {**records, **theirs}))
 
@@ -350,18 +350,6 @@ def _compared_choices(
     draws = all_of(mix, list(mix.items))[share.index :: share.count]
     lines = backend.likeliest(draws, Encoding(encoder, positions), progress)
     return list(lines), mix.counts()
-
-
-def _until(stop: Stop, progress: Progress) -> Progress:
-    """Return `progress` of work that is not recorded, which a lone process leaves where it is asked to stop; several
-    would have to agree, and go on."""
-
-    def told(done: int, total: int, unit: str, note: str = "") -> None:
-        progress(done, total, unit, note)
-        if done < total and backends.world_size_of_environment() == 1 and stop():
-            raise Stopped(0, total, unit.removesuffix("s"))
-
-    return told
 
 
 def line_of(sample: Mapping[str, Any]) -> Line:
@@ -431,20 +419,6 @@ def _seen(prompts: Sequence[Prompt], store_folder: str | None) -> list[bool | No
 
     known = {tuple(pair) for pair in Store(Path(store_folder)).prompt_hashes.tolist()}
     return [tuple(text_hash(prompt)) in known if isinstance(prompt, str) else None for prompt in prompts]
-
-
-def compared_lines(compare_with: str | None, samples: int) -> dict[str, Line]:
-    """Return the lines of an evaluation's output, which `samples` samples are compared with, by prompt.
-
-    Raise UserMistake where there are none, or two of a prompt.
-    """
-    if not compare_with:
-        return {}
-    lines = lines_of(compare_with, "compare_with")
-    if not any("sampled" in line for line in lines.values()):
-        message = f"{compare_with} has greedy answers alone; evaluate it again with samples: {samples}"
-        raise UserMistake(Problem("compare_with", message))
-    return lines
 
 
 def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:

@@ -17,7 +17,13 @@ from data_tools.tasks.mix import Draw
 from megatron_ext.foreign import exports, vllm_arguments
 from megatron_ext.foreign.alone import Alone
 from megatron_ext.foreign.maker import JournaledMaker
-from megatron_ext.foreign.vllm_engine import Stepped, VllmCompleter, prompt_log_probs, too_long
+from megatron_ext.foreign.vllm_engine import (
+    Stepped,
+    VllmCompleter,
+    prompt_log_probs,
+    too_little_memory,
+    too_long,
+)
 from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.parallel.parts import VLLM
 from megatron_ext.rl.choices import choices, line
@@ -33,7 +39,6 @@ QUIET = {  # what a user may say otherwise in the profile's env.set
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # it warns with a traceback that it has no tokenizer, which it was told
 }
-_MEMORY = ("out of memory", "outofmemoryerror", "available memory", "can't allocate memory", "kv cache")
 
 
 class Vllm(Alone):
@@ -89,8 +94,8 @@ class Vllm(Alone):
         try:
             llm = vllm.LLM(**arguments)
         except Exception as error:
-            if any(words in str(error).lower() for words in _MEMORY):
-                raise UserMistake(Problem("vllm", f"{_first(error)}: {_REMEDY}")) from None
+            if told := too_little_memory(error):
+                raise told from None
             if isinstance(error, (TypeError, ValueError)):  # pydantic's ValidationError is one
                 said = f"{type(error).__name__}: {' '.join(str(error).split())[:_SAID]}"
                 message = f"vLLM {vllm.__version__} does not start with {self.config.vllm} and this model ({said})"
@@ -129,17 +134,6 @@ class Vllm(Alone):
     def facts(self) -> dict[str, Any]:
         """Return which engine it is; it was not started where all samples were there already."""
         return {"engine": {"is": VLLM, "version": self.module.__version__}}
-
-
-_REMEDY = (
-    "give the engine less to hold (vllm: {max_model_len: …, max_num_seqs: …}) or more room (vllm: "
-    "{gpu_memory_utilization: …}, kv_cache_memory_bytes; on a CPU VLLM_CPU_KVCACHE_SPACE in GiB), or spread the model "
-    "by parallel.tensor"
-)
-
-
-def _first(error: BaseException) -> str:
-    return next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
 
 
 def _deaths() -> tuple[type[BaseException], ...]:

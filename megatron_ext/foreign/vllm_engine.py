@@ -43,7 +43,13 @@ class Stepped:
                     if one.finished:
                         del names[one.request_id]
         except self.dead as error:
+            names.clear()  # nobody is there to be told
             raise EngineDied(f"{ENGINE_DIED}: vLLM: {type(error).__name__}: {error}") from None
+        except Exception as error:
+            names.clear()
+            if told := too_little_memory(error):
+                raise told from None
+            raise
         finally:
             self.abort(list(names))
 
@@ -131,6 +137,22 @@ def prompt_log_probs(stepped: Stepped, asked: Mapping[Any, tuple[Sequence[int], 
                 tokens, count = asked[key]
                 last = list(zip(tokens, one.prompt_logprobs))[len(tokens) - count :]
                 yield key, sum(float(entry[token].logprob) for token, entry in last)
+
+
+_MEMORY = ("out of memory", "outofmemoryerror", "available memory", "can't allocate memory", "kv cache")
+_REMEDY = (
+    "give the engine less to hold (vllm: {max_model_len: …, max_num_seqs: …}) or more room (vllm: "
+    "{gpu_memory_utilization: …}, kv_cache_memory_bytes; on a CPU VLLM_CPU_KVCACHE_SPACE in GiB), or spread the model "
+    "by parallel.tensor"
+)
+
+
+def too_little_memory(error: Exception) -> UserMistake | None:
+    """Return the mistake of an engine whose memory does not hold what it was asked for; None of any other error."""
+    if not any(words in f"{type(error).__name__}: {error}".lower() for words in _MEMORY):
+        return None
+    first = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    return UserMistake(Problem("vllm", f"{first}: {_REMEDY}"))
 
 
 def too_long(uid: str, prompt: int, new: int, longest: int) -> UserMistake:

@@ -1,6 +1,5 @@
 """The pipeline file: every mistake is found at once, named by file, key and value; references become needs."""
 
-import dataclasses
 import itertools
 import textwrap
 from typing import get_type_hints
@@ -13,7 +12,7 @@ from jobs.kind import find_kind, kind_names, shares_of_parts, wrong_makers
 from jobs.schema.pipeline import load_pipeline
 from jobs.schema.problems import Problems
 from jobs.schema.references import references, substitute
-from jobs.schema.typed import structured, without_blocks
+from jobs.schema.typed import structured
 from launchers.planning.planner import default_run_folder, make_plan
 from launchers.submission.submit import resubmit
 from slurm.detect import find_cluster
@@ -71,38 +70,6 @@ def test_overrides_are_typed_and_reach_every_part(tmp_path):
     assert pipeline.phases["first"].settings["start"] == 5
     assert pipeline.phases["last"].settings["factor"] == 3
     assert pipeline.phases["middle"].array == [1]
-
-
-BLOCK = """
-name: blocks
-phases:
-  asked:
-    uses: evaluate
-    with:
-      model: m
-      engine: {kv_gib: 3}
-      mix: {entries: {a: {task: calculator, source: {synthetic_rows: 7, synthetic_seed: 2}}}}
-      seen_in: store
-"""
-
-
-def test_null_takes_a_block_away_wherever_it_stands_and_what_may_be_null_is(tmp_path):
-    path = write(tmp_path, BLOCK)
-    where = ["asked.with.engine=null", "asked.with.mix.entries.a.source=null", "asked.with.seen_in=null"]
-    phase = load_pipeline(path, where).phases["asked"]
-    config, plain = phase.config, find_kind("evaluate").config()
-    assert config.engine == plain.engine and config.mix.entries["a"].source == plain.source and config.seen_in is None
-    assert phase.settings == {"model": "m", "mix": {"entries": {"a": {"task": "calculator"}}}, "seen_in": None}
-    again = load_pipeline(path, [*where, "asked.with.engine.max_batch=5"]).phases["asked"].config.engine
-    assert (again.max_batch, again.kv_gib) == (5, plain.engine.kv_gib)
-
-
-@pytest.mark.parametrize("kind", kind_names())
-def test_null_takes_every_block_list_and_mapping_away(kind):
-    schema = find_kind(kind).config
-    for entry in dataclasses.fields(schema):
-        if entry.default_factory is not dataclasses.MISSING:
-            assert without_blocks(schema, {entry.name: None}) == {}, entry.name
 
 
 def test_all_mistakes_are_reported_at_once_with_file_key_and_value(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from data_tools.base import declared, durable
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.evaluations.accuracy import accuracy
+from data_tools.evaluations.lines import compared_lines
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
@@ -272,7 +273,7 @@ def test_an_evaluation_without_samples_is_nothing_to_compare_with(tmp_path):
         if line:
             (tmp_path / "samples.jsonl").write_text(json.dumps(line) + "\n")
         with pytest.raises(UserMistake, match=f"compare_with: {tmp_path} {said}"):
-            evaluate.compared_lines(config.compare_with, samples=2)
+            compared_lines(config.compare_with, samples=2)
 
 
 def test_rows_of_one_prompt_are_compared_each_with_itself_or_not_at_all(tmp_path):
@@ -292,11 +293,11 @@ def test_rows_of_one_prompt_are_compared_each_with_itself_or_not_at_all(tmp_path
     config = evaluate.Config(compare_with=str(tmp_path), samples=4)
     lines = [line("a", 0), line("b", 4)]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
-    assert accuracy(lines, evaluate.compared_lines(config.compare_with, config.samples))["gain"] == 0
-    assert accuracy([line("b", 2)], evaluate.compared_lines(config.compare_with, config.samples))["gain"] == -0.5
+    assert accuracy(lines, compared_lines(config.compare_with, config.samples))["gain"] == 0
+    assert accuracy([line("b", 2)], compared_lines(config.compare_with, config.samples))["gain"] == -0.5
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line("", right)) + "\n" for right in (0, 4)))
     with pytest.raises(UserMistake, match="two lines of prompt '1.1=', the second at .*samples.jsonl:2"):
-        evaluate.compared_lines(config.compare_with, config.samples)
+        compared_lines(config.compare_with, config.samples)
 
 
 def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):

@@ -235,6 +235,19 @@ def test_an_engine_that_does_not_start_is_one_sentence(error, calculator, tmp_pa
     assert WRONG[error] in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_memory_that_ends_in_mid_generation_is_one_sentence(calculator, tmp_path, stand_in, monkeypatch):
+    start = LLM.__init__
+
+    def failing(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self.llm_engine.dies_after = 2
+        self.llm_engine.dies_of = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(LLM, "__init__", failing)
+    with pytest.raises(UserMistake, match="vllm: CUDA out of memory.*give the engine less to hold"):
+        run(config(calculator), tmp_path)
+
+
 SITES = {
     "resources.nodes": (Site(2, nodes=2, gpus_per_node=1), {}),
     "backend": (Site(8, gpus_per_node=8), {"parallel": ParallelPlan(tensor=8)}),

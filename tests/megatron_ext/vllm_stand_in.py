@@ -69,6 +69,7 @@ class LLMEngine:
         self.aborted: list[str] = []
         self.finished: list[_Request] = []
         self.dies_after = -1  # steps
+        self.dies_of: Exception = EngineDeadError("EngineCore encountered an issue")
 
     def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams, arrival_time: float | None = None
@@ -79,6 +80,7 @@ class LLMEngine:
         return request_id + "-internal"
 
     def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
+        assert self.dies_after, "nobody is there to be told"
         self.aborted += request_ids
         for name in request_ids:
             self.requests.pop(name, None)
@@ -88,7 +90,7 @@ class LLMEngine:
 
     def step(self) -> list[Any]:
         if self.dies_after == 0:
-            raise EngineDeadError("EngineCore encountered an issue")
+            raise self.dies_of
         self.dies_after -= 1
         return [self._stepped(request) for request in list(self.requests.values())]
 
