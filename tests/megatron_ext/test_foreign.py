@@ -5,12 +5,14 @@ The real one, where it is installed: tests/vllm.
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
 from data_tools.tasks.mix import Entry, MixConfig
@@ -21,9 +23,10 @@ from jobs.sealing import Told
 from jobs.task import Task
 from launchers.observe import show
 from megatron_ext.entrypoints import evaluate, generate
-from megatron_ext.foreign import vllm_arguments, vllm_limits
+from megatron_ext.foreign import exports, vllm_arguments, vllm_limits
 from megatron_ext.foreign.maker import seed_of
 from megatron_ext.foreign.vllm_engine import EngineDied
+from megatron_ext.model_folders.model_folder import open_folder
 from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.rl import journal
 from megatron_ext.rollout.settings import EngineConfig, Sampling
@@ -133,6 +136,19 @@ def test_the_model_is_exported_once_for_all_elements_and_goes_with_the_phase(cal
     (tmp_path / "out").mkdir()
     joined = generate.finish(asked, [out for out, _ in elements], tmp_path / "out", phase)
     assert joined["samples"] == PROMPTS * SAMPLES and not (phase / "exported").exists()
+
+
+def test_two_that_export_the_same_model_at_once_do_no_harm(calculator, tmp_path, monkeypatch):
+    folder, fsync = open_folder(str(calculator["base"])), durable.fsync_tree
+    first = exports.exported(folder, "", tmp_path / "alone")
+
+    def meanwhile(own):  # another one, who took the lock for dead, is done first
+        fsync(own)
+        shutil.copytree(first, tmp_path / "both" / exports.EXPORTED / first.name)
+
+    monkeypatch.setattr(durable, "fsync_tree", meanwhile)
+    made = exports.exported(folder, "", tmp_path / "both")
+    assert made.name == first.name and [path.name for path in made.parent.iterdir()] == [first.name]
 
 
 def test_an_evaluation_asks_one_engine_for_answers_samples_and_choices(calculator, tmp_path, stand_in):
