@@ -1,6 +1,8 @@
 """vLLM's engine, step by step: token ids in, completions out as they end, in any order."""
 
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +12,30 @@ from megatron_ext.foreign.maker import Ask, Completion
 from megatron_ext.foreign.vllm_arguments import sampling_arguments
 from megatron_ext.rollout.settings import Sampling
 
+_LOOK_S = 0.5  # between two looks whether the engine's process lives
+
 
 class EngineDied(Exception):
     """The engine's own processes ended: the element is run again, and goes on with what was recorded."""
+
+
+def tell_of_death(engine: Any, dead: tuple[type[BaseException], ...]) -> None:
+    """Have a step raise the first of `dead` once the engine's own process has ended.
+
+    vLLM 0.32 notes such an end (core_client.py 816) and shuts its sockets, but whoever waits for a step's outputs
+    (get_output, 993) waits for ever. An engine within this process needs nothing of it.
+    """
+    core = getattr(engine, "engine_core", None)
+    resources, outputs = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
+    if not dead or outputs is None or not hasattr(resources, "engine_dead"):
+        return
+
+    def watch() -> None:
+        while not resources.engine_dead:
+            time.sleep(_LOOK_S)
+        outputs.put_nowait(dead[0]())
+
+    threading.Thread(target=watch, daemon=True, name="engine-watch").start()
 
 
 class Stepped:
@@ -20,6 +43,7 @@ class Stepped:
 
     def __init__(self, llm: Any, params_of: Callable[..., Any], dead: tuple[type[BaseException], ...]):
         self.engine, self.params_of, self.dead = llm.llm_engine, params_of, dead
+        tell_of_death(self.engine, dead)
         self.longest: int = llm.llm_engine.model_config.max_model_len
         self._number = 0
 

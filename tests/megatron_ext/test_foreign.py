@@ -31,7 +31,7 @@ from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.rl import journal
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from tests.megatron_ext import vllm_stand_in
-from tests.megatron_ext.vllm_stand_in import LLM
+from tests.megatron_ext.vllm_stand_in import LLM, Core
 
 PROMPTS, SAMPLES = 7, 3
 
@@ -95,6 +95,19 @@ def test_what_an_engines_death_interrupts_goes_on_without_a_double_or_a_loss(
     assert text == expected
     again = keys(stand_in[-1].llm_engine.asked)
     assert len(again) == len(set(again)) == PROMPTS * SAMPLES - len(recorded)
+
+
+def test_the_end_of_an_engines_own_process_ends_the_wait_for_its_step(calculator, tmp_path, monkeypatch):
+    start = LLM.__init__
+
+    def dying(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self.llm_engine.dies_after = 2
+
+    monkeypatch.setattr(LLM, "core", Core)
+    monkeypatch.setattr(LLM, "__init__", dying)
+    with pytest.raises(EngineDied, match="sampling engine died: vLLM: EngineDeadError"):
+        run(config(calculator), tmp_path)
 
 
 def test_a_stop_is_obeyed_between_steps_and_what_was_drawn_is_recorded(calculator, tmp_path, stand_in):

@@ -5,6 +5,7 @@ EngineArgs, LLMEngine. Its model says tokens that follow from prompt, seed and p
 """
 
 import hashlib
+import queue
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +15,9 @@ VOCABULARY = 12  # of tokens that it says
 
 class EngineDeadError(Exception):
     """As vllm/v1/engine/exceptions.py has it."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__("EngineCore encountered an issue", *args)
 
 
 @dataclass
@@ -59,6 +63,14 @@ class _Request:
     token_ids: list[int] = field(default_factory=list)
 
 
+class Core:
+    """Its client of an engine in another process: a step waits for outputs, and a death alone puts none there."""
+
+    def __init__(self) -> None:
+        self.resources = SimpleNamespace(engine_dead=False)
+        self.outputs_queue: queue.Queue[Exception] = queue.Queue()
+
+
 class LLMEngine:
     """Its requests, one token each a step."""
 
@@ -68,8 +80,9 @@ class LLMEngine:
         self.asked: list[_Request] = []
         self.aborted: list[str] = []
         self.finished: list[_Request] = []
+        self.engine_core: Core | None = None
         self.dies_after = -1  # steps
-        self.dies_of: Exception = EngineDeadError("EngineCore encountered an issue")
+        self.dies_of: Exception = EngineDeadError()
 
     def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams, arrival_time: float | None = None
@@ -89,6 +102,9 @@ class LLMEngine:
         return bool(self.requests)
 
     def step(self) -> list[Any]:
+        if self.dies_after == 0 and self.engine_core is not None:
+            self.engine_core.resources.engine_dead = True
+            raise self.engine_core.outputs_queue.get(timeout=30)
         if self.dies_after == 0:
             raise self.dies_of
         self.dies_after -= 1
@@ -117,6 +133,7 @@ class LLM:
     """The offline engine."""
 
     started: list["LLM"] = []
+    core: type[Core] | None = None  # Core: it is in another process
 
     def __init__(
         self,
@@ -133,8 +150,9 @@ class LLM:
     ):
         assert skip_tokenizer_init
         args = EngineArgs(**kwargs)
-        self.model, self.dtype = model, dtype
         self.llm_engine = LLMEngine(args.max_model_len or 512)
+        self.llm_engine.engine_core = LLM.core() if LLM.core else None
+        self.model, self.dtype = model, dtype
         LLM.started.append(self)
 
 
