@@ -71,8 +71,8 @@ class Stepped:
             raise EngineDied(f"{ENGINE_DIED}: vLLM: {type(error).__name__}: {error}") from None
         except Exception as error:
             names.clear()
-            if told := too_little_memory(error):
-                raise told from None
+            if mistake := too_little_memory(error):
+                raise mistake from None
             raise
         finally:
             self.abort(list(names))
