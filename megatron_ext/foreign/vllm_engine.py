@@ -25,8 +25,9 @@ def tell_of_death(engine: Any, dead: tuple[type[BaseException], ...]) -> None:
     vLLM 0.32 notes such an end (core_client.py 816) and shuts its sockets, but whoever waits for a step's outputs
     (get_output, 993) waits for ever. An engine within this process needs nothing of it.
     """
-    core = getattr(engine, "engine_core", None)
-    resources, outputs = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
+    core: Any = getattr(engine, "engine_core", None)
+    resources: Any = getattr(core, "resources", None)
+    outputs: Any = getattr(core, "outputs_queue", None)
     if not dead or outputs is None or not hasattr(resources, "engine_dead"):
         return
 
