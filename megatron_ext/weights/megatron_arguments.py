@@ -184,7 +184,7 @@ def arguments_of(dims: Any, shape: ModelShape) -> Namespace:
     if shape.experts:
         said |= {
             "moe_ffn_hidden_size": shape.expert_ffn,
-            "moe_layer_freq": [int(not dims.is_dense(i)) for i in range(dims.layers)],
+            "moe_layer_freq": [int(not dims.is_dense(i)) for i in range(dims.layers)] if any(dims.dense) else 1,
             "moe_router_score_function": "softmax",
             "moe_router_pre_softmax": not dims.norm_topk_prob,
             "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
