@@ -112,9 +112,9 @@ def _attention_of(arguments: Namespace, dims: Any) -> Compared:
     if hasattr(arguments, "window_size") and hasattr(dims, "window"):
         window = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
         yield "window_size", window, dims.window if any(dims.sliding) else 0
-    if (scale := getattr(arguments, "softmax_scale", None)) is not None and getattr(dims, "head_dim", 0):
-        ours = getattr(dims, "attention_multiplier", 0) or dims.head_dim**-0.5
-        yield "softmax_scale", ours if math.isclose(scale, ours, rel_tol=1e-5) else scale, ours
+    if (given := getattr(arguments, "softmax_scale", None)) is not None and getattr(dims, "head_dim", 0):
+        own = getattr(dims, "attention_multiplier", 0.0) or dims.head_dim**-0.5
+        yield "softmax_scale", own if math.isclose(given, own, rel_tol=1e-5) else given, own
 
 
 def _layers_of(arguments: Namespace, dims: Any) -> Compared:
@@ -135,7 +135,7 @@ def _positions_of(arguments: Namespace, dims: Any) -> Compared:
     stretch = getattr(dims, "stretch", getattr(dims, "yarn", None))
     if hasattr(dims, "rope_base"):
         yield "rotary_percent", getattr(arguments, "rotary_percent", None), getattr(dims, "partial", 1.0)
-        older = getattr(arguments, "use_rotary_position_embeddings", False)
+        older = getattr(arguments, "use_rotary_position_embeddings", None)
         theirs = "rope" if older else getattr(arguments, "position_embedding_type", None)
         yield "position_embedding_type", theirs, "yarn" if isinstance(stretch, Yarn) else "rope"
         longer = getattr(arguments, "rotary_seq_len_interpolation_factor", None)

@@ -54,10 +54,10 @@ def built(kind: str, fused: bool) -> torch.nn.Module:
         **KINDS[kind],
     )  # fmt: skip
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    for layer in spec.layer_specs if fused else ():
-        if layer.submodules.mlp.module.__name__ == "MoELayer":
-            names = layer.submodules.sharded_state_dict_keys_map
-            layer.submodules.sharded_state_dict_keys_map = {k: v for k, v in names.items() if "mlp" not in k}
+    often = KINDS[kind].get("moe_layer_freq", [int("num_moe_experts" in KINDS[kind])] * LAYERS)
+    for layer in [layer for layer, has in zip(spec.layer_specs, often) if has and fused]:
+        names = layer.submodules.sharded_state_dict_keys_map
+        layer.submodules.sharded_state_dict_keys_map = {k: v for k, v in names.items() if "mlp" not in k}
     return GPTModel(
         config, spec, ROWS, 512, position_embedding_type="rope", share_embeddings_and_output_weights=False
     ).eval()
