@@ -112,7 +112,8 @@ def _attention_of(arguments: Namespace, dims: Any) -> Compared:
     if hasattr(arguments, "window_size") and hasattr(dims, "window"):
         window = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
         yield "window_size", window, dims.window if any(dims.sliding) else 0
-    if (given := getattr(arguments, "softmax_scale", None)) is not None and getattr(dims, "head_dim", 0):
+    given = getattr(arguments, "softmax_scale", None)
+    if given is not None and getattr(dims, "head_dim", None):
         own = getattr(dims, "attention_multiplier", 0.0) or dims.head_dim**-0.5
         yield "softmax_scale", own if math.isclose(given, own, rel_tol=1e-5) else given, own
 
