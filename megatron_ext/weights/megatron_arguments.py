@@ -39,6 +39,7 @@ NEVER = {  # of what changes a model's function and no tensor's shape, what no f
     "use_mup": False,
     "normalization": "RMSNorm",
 }
+PADDED = 128  # rows, to a multiple of which Megatron pads an embedding by itself, so that tensor ranks can share it
 Compared = Iterator[tuple[str, Any, Any]]  # (argument, what Megatron's arguments say, what `dims` say)
 
 
@@ -166,7 +167,7 @@ def arguments_of(dims: Any, shape: ModelShape) -> Namespace:
         "hidden_size": shape.hidden,
         "ffn_hidden_size": shape.ffn,
         "max_position_embeddings": shape.max_positions or None,
-        "padded_vocab_size": shape.vocabulary,
+        "padded_vocab_size": None if shape.vocabulary % PADDED else shape.vocabulary,
         "untie_embeddings_and_output_weights": not shape.tied,
         "normalization": "RMSNorm",
         "swiglu": shape.gated,

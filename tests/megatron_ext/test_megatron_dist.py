@@ -210,6 +210,13 @@ def test_weights_in_another_code_are_refused_by_name(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the way back
 
 
+@pytest.mark.parametrize("rows, said", [(151936, 151936), (32001, None)])
+def test_an_embedding_that_tensor_ranks_could_not_share_is_left_for_megatron_to_pad(rows, said):
+    dims = replace(DIMS, vocabulary=rows)
+    arguments = megatron_arguments.arguments_of(dims, tiny.family(dims).config.shape(dims))
+    assert getattr(arguments, "padded_vocab_size", None) == said
+
+
 @pytest.mark.parametrize("name", FAMILIES | EXPERTS)
 def test_an_exported_folder_says_what_it_is_and_comes_back_as_the_same_model(name, tmp_path):
     dims = (FAMILIES | EXPERTS)[name]
