@@ -64,7 +64,10 @@ def iteration(folder: Path) -> Path:
         text = file.read(80).decode(errors="replace").strip()
     if text != "release" and not (text.isascii() and text.isdecimal()):
         raise UserMistake(Problem(str(latest), f'has {text[:40]!r}, neither a number nor "release"'))
-    return folder / ("release" if text == "release" else f"iter_{int(text):07d}")
+    named = folder / ("release" if text == "release" else f"iter_{int(text):07d}")
+    if not named.is_dir():
+        raise UserMistake(Problem(str(named), f"is not there, and {latest.name} names it"))
+    return named
 
 
 class MegatronTensors:

@@ -185,6 +185,7 @@ def with_an_object(release, key):
             "x.weight of common",
         ),
         (lambda release: (release / ".metadata").unlink(), "no whole torch_dist checkpoint"),
+        (lambda release: release.rename(release.with_name("iter_0000003")), "release: is not there, and latest_check"),
     ],
 )
 def test_what_lies_beside_the_tensors_is_known_or_refused_by_name(change, said, tmp_path):
