@@ -198,6 +198,18 @@ def test_what_lies_beside_the_tensors_is_known_or_refused_by_name(change, said, 
         imported(folder, tmp_path / "out")
 
 
+def test_a_tensor_of_which_pieces_are_in_no_file_is_refused(tmp_path):
+    writer = dist_weights.Writer(tmp_path)
+    for row in (0, 2):
+        writer.write(dist_weights.Region("x", (3, 4), (row, 0), (1, 4)), torch.ones(4))
+    writer.close()
+    dist_weights.finish(tmp_path, writer.written)
+    reader = dist_weights.Reader(tmp_path)
+    for first, rows, said in [(0, 3, "has 8 of 12 elements of x at [0, 0]"), (1, 1, "has nothing of x at [1, 0]")]:
+        with pytest.raises(UserMistake, match=re.escape(said)):
+            reader.read(dist_weights.Region("x", (3, 4), (first, 0), (rows, 4)))
+
+
 def test_weights_in_another_code_are_refused_by_name(tmp_path, monkeypatch):
     write = dist_weights.Writer.write
     coded = "decoder.layers.0.mlp.linear_fc2.weight"
