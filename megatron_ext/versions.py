@@ -55,6 +55,7 @@ RELEASES = {
         _PARTNERS,
         hybrid_model="models.hybrid.hybrid_model.HybridModel",
         hybrid_pattern="hybrid_layer_pattern",
+        has_muon=True,
         needs_triton="transformer.moe.paged_stash",
     ),
     "0.19.2": Release(
