@@ -11,7 +11,7 @@ from typing import Any
 
 from data_tools.base import bounds
 from data_tools.base.durable import TornFile, read_json
-from data_tools.base.inside import files, inside
+from data_tools.base.inside import expanded, files, inside
 from data_tools.chats.unknown import CannotEncode, cannot_encode, check_kept, check_unicode, is_unicode, unknown_of
 from data_tools.mistake import Problem, UserMistake
 
@@ -121,7 +121,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
     A folder whose tokenizer.json transformers would use as it stands is read with the `tokenizers` library alone:
     the same ids without the seconds that importing transformers takes. Raise UserMistake when it is not there.
     """
-    folder = _with_files(Path(name_or_path).expanduser())
+    folder = _with_files(expanded(name_or_path))
     if folder.is_dir():
         _check_inside(folder)
         _check_no_code(folder)

@@ -4,6 +4,7 @@ import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data_tools.base.inside import expanded
 from data_tools.mistake import Problem, UserMistake
 
 CSV, PARQUET, JSONL = (".csv",), (".parquet",), (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -14,7 +15,7 @@ def named_by(name: str, endings: Sequence[str]) -> list[Path]:
     """Return the files of an input: a file of any name; what a pattern matches, where `**` is any folder below; of a
     folder, such as a phase's, those with one of these endings in any case. Sorted.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return [path]
     found = path.iterdir() if path.is_dir() else []
@@ -25,7 +26,7 @@ def named_by(name: str, endings: Sequence[str]) -> list[Path]:
 
 def matching(pattern: str) -> list[Path]:
     """Return the files that a pattern matches, sorted; none where it is no pattern."""
-    path = str(Path(pattern).expanduser())
+    path = str(expanded(pattern))
     found = map(Path, glob.glob(path, recursive=True)) if glob.has_magic(path) else []
     return sorted(file for file in found if file.is_file())
 
@@ -35,7 +36,7 @@ def records_of(name: str) -> list[Path]:
 
     JSON files of a folder are some where it has no others: phases write JSON of other kinds beside their records.
     """
-    return named_by(name, RECORDS) or named_by(name, JSON) or [Path(name).expanduser()]
+    return named_by(name, RECORDS) or named_by(name, JSON) or [expanded(name)]
 
 
 def missing(named: Iterable[tuple[str, Path]]) -> list[Problem]:

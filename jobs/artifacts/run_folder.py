@@ -39,6 +39,7 @@ UNFIT_ON_SLURM = {
     "\\": "Slurm drops it from the names of logs and of jobs",
 }
 LONGEST_NAME = 255  # bytes of one folder's name, on every filesystem in use
+LONGEST_PATH = 4095  # bytes of a whole path that Linux takes (PATH_MAX)
 
 
 def path_problem(path: Path, on_slurm: bool) -> str:
@@ -57,8 +58,11 @@ def path_problem(path: Path, on_slurm: bool) -> str:
         for part in path.parts
         if len(os.fsencode(part)) > LONGEST_NAME
     ]
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        wrong.append((path.name, f"the whole path has {len(os.fsencode(path)):,} bytes, more than {LONGEST_PATH:,}"))
     if not wrong:  # no filesystem can be asked of what is wrong above
-        wrong += [(str(place), "that is a file") for place in (path, *path.parents) if place.is_file()]
+        there = [place for place in (path, *path.parents) if os.path.lexists(place) and not os.path.isdir(place)]
+        wrong += [(str(place), f"that is {'a file' if place.is_file() else 'no folder'}") for place in there]
     if not wrong:
         return ""
     part, why = wrong[0]

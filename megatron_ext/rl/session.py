@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.inside import expanded
 from data_tools.base.tables import write_table
 from data_tools.progress import Progress, Stop
 from data_tools.tasks.mix import counts_table
@@ -129,7 +130,7 @@ def run(
             judge=lambda drawn: judged(drawn, prompts, outcomes),
         )
     if config.completions and config.log_samples and is_writer():
-        completions.write(keep / SAMPLES, keep / Path(config.completions).expanduser())
+        completions.write(keep / SAMPLES, keep / expanded(config.completions))
     return trained, model_folder.write(out, trainer.model, folder, step=folder.step + trained.step)
 
 
