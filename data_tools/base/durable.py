@@ -292,7 +292,8 @@ def is_plain_path(name: Any) -> bool:
 
 
 def sha256_bytes(data: bytes | str) -> str:
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+    """Return the SHA-256 of bytes, or of a text in UTF-8; JSON may spell halves of pairs, which have a digest, too."""
+    return hashlib.sha256(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

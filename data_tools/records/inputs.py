@@ -1,6 +1,7 @@
 """THE way from what an input names, files, folders and patterns (data/*.jsonl), to the files that are read of it."""
 
 import glob
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -40,9 +41,17 @@ def records_of(name: str) -> list[Path]:
 
 
 def missing(named: Iterable[tuple[str, Path]]) -> list[Problem]:
-    """Refuse what is no file; each is (the setting that names it, path)."""
-    what = [(where, path, "file of records in" if path.is_dir() else "file") for where, path in named]
-    return [Problem(where, f"no {of} {path}; give files that exist") for where, path, of in what if not path.is_file()]
+    """Refuse what is no file, and names that are no Unicode; each is (the setting that names it, path)."""
+    problems = []
+    for where, path in named:
+        if not path.is_file():
+            of = "file of records in" if path.is_dir() else "file"
+            problems.append(Problem(where, f"no {of} {path}; give files that exist"))
+        elif not str(path).isascii() and os.fsencode(path).decode("utf-8", "replace") != str(path):
+            problems.append(
+                Problem(where, f"{ascii(str(path))}: its name is no Unicode, which no report can say; rename it")
+            )
+    return problems
 
 
 def named_twice(named: Sequence[tuple[str, Path]]) -> list[Problem]:

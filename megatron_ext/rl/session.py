@@ -23,6 +23,7 @@ from data_tools.base import durable
 from data_tools.base.inside import expanded
 from data_tools.base.tables import write_table
 from data_tools.progress import Progress, Stop
+from data_tools.tasks.messages import past_template
 from data_tools.tasks.mix import counts_table
 from data_tools.tasks.outcome import Outcomes
 from megatron_ext.model_folders import model_folder
@@ -67,6 +68,8 @@ def run(
     tokenizer, mix, encoding = prompts_of(config, folder)
     if is_writer():
         write_table(keep, "prompts", **counts_table(mix.counts()))
+        for line in past_template(mix.entries, mix.items, tokenizer):
+            print(line, flush=True)
     prompts = MixPrompts(mix, encoding)
     prompts.check()
     held_out = Listed(all_of(mix, mix.evaluated(), config.evaluation.prompts), encoding)
