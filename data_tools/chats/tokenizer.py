@@ -293,7 +293,7 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """Return the end tokens of generation_config.json in a Hugging Face folder, where there is one, and the
     tokenizer's.
 
-    Raises UserMistake for a torn file.
+    Raises UserMistake for a torn file, and for end tokens that are no ids.
     """
     file = folder / "generation_config.json"
     try:
@@ -302,4 +302,7 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
         message = f"is no generation config ({error}): make the model folder again"
         raise UserMistake(Problem(str(file), message)) from None
     ids = named if isinstance(named, list) else [named]
+    if any(token is not None and (type(token) is not int or not 0 <= token < 2**31) for token in ids):
+        message = f"eos_token_id is {named!r:.80}, no id of a token and no list of them: correct it"
+        raise UserMistake(Problem(str(file), message))
     return {token for token in [*ids, tokenizer.eos_id] if token is not None}

@@ -138,3 +138,11 @@ def test_a_row_needs_an_end_which_padding_may_be_too(tmp_path: Path) -> None:
     write_json(config, {**read_json(config), "eos_token": None})
     with pytest.raises(UserMistake, match="has no eos token"):
         encode_row(load_tokenizer(str(tmp_path)), "1+1=", "2")
+
+
+@pytest.mark.parametrize("named", ["x", True, -1, 1.5, [[1]], ["x"], {}, {"a": 1}, 10**30, [2, None, False]])
+def test_end_tokens_that_are_no_ids_are_refused(named, tmp_path):
+    tokenizer = load_tokenizer(str(write_tokenizer(tmp_path)))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    with pytest.raises(UserMistake, match="generation_config.json: eos_token_id is .*, no id of a token"):
+        stop_ids(tmp_path, tokenizer)
