@@ -14,6 +14,7 @@ from data_tools.base import rendezvous
 from data_tools.base.ports import PORTS
 from data_tools.base.rendezvous import NONCE, Client, Meeting, MeetingFailed, MeetingTimeout
 from data_tools.base.rendezvous_server import UNPROVEN, Server
+from data_tools.mistake import UserMistake
 from tests.command import ROOT, wait_for
 
 KEY = b"k" * 32

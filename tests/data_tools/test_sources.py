@@ -1,7 +1,10 @@
 """Keys of `weights` and `overlong_of` name a store's sources by name, path or pattern, and never two in silence."""
 
+import os
+
 import pytest
 
+from data_tools.records.inputs import missing, records_of
 from data_tools.records.sources import by_source, check, forecast
 from data_tools.tasks.task import Source
 

@@ -1,5 +1,6 @@
 """char_tokenizer.py and chat.py: text to ids and back, with and without transformers."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,10 @@ from data_tools.base.durable import read_json, write_json
 from data_tools.chats.char_tokenizer import CHAT_TEMPLATE, write_char_tokenizer
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, encode_row
 from data_tools.chats.encoder import Encoder
-from data_tools.chats.tokenizer import has_template, load_tokenizer
+from data_tools.chats.tokenizer import has_template, load_tokenizer, stop_ids
 from data_tools.mistake import UserMistake
 from data_tools.tasks.calculator import ALPHABET
-from tests.data_tools.chats import tokenizer_of
+from tests.data_tools.chats import tokenizer_of, write_tokenizer
 from tests.inputs import Inputs
 
 texts = st.text(st.sampled_from(ALPHABET), max_size=40)

@@ -8,9 +8,11 @@ import time
 
 import pytest
 
+from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
 from jobs import requeue, retry, stopping
 from jobs.phases import materialize
+from jobs.ranks import rank_from_environment
 from jobs.retry import Cause, End, decide
 from jobs.task import Task
 from launchers.backends.slurm_script import WITHOUT_USR2
