@@ -2,7 +2,9 @@
 all."""
 
 import contextlib
+import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -191,6 +193,7 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(inside(folder, "tokenizer.json")))
     except Exception as error:  # the library raises bare Exception
         raise UserMistake(f"tokenizer {folder}: tokenizer.json is damaged ({error}); write it anew") from None
+    _check_ids(folder, backend)
     backend.no_truncation()  # as transformers does, whatever the file was saved with
     backend.no_padding()
 
@@ -214,6 +217,17 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
         special_tokens=tokens,
         chat_template=_read_template(folder, config),
     )
+
+
+def _check_ids(folder: Path, backend: Any) -> None:
+    """Raise UserMistake where an added token has another id than tokenizer.json says: the library gives it the next one
+    that is free, or the vocabulary's, without a word."""
+    text = (folder / "tokenizer.json").read_text("utf-8")
+    found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    for token in json.JSONDecoder().raw_decode(text, found.end())[0] if found else ():
+        if (own := backend.token_to_id(token["content"])) != token["id"]:
+            said = f"the added token {token['content']!r:.60} has id {token['id']} there, and {own} among all tokens"
+            raise UserMistake(f"tokenizer {folder}: tokenizer.json: {said}; write it anew")
 
 
 def _read_template(folder: Path, config: dict[str, Any]) -> str | None:

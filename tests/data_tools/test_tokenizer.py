@@ -147,3 +147,14 @@ def test_end_tokens_that_are_no_ids_are_refused(named, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     with pytest.raises(UserMistake, match="generation_config.json: eos_token_id is .*, no id of a token"):
         stop_ids(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("ids", [{0: 1}, {0: 1, 1: 0}, {5: 10**6}])
+def test_an_added_token_with_another_id_than_the_library_gives_it_is_refused(ids, tmp_path):
+    folder = write_tokenizer(tmp_path)
+    text = read_json(folder / "tokenizer.json")
+    for place, number in ids.items():
+        text["added_tokens"][place]["id"] = number
+    write_json(folder / "tokenizer.json", text)
+    with pytest.raises(UserMistake, match="tokenizer.json: the added token .* has id"):
+        load_tokenizer(str(folder))
