@@ -206,10 +206,13 @@ def _elements_of(task: dict[str, Any]) -> Sequence[int]:
 
 
 def read_jobs(path: Path) -> list[LocalJob]:
-    """Return the jobs of a submission; before files had a sum over themselves they were a plain list."""
-    if isinstance(jobs := durable.read_json(path), list):
-        return jobs
-    return durable.read_checked(path)["jobs"]
+    """Return the jobs of a submission; before files had a sum they were a plain list. Raise TornFile."""
+    jobs = durable.read_json(path)
+    if not isinstance(jobs, list):
+        jobs = durable.read_checked(path).get("jobs")
+    if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
+        raise durable.TornFile(f"{path} is not what afterok wrote there (no list of jobs)")
+    return jobs
 
 
 def driver_is_alive(state: DriverState) -> bool:
