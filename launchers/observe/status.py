@@ -257,4 +257,4 @@ def _progress(folder: Path, phase: FrozenPhase, running: list[int]) -> Progress:
     return progress
 
 
-_TOLD = {"unit": str, "note": str, "done": (int, float), "total": (int, float)}  # by a running element
+_TOLD: dict[str, Any] = {"unit": str, "note": str, "done": (int, float), "total": (int, float)}  # by a running element
