@@ -49,7 +49,8 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f" ({hint}known: {', '.join(known)})"
 
 
-# What a filesystem refuses, and what its user can do; other OSErrors are bugs and keep their traceback.
+# What a filesystem refuses, and what its user can do; other OSErrors are bugs and keep their traceback. The last ones
+# are of paths that lead to something else than was meant, whoever asks for them.
 _DISK = {
     errno.ENOSPC: "no space is left there; free some (`df -h` shows the filesystem), then submit again",
     errno.EDQUOT: "your disk quota there is used up; free some space, then submit again",
@@ -58,14 +59,22 @@ _DISK = {
     errno.EPERM: "the filesystem does not permit it; work in another folder (--run DIR)",
     errno.EIO: "the filesystem reports an input/output error; submit again once it is well",
     errno.ESTALE: "the filesystem lost the file (stale file handle); submit again once it is well",
+    errno.ENOTDIR: "a file is there where this path has a folder; correct the path",
+    errno.EISDIR: "that is a folder, where a file is wanted; correct the path",
+    errno.ELOOP: "its links lead round in a circle; correct the path, or the links",
+    errno.ENAMETOOLONG: "the path, or a name in it, is longer than the filesystem takes; give a shorter one",
+    errno.ENXIO: "that is a socket or a device, where a file is wanted; correct the path",
 }
+_LONGEST = 300  # characters of a path that are said
 
 
 def disk_problem(error: BaseException, folder: object = "") -> str | None:
-    """Return one line for a full, read-only, forbidden or failing filesystem; None for any other error.
+    """Return one line for a full, read-only, forbidden or failing filesystem, and for a path that leads to something
+    else than was meant; None for any other error.
 
     `folder` is named where the error itself names no file.
     """
     if not isinstance(error, OSError) or error.errno not in _DISK:
         return None
-    return f"{error.filename2 or error.filename or folder or 'a file'}: {_DISK[error.errno]}"
+    path = str(error.filename2 or error.filename or folder or "a file").translate(_BREAKS)
+    return f"{path if len(path) <= _LONGEST else path[:_LONGEST] + '…'}: {_DISK[error.errno]}"

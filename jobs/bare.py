@@ -11,6 +11,7 @@ to standard error. Nothing is sealed. A phase that can stop does so at SIGTERM a
 code 5, and goes on when called again. Exit code 2 and one line for a user's mistake.
 """
 
+from data_tools.base.inside import expanded
 from jobs.stopping import SIGNALS
 
 if __name__ == "__main__":
@@ -56,7 +57,7 @@ class Bare:
         problems = self.kind.check(self.config, placement) + [
             Problem(key, f"{entry!r}: no such file or folder")
             for key, entry, is_hub in inputs(self.kind.config, self.config)
-            if is_hub != "hub" and not Path(entry).expanduser().exists()
+            if is_hub != "hub" and not expanded(entry).exists()
         ]
         if problems:
             raise UserMistake(problems)

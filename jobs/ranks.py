@@ -9,6 +9,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from data_tools.base import rendezvous
 from data_tools.base.ports import free_port
 from data_tools.base.rendezvous import Meeting
 from data_tools.base.rendezvous_server import Server
+from data_tools.mistake import UserMistake
 from jobs import stopping
 from jobs.retry import EXIT_UNFINISHED
 
@@ -46,14 +48,23 @@ def rank_from_environment(environ: Mapping[str, str], expected: int) -> Rank | N
     """Return this process's rank, None when it is no rank of a set of `expected` and has to spawn them.
 
     A batch script and a login shell inside an allocation carry SLURM_PROCID=0 too; only a step of the right size
-    is our srun.
+    is our srun. Raise UserMistake where a variable holds no number.
     """
     if "AFTEROK_RANK" in environ:
-        return Rank(int(environ["AFTEROK_RANK"]), int(environ["LOCAL_RANK"]), int(environ["WORLD_SIZE"]))
+        return Rank(*(number_of(environ, name) for name in ("AFTEROK_RANK", "LOCAL_RANK", "WORLD_SIZE")))
     in_step = "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
-    if in_step and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) == expected:
-        return Rank(int(environ["SLURM_PROCID"]), int(environ.get("SLURM_LOCALID", "0")), expected)
+    if in_step and number_of(environ, "SLURM_STEP_NUM_TASKS", "1") == expected:
+        return Rank(number_of(environ, "SLURM_PROCID"), number_of(environ, "SLURM_LOCALID", "0"), expected)
     return Rank(0, 0, 1) if expected == 1 else None
+
+
+def number_of(environ: Mapping[str, str], name: str, default: str = "") -> int:
+    """Return the whole number in a variable that a launcher sets. Raise UserMistake where it holds none."""
+    text = environ.get(name, default)
+    if not re.fullmatch("[0-9]{1,9}", text):
+        said = f"{text!r:.40} is no whole number" if name in environ else "is not set"
+        raise UserMistake(f"variable {name}: {said}; Slurm's srun, or afterok, sets it for a rank: unset it elsewhere")
+    return int(text)
 
 
 def torch_environment(rank: Rank, gpus: int) -> dict[str, str]:

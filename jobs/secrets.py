@@ -19,9 +19,9 @@ import stat
 import subprocess
 import urllib.parse
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 from typing import Any
 
+from data_tools.base.inside import expanded
 from data_tools.mistake import UserMistake
 from jobs.masking import MaskedOutput
 
@@ -162,7 +162,7 @@ def _value(name: str, reference: str, environment: Mapping[str, str]) -> str:
 
 def _file(name: str, where: str) -> bytes:
     """Return what a file of the user's, which nobody else can read, holds."""
-    path = Path(where).expanduser()
+    path = expanded(where)
     host = os.uname().nodename
     try:
         # Not blocking: a FIFO of that name must not hang the job. The mode is that of what was opened.

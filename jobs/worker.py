@@ -43,7 +43,7 @@ from jobs.artifacts.owner import Owner, slurm_variables
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.kind import PhaseKind, find_kind
 from jobs.last_word import LastWord
-from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
+from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, number_of, rank_from_environment, spawn_ranks, torch_environment
 from jobs.rehearsal import rehearsed_kind
 from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause
 from jobs.schema.references import substitute
@@ -111,13 +111,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.phase not in phases:
             raise UserMistake(f"submission {number} has no phase {args.phase!r} (known: {', '.join(phases)})")
         phase = phases[args.phase]
-        index = args.index if args.index is not None else int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+        index = args.index if args.index is not None else number_of(os.environ, "SLURM_ARRAY_TASK_ID", "0")
         if not 0 <= index < phase.elements:
             raise UserMistake(f"phase {phase.name} has elements 0 to {phase.elements - 1}, not {index}")
+        rank = rank_from_environment(os.environ, phase.processes)
     except (UserMistake, TornFile) as mistake:
         print(f"afterok: {mistake}", file=sys.stderr)
         return EXIT_MISTAKE
-    rank = rank_from_environment(os.environ, phase.processes)
     if rank is None:
         command = _command(run=run, phase=phase.name, index=index, number=number, requeue=args.requeue)
         return spawn_ranks(command, phase.processes, phase.gpus_per_node)

@@ -240,3 +240,10 @@ def test_the_top_level_is_the_house():
         path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.suffix != ".egg-info"
     } - allowed
     assert not extra
+
+
+def test_nobody_asks_pathlib_for_a_home():
+    """It raises RuntimeError for a user that is not known, wherever a path is first looked at."""
+    own = [ROOT / "slurm/profile/files.py"]  # which catches it
+    asking = [path for package in OURS for path in sorted((ROOT / package).rglob("*.py")) if path not in own]
+    assert not [path.name for path in asking if ").expanduser()" in path.read_text()]

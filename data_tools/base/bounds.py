@@ -74,7 +74,9 @@ def open_regular(path: Path) -> BinaryIO:
 def read_bytes(path: Path, bound: Bound) -> bytes:
     """Return what a regular file holds. Raise UserMistake where that is more than the bound, OSError as open does."""
     with open_regular(path) as file:
-        data = file.read(bound.most + 1)
+        data: bytes | None = file.read(bound.most + 1)
+    if data is None:  # of a file of the kernel's that would have to be waited for
+        raise NoFile(0, "gives nothing: it is of the kernel's", str(path))
     if len(data) > bound.most:
         raise UserMistake(Problem(str(path), f"has {bound.exceeded()}"))
     return data

@@ -65,6 +65,8 @@ class Declaration:
             return f"unknown value {value!r}{nearest(str(value).lower(), _spelled(self.choices))}"
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value in self.also:
             return ""
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return f"{_short(value)} does not fit into 64 bits{f'; give {self.legal}' if self.legal else ''}"
         inside = (
             math.isfinite(value)
             and (self.least is None or value >= self.least)
@@ -207,6 +209,12 @@ def _refused(config: Any, where: str) -> Iterator[tuple[Any, "dataclasses.Field[
                 yield from _refused(element, place)
             elif declared and element is not None and (refusal := declared.refusal(element)):
                 yield config, field, Problem(place, refusal)
+
+
+def _short(number: int) -> str:
+    """Return a whole number as text, a long one by its length: Python spells none of thousands of digits."""
+    digits = int(number.bit_length() * math.log10(2)) + 1
+    return str(number) if digits <= 30 else f"a whole number of about {digits:,} digits"
 
 
 def _elements(key: str, value: Any) -> Iterator[tuple[str, Any]]:

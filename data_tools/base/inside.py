@@ -76,7 +76,15 @@ def _real(folder: Path) -> Iterator[Path]:
 def _hub_cache() -> Path:
     """Return where huggingface_hub keeps repositories (its HF_HUB_CACHE), without importing it."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
+    return expanded(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with the home of `~` or `~USER` written out; as it is where none is known, so that it is no file's.
+
+    pathlib's own raises RuntimeError there, in the middle of whatever asks.
+    """
+    return Path(os.path.expanduser(path))
 
 
 def files(folder: Path) -> list[Path]:

@@ -27,6 +27,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.mistake import UserMistake
+
 NONCE = 32  # bytes, and those of an HMAC-SHA256
 PROOF_S = 5.0  # to prove oneself in
 LONGEST = 1 << 28  # bytes of a request or an answer
@@ -76,12 +78,18 @@ def to_environment(meeting: Meeting, port: int) -> dict[str, str]:
 
 
 def of_environment(environment: Mapping[str, str], limit_s: float) -> "Client | None":
-    """Return a connection to the store that this process's environment names; None where it names none."""
+    """Return a connection to the store that this process's environment names; None where it names none. Raise
+    UserMistake where it is not what `to_environment` wrote."""
     if _VARIABLE not in environment:
         return None
-    told = json.loads(environment[_VARIABLE])
-    key = Path(told["key_file"]).read_text() if "key_file" in told else told["key"]
-    meeting = Meeting(told["address"], range(told["port"], told["port"] + 1), told["name"], bytes.fromhex(key.strip()))
+    try:
+        told = json.loads(environment[_VARIABLE])
+        key = Path(told["key_file"]).read_text() if "key_file" in told else told["key"]
+        ports = range(told["port"], told["port"] + 1)
+        meeting = Meeting(told["address"], ports, told["name"], bytes.fromhex(key.strip()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserMistake(f"variable {_VARIABLE}: no meeting of ranks ({why:.80}); afterok sets it: unset it") from None
     return Client(meeting, limit_s, told["port"])
 
 

@@ -12,12 +12,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_tools.base.declared import setting
+from data_tools.base.inside import expanded
 from data_tools.chats.conversation import SCHEMAS, BadRecord, Conversation, RenderedChunk, own_variables, read_record
 from data_tools.chats.encoder import Encoder
 from data_tools.chats.fields import LOSABLE, Fields, inline_reasoning
@@ -303,7 +303,7 @@ def _letters(text: str) -> str:
 
 
 def _load_turns(config: ChatConfig, tokenizer: Tokenizer) -> Turns:
-    source = read_template(Path(config.template).expanduser()) if config.template else tokenizer.chat_template
+    source = read_template(expanded(config.template)) if config.template else tokenizer.chat_template
     if not source:
         raise UserMistake(f"tokenizer {tokenizer.name} has no chat template; name a file in chat.template")
     day = datetime.date.fromisoformat(config.date)

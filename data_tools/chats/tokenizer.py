@@ -2,7 +2,9 @@
 all."""
 
 import contextlib
+import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +13,7 @@ from typing import Any
 
 from data_tools.base import bounds
 from data_tools.base.durable import TornFile, read_json
-from data_tools.base.inside import files, inside
+from data_tools.base.inside import expanded, files, inside
 from data_tools.chats.unknown import CannotEncode, cannot_encode, check_kept, check_unicode, is_unicode, unknown_of
 from data_tools.mistake import Problem, UserMistake
 
@@ -121,7 +123,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
     A folder whose tokenizer.json transformers would use as it stands is read with the `tokenizers` library alone:
     the same ids without the seconds that importing transformers takes. Raise UserMistake when it is not there.
     """
-    folder = _with_files(Path(name_or_path).expanduser())
+    folder = _with_files(expanded(name_or_path))
     if folder.is_dir():
         _check_inside(folder)
         _check_no_code(folder)
@@ -191,6 +193,7 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(inside(folder, "tokenizer.json")))
     except Exception as error:  # the library raises bare Exception
         raise UserMistake(f"tokenizer {folder}: tokenizer.json is damaged ({error}); write it anew") from None
+    _check_ids(folder, backend)
     backend.no_truncation()  # as transformers does, whatever the file was saved with
     backend.no_padding()
 
@@ -214,6 +217,17 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
         special_tokens=tokens,
         chat_template=_read_template(folder, config),
     )
+
+
+def _check_ids(folder: Path, backend: Any) -> None:
+    """Raise UserMistake where an added token has another id than tokenizer.json says: the library gives it the next one
+    that is free, or the vocabulary's, without a word."""
+    text = (folder / "tokenizer.json").read_text("utf-8")
+    found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    for token in json.JSONDecoder().raw_decode(text, found.end())[0] if found else ():
+        if (own := backend.token_to_id(token["content"])) != token["id"]:
+            said = f"the added token {token['content']!r:.60} has id {token['id']} there, and {own} among all tokens"
+            raise UserMistake(f"tokenizer {folder}: tokenizer.json: {said}; write it anew")
 
 
 def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -293,7 +307,7 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """Return the end tokens of generation_config.json in a Hugging Face folder, where there is one, and the
     tokenizer's.
 
-    Raises UserMistake for a torn file.
+    Raises UserMistake for a torn file, and for end tokens that are no ids.
     """
     file = folder / "generation_config.json"
     try:
@@ -302,4 +316,7 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
         message = f"is no generation config ({error}): make the model folder again"
         raise UserMistake(Problem(str(file), message)) from None
     ids = named if isinstance(named, list) else [named]
+    if any(token is not None and (type(token) is not int or not 0 <= token < 2**31) for token in ids):
+        message = f"eos_token_id is {named!r:.80}, no id of a token and no list of them: correct it"
+        raise UserMistake(Problem(str(file), message))
     return {token for token in [*ids, tokenizer.eos_id] if token is not None}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.inside import expanded
 from data_tools.chats.samples import problem_of_evaluated
 from data_tools.mistake import Problem, UserMistake
 from data_tools.records import readers
@@ -33,7 +34,7 @@ def lines_of(folder: str, where: str) -> dict[str, Line]:
 
     Raise UserMistake, of the setting `where`, where there are none, or two of a prompt.
     """
-    file, lines = Path(folder).expanduser() / SAMPLES, {}
+    file, lines = expanded(folder) / SAMPLES, {}
     records = readers.records(file) if file.is_file() else [readers.Record(file, None, "there is no such file")]
     for record in records:
         if record.is_blank:

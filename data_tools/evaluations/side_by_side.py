@@ -15,6 +15,7 @@ from data_tools.base.tables import ShownTable
 from data_tools.evaluations import harness
 from data_tools.evaluations.accuracy import MEANS, REWARDS, Values, difference, intervals_of, samples_of, values_of
 from data_tools.evaluations.lines import RESULT, Line, lines_of
+from data_tools.mistake import Problem, UserMistake
 from data_tools.tasks.estimators import plus_or_minus, standard_error
 
 _LABELS = {"accuracy": "greedy", "accuracy_normalized": "by characters", "sampled_accuracy": "sampled"}
@@ -78,8 +79,11 @@ def side_by_side(folders: Mapping[str, Path]) -> SideBySide:
 def _tasks(folder: Path) -> dict[str, list[Line]]:
     """Return the lines of each task of an evaluation; those of the rows of one task under that task's name."""
     lines, result = list(lines_of(str(folder), "phase").values()), durable.read_json(folder / RESULT)
-    if len(result.get("records", {})) == 1:
-        return dict.fromkeys(result["records"], lines)
+    records = result.get("records", {}) if isinstance(result, dict) else None
+    if not isinstance(records, dict):
+        raise UserMistake(Problem(str(folder / RESULT), "is no result of an evaluation; evaluate again"))
+    if len(records) == 1:
+        return dict.fromkeys(records, lines)
     tasks: dict[str, list[Line]] = {}
     for line in lines:
         tasks.setdefault(str(line["kind"]), []).append(line)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.base.durable import fsync_tree
+from data_tools.base.inside import expanded
 from data_tools.base.json_text import json_line
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import UserMistake
@@ -49,7 +50,7 @@ def export(config: Config, plan: Path, progress: Progress = silent) -> dict[str,
     facts: dict[str, Any] = {}
     if not config.export:
         return facts
-    reader = PackReader(Path(config.store).expanduser(), plan)
+    reader = PackReader(expanded(config.store), plan)
     if "megatron_lm" in config.export:
         tokenizer = load_tokenizer(config.tokenizer)
         facts["megatron_lm"] = to_megatron_lm(

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.base.declared import FILE_OR_NAME, setting
+from data_tools.base.inside import expanded
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.chats.conversation import BadRecord
 from data_tools.chats.encoder import ENCODERS, Encoder, check_encoder
@@ -175,7 +176,7 @@ def origins_of(config: Config) -> list[Origin]:
     if config.recipe:
         return recipes.origins(recipe_of(config), config.recipe_sources)
     names = config.source.inputs or [str(path) for spec in datasets(config) for path in dataset_files(spec)]
-    named = [(name, Path(name).expanduser(), file) for name in names for file in records_of(name)]
+    named = [(name, expanded(name), file) for name in names for file in records_of(name)]
     return [Origin(name if file == path else str(file), file) for name, path, file in named]
 
 
@@ -206,7 +207,7 @@ def _check_files(config: Config) -> Iterator[Problem]:
     where = "recipe_sources ({})" if config.recipe else "source.inputs"
     named = [(where.format(origin.name), origin.path) for origin in origins_of(config)]
     yield from missing(named) + ([] if config.recipe else named_twice(named))
-    if is_path(config.tokenizer) and not Path(config.tokenizer).expanduser().is_dir():
+    if is_path(config.tokenizer) and not expanded(config.tokenizer).is_dir():
         yield Problem("tokenizer", f"no folder {config.tokenizer}; give a tokenizer's folder or a hub name")
 
 
@@ -259,7 +260,7 @@ class _Rows:
         chats = _chats_of(config)
         self.max_tokens, self.is_task = config.max_tokens, bool(config.task) and chats is None
         self.ignored = config.chat.ignored
-        self.evaluated = Contamination(NGRAM).add_files([Path(name).expanduser() for name in config.evaluation_sets])
+        self.evaluated = Contamination(NGRAM).add_files([expanded(name) for name in config.evaluation_sets])
         tokenizer = load_tokenizer(config.tokenizer)
         tokenizer.check_end()
         if self.is_task:

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_tools.base.declared import STORES, setting
 from data_tools.base.durable import fsync_tree, write_json
+from data_tools.base.inside import expanded
 from data_tools.base.seeded import permutation
 from data_tools.base.tables import ShownTable
 from data_tools.mistake import Problem, UserMistake
@@ -171,7 +172,7 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
     if problems:
         raise UserMistake(problems)
     out = Path(out)
-    store = Store(Path(config.store).expanduser())
+    store = Store(expanded(config.store))
     names = source_names(store)
     problems = sources.check(config.weights, config.overlong_of, names)
     if problems:

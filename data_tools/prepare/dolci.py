@@ -22,6 +22,7 @@ import numpy as np
 
 from data_tools.base.declared import SEEDS, setting
 from data_tools.base.durable import canonical_json, fsync_tree
+from data_tools.base.inside import expanded
 from data_tools.base.one_file import open_part
 from data_tools.base.open_cache import OpenCache
 from data_tools.chats.conversation import BadRecord, Conversation, read_record
@@ -215,9 +216,7 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
     to a bucket.
     """
     problems = check(config)
-    problems += [
-        Problem("inputs", f"no file {name}") for name in config.inputs if not Path(name).expanduser().is_file()
-    ]
+    problems += [Problem("inputs", f"no file {name}") for name in config.inputs if not expanded(name).is_file()]
     if problems:
         raise UserMistake(problems)
     encoder = Encoder(load_tokenizer(config.tokenizer))
@@ -225,7 +224,7 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
     sheets, entries = [], bytearray()
     with open(out / ROWS, "wb") as rows:
         for number, name in enumerate(config.inputs):
-            share = open_share(Path(name).expanduser(), index, count)
+            share = open_share(expanded(name), index, count)
             sheet = SourceBalance(name)
             sheets.append(sheet)
             for record in readers.records_of(share):

@@ -22,6 +22,7 @@ from typing import Any
 
 from data_tools.base.declared import setting
 from data_tools.base.durable import fsync_tree
+from data_tools.base.inside import expanded
 from data_tools.base.json_text import json_line
 from data_tools.base.one_file import open_part
 from data_tools.mistake import Problem, UserMistake
@@ -102,7 +103,7 @@ def questions(config: Config) -> dict[str, list[str]]:
         for name, entry in (entries_of(config.mix) if has_tasks else {}).items()
     }
     for name in config.evaluation_sets:
-        path = Path(name).expanduser()
+        path = expanded(name)
         key = path.name if path.name not in found else str(path)
         found[key] = [text for record in readers.records(path) for text in questions_of(record)]
     return found
@@ -150,7 +151,7 @@ def decontaminate(config: Config, out: Path, index: int, count: int, progress: P
     sheets = []
     with open(out / FOUND, "w", encoding="utf-8") as found:
         for name in config.inputs:
-            share, sheet = open_share(Path(name).expanduser(), index, count), SourceBalance(name)
+            share, sheet = open_share(expanded(name), index, count), SourceBalance(name)
             sheets.append(sheet)
             with open(out / out_name(name), "w", encoding="utf-8") as kept:
                 for record in readers.records_of(share):

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from data_tools.base.declared import names_a_file, setting
+from data_tools.base.inside import expanded
 from data_tools.base.yaml_loaders import read_file, read_values
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.recipes.views import KINDS, View
@@ -190,7 +191,7 @@ class _Reader:
 
     def __init__(self, recipe: str, params: Mapping[str, Any]):
         self.name, self.given, self.problems = recipe, params, list[Problem]()
-        self.path = Path(recipe).expanduser() if names_a_file(recipe) else FOLDER / f"{recipe}.yaml"
+        self.path = expanded(recipe) if names_a_file(recipe) else FOLDER / f"{recipe}.yaml"
         self.params: dict[str, Any] = {}
         self.put_in: dict[str, list[str]] = {}  # of each key, the parameters that its value was made of
 

@@ -1,9 +1,11 @@
 """THE way from what an input names, files, folders and patterns (data/*.jsonl), to the files that are read of it."""
 
 import glob
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data_tools.base.inside import expanded
 from data_tools.mistake import Problem, UserMistake
 
 CSV, PARQUET, JSONL = (".csv",), (".parquet",), (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -14,7 +16,7 @@ def named_by(name: str, endings: Sequence[str]) -> list[Path]:
     """Return the files of an input: a file of any name; what a pattern matches, where `**` is any folder below; of a
     folder, such as a phase's, those with one of these endings in any case. Sorted.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return [path]
     found = path.iterdir() if path.is_dir() else []
@@ -25,7 +27,7 @@ def named_by(name: str, endings: Sequence[str]) -> list[Path]:
 
 def matching(pattern: str) -> list[Path]:
     """Return the files that a pattern matches, sorted; none where it is no pattern."""
-    path = str(Path(pattern).expanduser())
+    path = str(expanded(pattern))
     found = map(Path, glob.glob(path, recursive=True)) if glob.has_magic(path) else []
     return sorted(file for file in found if file.is_file())
 
@@ -35,13 +37,21 @@ def records_of(name: str) -> list[Path]:
 
     JSON files of a folder are some where it has no others: phases write JSON of other kinds beside their records.
     """
-    return named_by(name, RECORDS) or named_by(name, JSON) or [Path(name).expanduser()]
+    return named_by(name, RECORDS) or named_by(name, JSON) or [expanded(name)]
 
 
 def missing(named: Iterable[tuple[str, Path]]) -> list[Problem]:
-    """Refuse what is no file; each is (the setting that names it, path)."""
-    what = [(where, path, "file of records in" if path.is_dir() else "file") for where, path in named]
-    return [Problem(where, f"no {of} {path}; give files that exist") for where, path, of in what if not path.is_file()]
+    """Refuse what is no file, and names that are no Unicode; each is (the setting that names it, path)."""
+    problems = []
+    for where, path in named:
+        if not path.is_file():
+            of = "file of records in" if path.is_dir() else "file"
+            problems.append(Problem(where, f"no {of} {path}; give files that exist"))
+        elif not str(path).isascii() and os.fsencode(path).decode("utf-8", "replace") != str(path):
+            problems.append(
+                Problem(where, f"{ascii(str(path))}: its name is no Unicode, which no report can say; rename it")
+            )
+    return problems
 
 
 def named_twice(named: Sequence[tuple[str, Path]]) -> list[Problem]:

@@ -2,12 +2,13 @@
 pass such a template by."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_tools.chats.tokenizer import Tokenizer
 from data_tools.mistake import Problem, UserMistake
 from data_tools.tasks.mix import Entry, MixConfig, compared, entries_of, first_record
-from data_tools.tasks.task import FunctionTask, load_task, task_names, task_options
+from data_tools.tasks.task import FunctionTask, Item, load_task, task_names, task_options
 
 _RENDERED = re.compile(r"<\|[^<>|\s]+\|>")  # written by a template; decides only whether a note is told
 
@@ -40,7 +41,7 @@ def asking_messages(entries: Mapping[str, Entry]) -> list[str]:
 def told_texts(config: MixConfig, has_template: bool | None, model: str) -> list[str]:
     """Say which entries of functions have texts for prompts that pass the chat template of a model folder by, and
     nothing of those that say so. Read the first record of each; of files that are not there yet nothing is told. What a
-    task's own module asks is known once it is run.
+    task's own module asks is known once it is run (`past_template`).
     """
     if not has_template:
         return []
@@ -64,6 +65,24 @@ def told_texts(config: MixConfig, has_template: bool | None, model: str) -> list
                 "say that it is meant: options: {form: text}"
             )
             said.append(message)
+    return said
+
+
+def past_template(entries: Mapping[str, Entry], items: Mapping[str, Sequence[Item]], tokenizer: Tokenizer) -> list[str]:
+    """Say which of users' own entries ask in texts that pass a tokenizer's chat template by, once their prompts are
+    there; nothing of functions whose options say so."""
+    said = []
+    for name, entry in entries.items() if tokenizer.chat_template else ():
+        options = _of_function(entry)
+        if (entry.task or name) in task_names() or (options and options.form):
+            continue
+        texts = sum(isinstance(item.prompt, str) and not _RENDERED.search(item.prompt) for item in items[name])
+        remedy = "say options: {form: message}" if options else "have its `items` give messages"
+        if texts:
+            said.append(
+                f"mix.entries.{name}: {texts:,} of its {len(items[name]):,} prompts are texts, and reach the model as "
+                f"they stand, past the chat template of {tokenizer.name}; {remedy} where that is not meant"
+            )
     return said
 
 

@@ -17,6 +17,7 @@ import ctypes
 import json
 import os
 import pickle
+import re
 import resource
 import secrets
 import signal
@@ -29,6 +30,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from data_tools.mistake import UserMistake
 
 START_LIMIT_S = 300.0  # for a process to import its tasks from a slow shared filesystem
 LONGEST_ANSWER = 4 << 20  # bytes
@@ -52,6 +55,17 @@ class Ended(Exception):
     """Raised with the reason why a process gives no answer and is of no more use."""
 
 
+def memory_gib() -> float:
+    """Return how much memory verifiers may take, in GiB; 0 for no limit. Raise UserMistake where the variable holds no
+    such number."""
+    text = os.environ.get(MEMORY_VARIABLE) or str(MEMORY_GIB)
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]*)?", text):
+        raise UserMistake(
+            f"variable {MEMORY_VARIABLE}: {text!r:.40} is no number of GiB, such as 4 or 0.5; 0: no limit"
+        )
+    return float(text)
+
+
 def _environment() -> dict[str, str]:
     named = filter(None, os.environ.get(ENVIRONMENT_VARIABLE, "").split(","))
     kept = {name: os.environ[name] for name in (*KEPT, *map(str.strip, named)) if name in os.environ}
@@ -63,6 +77,7 @@ class Process:
 
     def __init__(self, begin: str, argument: Any):
         """Start it: `begin`, "module:function", makes of the `argument` the function that answers requests there."""
+        memory_gib()  # said here, and not by a traceback there
         self._socket, theirs = socket.socketpair()
         command = [
             sys.executable,
@@ -226,8 +241,7 @@ def _write(connection: socket.socket, token: bytes, answer: Any) -> None:
 def _limit() -> None:
     """Bound memory and processes, from what the tasks took to load."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    gib = float(os.environ.get(MEMORY_VARIABLE) or MEMORY_GIB)
-    if gib > 0:
+    if (gib := memory_gib()) > 0:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         _lower(resource.RLIMIT_AS, pages * resource.getpagesize() + int(gib * 2**30))
     mine = sum(_threads(folder) for folder in Path("/proc").glob("[0-9]*"))

@@ -1,8 +1,10 @@
-"""What the first line of a file of gathered outcomes says of them (consolidate.py), so that few of them are read."""
+"""What the first line of a file of gathered outcomes says of them (consolidate.py), so that few of them are read; and
+what is an outcome at all."""
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from data_tools.base import durable
 from data_tools.base.indices import Indices
@@ -33,3 +35,19 @@ def read_gathered(line: bytes) -> tuple[list[Gathered], int | None]:
         return found, int(told["others"])
     except (ValueError, KeyError, TypeError):
         return [], None
+
+
+_NUMBERS = {"element": 0, "attempt": 0, "restart": 0, "exit_code": 0, "started": 0.0, "ended": 0.0}
+_TEXTS = ("state", "message", "host", "job", "key", "cause", "node")
+
+
+def is_outcome(told: dict[str, Any]) -> bool:
+    """Take the sum out of a file's object, and return whether it tells of an outcome: one with a sum is what was
+    written, one of before there were sums need not be."""
+    if told.pop(durable.SUM, None) is not None:
+        return True
+    numbers = [told.get(name, default) for name, default in _NUMBERS.items()]
+    numbers += [told[name] for name in ("done", "total") if told.get(name) is not None]
+    return all(isinstance(told.get(name, ""), str) for name in _TEXTS) and all(
+        type(number) in (int, float) and abs(number) < 2**53 for number in numbers
+    )

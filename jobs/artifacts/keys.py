@@ -28,7 +28,8 @@ def content_digest(path: Path, cache: HashCache, follow: bool = True) -> str:
         if path.is_file():
             return cache.sha256(path)
         names = sorted(_files(path, follow))
-        return durable.sha256_bytes("\n".join(f"{p.relative_to(path)} {cache.sha256(p)}" for p in names))
+        told = "\n".join(f"{p.relative_to(path)} {cache.sha256(p)}" for p in names)
+        return durable.sha256_bytes(os.fsencode(told))  # a name need not be Unicode
     except NotADirectoryError:  # neither a file nor a folder
         raise UserMistake(f"{path} is a pipe or a device, which may never end; give a file") from None
     except (FileNotFoundError, PermissionError) as error:

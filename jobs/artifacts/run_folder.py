@@ -23,7 +23,7 @@ from data_tools.base import durable
 from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
 from jobs.artifacts.artifact import Artifact
-from jobs.artifacts.gathered import Gathered, read_gathered
+from jobs.artifacts.gathered import Gathered, is_outcome, read_gathered
 from jobs.artifacts.layout import ArtifactLayout, RunLayout, element_name
 from jobs.artifacts.owner import ENVIRONMENT
 from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
@@ -39,6 +39,7 @@ UNFIT_ON_SLURM = {
     "\\": "Slurm drops it from the names of logs and of jobs",
 }
 LONGEST_NAME = 255  # bytes of one folder's name, on every filesystem in use
+LONGEST_PATH = 4095  # bytes of a whole path that Linux takes (PATH_MAX)
 
 
 def path_problem(path: Path, on_slurm: bool) -> str:
@@ -57,8 +58,11 @@ def path_problem(path: Path, on_slurm: bool) -> str:
         for part in path.parts
         if len(os.fsencode(part)) > LONGEST_NAME
     ]
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        wrong.append((path.name, f"the whole path has {len(os.fsencode(path)):,} bytes, more than {LONGEST_PATH:,}"))
     if not wrong:  # no filesystem can be asked of what is wrong above
-        wrong += [(str(place), "that is a file") for place in (path, *path.parents) if place.is_file()]
+        there = [place for place in (path, *path.parents) if os.path.lexists(place) and not os.path.isdir(place)]
+        wrong += [(str(place), f"that is {'a file' if place.is_file() else 'no folder'}") for place in there]
     if not wrong:
         return ""
     part, why = wrong[0]
@@ -302,7 +306,7 @@ class RunFolder(RunLayout):
         seals = [self.whole_seal(phase, path.parent.name) for path in self.seal_paths(phase)]
         return sorted(
             (seal for seal in seals if seal),
-            key=lambda seal: (seal.content["submission"], seal.content["restart"], seal.content["sealed_at"]),
+            key=lambda seal: tuple(seal.content.get(name, 0) for name in ("submission", "restart", "sealed_at")),
         )
 
     def sealed_before(self, phase: FrozenPhase) -> Path | None:
@@ -364,13 +368,13 @@ class RunFolder(RunLayout):
                 lines.seek(0 if others is None else lines.tell())
                 for line in itertools.islice(lines, others):
                     with contextlib.suppress(ValueError):
-                        found.append(durable.parse_checked(line, path))
+                        if is_outcome(told := durable.parse_checked(line, path)):
+                            found.append(told)
         of_attempt: dict[int, list[Indices]] = {}
         for lives in gathered:
             of_attempt.setdefault(lives.attempt, []).append(lives.elements)
         outcomes = {}
         for told in itertools.chain((told for _, told in self.outcome_files(phase)), found):
-            told.pop(durable.SUM, None)
             with contextlib.suppress(TypeError):
                 outcome = Outcome(**told)
                 is_twin, known = outcome.state == "skipped", of_attempt.get(outcome.attempt, ())
@@ -393,18 +397,16 @@ class RunFolder(RunLayout):
                 if but and number.isdigit() and int(number) in but:
                     continue
                 with contextlib.suppress(ValueError, FileNotFoundError), open(f"{folder}/{name}", "rb") as file:
-                    told = durable.parse_checked(file.read(), name)
-                    told.pop(durable.SUM, None)
-                    yield name, told
+                    if is_outcome(told := durable.parse_checked(file.read(), name)):
+                        yield name, told
 
     def _gathered(self, phase: str) -> Iterator[dict[str, Any]]:
         """Yield the outcomes that were gathered in one file once a phase was sealed (consolidate.py)."""
         for path in self.gathered_outcomes(phase):
             for line in path.read_bytes().splitlines():
                 with contextlib.suppress(ValueError):
-                    told = durable.parse_checked(line, path)
-                    told.pop(durable.SUM, None)
-                    yield told
+                    if is_outcome(told := durable.parse_checked(line, path)):
+                        yield told
 
     def environment(self, phase: FrozenPhase, element: int, attempt: int, restart: int) -> dict[str, Any]:
         """Return the SLURM_* variables that a life of an element found, as its newest lease tells; {} if none does.

@@ -186,6 +186,9 @@ def read_seal(path: Path) -> Seal | None:
     return Seal(path, durable.sha256_bytes(durable.canonical_json(said)), content)
 
 
+LATEST = 2.0**40  # seconds since 1970: what is no time is more
+
+
 def _malformed(content: dict[str, Any]) -> str:
     """Return what a seal says that no seal says; "" where it may be one."""
     kinds = {
@@ -205,6 +208,10 @@ def _malformed(content: dict[str, Any]) -> str:
             return f"has no {name}"
         if not isinstance(content.get(name, kind()), kind):
             return f"has {content[name]!r:.40} for its {name}"
+    for name in ("sealed_at", "started_at"):
+        time = content.get(name, 0.0)
+        if type(time) not in (int, float) or not 0 <= time < LATEST:
+            return f"has {time!r:.40} for its {name}"
     if not durable.is_plain_path(content["root"]):
         return f"names {content['root']!r:.80} for its root, which is no place in its own folder"
     for name, entry in content["files"].items():

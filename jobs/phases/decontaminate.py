@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.inside import expanded
 from data_tools.base.one_file import bundle
 from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
@@ -14,7 +15,7 @@ from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    files = [("inputs", Path(name).expanduser()) for name in config.inputs]
+    files = [("inputs", expanded(name)) for name in config.inputs]
     return decontaminate.check(config) + check_shares(files, placement.elements)
 
 

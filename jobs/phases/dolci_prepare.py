@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.inside import expanded
 from data_tools.base.one_file import bundle
 from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
@@ -15,7 +16,7 @@ from jobs.task import Task
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return dolci.check(config) + check_shares(
-        [("inputs", Path(name).expanduser()) for name in config.inputs], placement.elements
+        [("inputs", expanded(name)) for name in config.inputs], placement.elements
     )
 
 

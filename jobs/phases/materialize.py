@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.inside import expanded
 from data_tools.base.json_text import json_value
 from data_tools.base.one_file import bundle
 from data_tools.base.tables import write_table
@@ -37,7 +38,7 @@ def _check_characters(config: Config, placement: Placement) -> list[Problem]:
 
 def _characters(config: Config, placement: Placement) -> str | None:
     """Return the characters that the tokenizer knows, or will know; None of one that may know any."""
-    folder = Path(config.tokenizer).expanduser()
+    folder = expanded(config.tokenizer)
     known = characters_of(folder) or characters_of(folder / "hf")
     for upstream, forecast in placement.forecasts.items():
         if known is None and config.tokenizer in (upstream, f"{upstream}/hf"):
@@ -57,7 +58,7 @@ def _check_template(config: Config, placement: Placement) -> list[Problem]:
     """Refuse conversations to be rendered by a tokenizer that has no chat template, or will have none."""
     if not materialize.needs_template(config):
         return []
-    known = has_template(Path(config.tokenizer).expanduser())
+    known = has_template(expanded(config.tokenizer))
     for folder, forecast in placement.forecasts.items():
         if known is None and config.tokenizer in (folder, f"{folder}/hf"):
             known = forecast.get("chat_template")
@@ -71,7 +72,7 @@ def _check_blends(config: Config) -> list[Problem]:
     """Refuse Megatron's files of blends, as reading one would, but before anything queues."""
     problems = []
     for place, name in enumerate(config.source.inputs):
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.suffix == ".json" and path.is_file() and path.stat().st_size <= LARGEST_BLEND:
             with contextlib.suppress(ValueError):  # what is no JSON, reading it says
                 try:

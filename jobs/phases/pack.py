@@ -1,8 +1,8 @@
 """Lays a token store's documents into packs of one length: the plan of every batch, apart from the tokens."""
 
-from pathlib import Path
 from typing import Any
 
+from data_tools.base.inside import expanded
 from data_tools.base.printing import count_of
 from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
@@ -15,7 +15,7 @@ from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    store = Path(config.store).expanduser()
+    store = expanded(config.store)
     names = placement.forecasts.get(config.store, {}).get("sources") or sources.of_folder(store)
     return pack.check(config) + (sources.check(config.weights, config.overlong_of, names) if names else [])
 

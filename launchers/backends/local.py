@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -167,7 +168,7 @@ class LocalBackend:
                 if gone and word in (PENDING, RUNNING):
                     word = CANCELLED if word == PENDING else FAILED
                     reason = DRIVER_GONE
-                own = read_elements(task["elements"]) if "elements" in task else [task["index"]]
+                own = _elements_of(task)
                 alike = own if isinstance(own, Indices) and len(own) > 1 else None
                 states.append(TaskState(task["job"], own[0], word, reason, exit_code=task["exit_code"], alike=alike))
         return states
@@ -179,19 +180,39 @@ class LocalBackend:
                 (folder / job).touch()
 
     def _state(self, number: str) -> DriverState | None:
-        """Return what the driver of a submission wrote last; None where nothing can be read."""
+        """Return what the driver of a submission wrote last; None where nothing can be read, or is no state."""
         try:
-            state = durable.read_checked(self._folder(number) / "state.json")
-        except (OSError, ValueError):
+            told = durable.read_checked(self._folder(number) / "state.json")
+            state = DriverState(driver=told["driver"], tasks=told["tasks"])
+            driver_is_alive(state)
+            for task in state["tasks"]:
+                texts, number_or_none = (task["job"], task["state"], task["reason"]), task["exit_code"]
+                if not all(isinstance(text, str) for text in texts) or not isinstance(
+                    number_or_none, (int, type(None))
+                ):
+                    return None
+                _elements_of(task)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # without a sum it may hold anything
             return None
-        return DriverState(driver=state["driver"], tasks=state["tasks"])
+        return state
+
+
+def _elements_of(task: dict[str, Any]) -> Sequence[int]:
+    """Return the elements that stand in a state as one task: at least one."""
+    own = read_elements(task["elements"]) if "elements" in task else [int(task["index"])]
+    if not len(own):
+        raise ValueError("a task of no element")
+    return own
 
 
 def read_jobs(path: Path) -> list[LocalJob]:
-    """Return the jobs of a submission; before files had a sum over themselves they were a plain list."""
-    if isinstance(jobs := durable.read_json(path), list):
-        return jobs
-    return durable.read_checked(path)["jobs"]
+    """Return the jobs of a submission; before files had a sum they were a plain list. Raise TornFile."""
+    jobs = durable.read_json(path)
+    if not isinstance(jobs, list):
+        jobs = durable.read_checked(path).get("jobs")
+    if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
+        raise durable.TornFile(f"{path} is not what afterok wrote there (no list of jobs)")
+    return jobs
 
 
 def driver_is_alive(state: DriverState) -> bool:

@@ -188,11 +188,12 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
 
 def _tell_sealed(status: PhaseStatus, look: Look, phase: FrozenPhase, seal: Seal) -> None:
     """Fill in the status of a phase from its seal."""
-    began = look.first_start(phase.name, seal.content["submission"])
+    ended = seal.content.get("sealed_at", 0.0)
+    began = look.first_start(phase.name, seal.submission)
     if began is None:
-        began = seal.content["started_at"]
-    status.state, status.sealed, status.job = COMPLETED, phase.elements, seal.content["job"]
-    status.seconds = max(0.0, seal.content["sealed_at"] - began)  # two hosts' clocks, for eyes only
+        began = seal.content.get("started_at", ended)
+    status.state, status.sealed, status.job = COMPLETED, phase.elements, seal.content.get("job", "")
+    status.seconds = max(0.0, ended - began)  # two hosts' clocks, for eyes only
     status.facts, status.folder, status.written_before = seal.facts, str(seal.folder), not seal.has_sum
     status.tables = read_tables(look.run.artifact(phase).folder)
     place = readable(look.run, phase.name, seal)
@@ -243,7 +244,9 @@ def _progress(folder: Path, phase: FrozenPhase, running: list[int]) -> Progress:
     for index in running:
         try:
             value = json.loads(progress_path(keep_folder(folder, phase, index), index).read_text())
-        except (OSError, ValueError):
+            if not all(isinstance(value[name], kind) for name, kind in _TOLD.items()):
+                continue
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):  # for eyes only: never believed
             continue
         progress = Progress(
             unit=value["unit"],
@@ -252,3 +255,6 @@ def _progress(folder: Path, phase: FrozenPhase, running: list[int]) -> Progress:
             total=progress.get("total", 0) + value["total"],
         )
     return progress
+
+
+_TOLD: dict[str, Any] = {"unit": str, "note": str, "done": (int, float), "total": (int, float)}  # by a running element

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from data_tools.base import durable
+from data_tools.base.inside import expanded
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.records.hub import is_hub_name
 from data_tools.records.inputs import matching
@@ -256,7 +257,7 @@ class _Planner:
         """Refuse inputs and files of secrets that the container of a phase does not see, and a run it cannot mount."""
         profile, remedy = self.cluster.profile, "add it to the profile's container.mounts, under the same name"
         kept = (own | environment_of(profile, role).secrets).values()
-        secrets = [str(Path(text[5:]).expanduser()) for text in kept if text.startswith("file:")]
+        secrets = [str(expanded(text[5:])) for text in kept if text.startswith("file:")]
         for key, paths in (("with", list(frozen.inputs)), ("resources.role", secrets)):
             what = "the secret's file " if key != "with" else ""
             for hidden in unseen(profile, role, run=self.run.path, paths=paths):
@@ -277,7 +278,7 @@ class _Planner:
             if references(entry):
                 digests.setdefault(key, []).append(str(entry))  # the upstream's key stands for it
                 continue
-            path = Path(entry).expanduser().absolute()
+            path = expanded(entry).absolute()
             if path.exists():
                 files[str(path)] = content_digest(path, self.cache)
                 digests.setdefault(key, []).append(files[str(path)])
@@ -408,7 +409,7 @@ def _absolute_inputs(phase: Phase, settings: dict[str, Any]) -> dict[str, Any]:
     fields = {key for key, _, _ in inputs(phase.kind.config, phase.config)}
 
     def absolute(entry: Any) -> list[Any]:
-        path = Path(str(entry)).expanduser()
+        path = expanded(str(entry))
         if references(entry) or not (path.exists() or matching(str(path))):
             return [entry]
         return [str(file.absolute()) for file in ([path] if path.exists() else matching(str(path)))]

@@ -48,7 +48,7 @@ class Journal:
         told = durable.read_checked(path)
         try:
             return Journal([step_of(record) for record in told["steps"]], told["live"])
-        except (KeyError, TypeError):
+        except (LookupError, TypeError, AttributeError, ValueError):
             raise durable.TornFile(f"{path} is no journal (edited, or of another version of afterok)") from None
 
     def shown(self, backend: Backend, number: int) -> list[str]:

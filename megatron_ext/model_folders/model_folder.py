@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
-from data_tools.base.inside import files, inside
+from data_tools.base.inside import expanded, files, inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.files import step_manifest
 from megatron_ext.lora import settings as loras
@@ -106,7 +106,7 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
     folder: its checkpoint `step`, or with 0 what it sealed, else the newest. Raises UserMistake where there is none
     such. No torch.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if step == 0:
         for name, weights in (("model.json", "weights"), (step_manifest.MANIFEST, "state")):
             if (path / name).is_file():

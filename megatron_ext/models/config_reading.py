@@ -20,6 +20,7 @@ WITHOUT_EFFECT = {  # special tokens, initial values, caches and outputs, names
     "is_llama_config", "max_sequence_length", "transformers.js_config", "unsloth_fixed",  # of other programs
 }  # fmt: skip
 OFF = dict.fromkeys(("add_cross_attention", "is_decoder", "is_encoder_decoder", "rope_interleaved"), False)  # of none
+MOST_LAYERS, LARGEST = 1 << 16, 1 << 40  # what is known of each layer is listed; no model has sizes near to these
 BESIDE_ROPE = {"rope_theta", "partial_rotary_factor"}  # older files have them beside the other settings
 ROPE_KEYS = ("rope_parameters", "rope_scaling", *sorted(BESIDE_ROPE))
 
@@ -40,7 +41,7 @@ class Reading:
     def sizes(self, names: Mapping[str, str]) -> dict[str, int]:
         """Return {field: value} of {field: key}, each a positive number that the file must have.
 
-        A field whose key is missing or no size is left out, and is a problem.
+        A field whose key is missing, no size, or more than any model has, is left out, and is a problem.
         """
         sizes = {}
         for field, key in names.items():
@@ -49,6 +50,8 @@ class Reading:
                 self.wrong(f"{key} is missing")
             elif type(value) is not int or value < 1:
                 self.wrong(f"{key} is {value!r}, not a size")
+            elif value > (most := MOST_LAYERS if field == "layers" else LARGEST):
+                self.wrong(f"{key} is {value:,}, more than {most:,}, the most that is read")
             else:
                 sizes[field] = value
         return sizes

@@ -116,12 +116,21 @@ def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
     return parse_config(config, str(path))
 
 
+def _is_beyond(value: Any) -> bool:
+    """Return whether a value of JSON is, or holds, a whole number that neither an index nor a float could take."""
+    if isinstance(value, (dict, list)):
+        return any(map(_is_beyond, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
+
+
 def parse_config(config: Any, where: str) -> tuple[Family | None, Any, list[Problem]]:
     """Read family and dimensions of a parsed config.json that will lie at `where`, or the problems with it."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), list(MODEL_TYPES)))]
     family = Family(MODEL_TYPES[kind])
+    if beyond := [key for key, value in config.items() if _is_beyond(value)]:
+        return family, None, [Problem(where, f"{key} has a whole number that 64 bits do not hold") for key in beyond]
     dims, problems = family.config.read(config, where)
     if dims is not None and (problems := [Problem(where, message) for message in lost(config, family, dims)]):
         dims = None

@@ -14,6 +14,7 @@ from typing import Any
 
 from data_tools.base import durable
 from data_tools.progress import Progress, Stop, Stopped
+from data_tools.tasks.messages import past_template
 from data_tools.tasks.mix import Draw, Mix, entries_of
 from data_tools.tasks.outcome import Outcomes
 from megatron_ext.model_folders.model_folder import ModelFolder
@@ -60,6 +61,8 @@ def run(
         durable.write_json(keep / RECORDS, mix.counts())
     draws = all_of(mix, list(mix.items))[index::count]
     prompts, texts = _spelled(config, folder, draws)
+    for line in past_template(mix.entries, mix.items, texts.tokenizer) if folder and backend.is_writer else ():
+        print(line, flush=True)
     names = [draw.item.uid for draw in draws]
     named = {**identity, "prompts": names, "scoring": mix.scoring(draws), "chunk": config.chunk}
     key = durable.sha256_bytes(durable.canonical_json(named))

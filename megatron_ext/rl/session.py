@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.inside import expanded
 from data_tools.base.tables import write_table
+from data_tools.chats.tokenizer import Tokenizer
 from data_tools.progress import Progress, Stop
-from data_tools.tasks.mix import counts_table
+from data_tools.tasks.messages import past_template
+from data_tools.tasks.mix import Mix, counts_table
 from data_tools.tasks.outcome import Outcomes
 from megatron_ext.model_folders import model_folder
 from megatron_ext.model_folders.model_folder import ModelFolder
@@ -65,7 +68,7 @@ def run(
     sampling = config.sampling
     tokenizer, mix, encoding = prompts_of(config, folder)
     if is_writer():
-        write_table(keep, "prompts", **counts_table(mix.counts()))
+        _tell_prompts(keep, mix, tokenizer)
     prompts = MixPrompts(mix, encoding)
     prompts.check()
     held_out = Listed(all_of(mix, mix.evaluated(), config.evaluation.prompts), encoding)
@@ -129,8 +132,15 @@ def run(
             judge=lambda drawn: judged(drawn, prompts, outcomes),
         )
     if config.completions and config.log_samples and is_writer():
-        completions.write(keep / SAMPLES, keep / Path(config.completions).expanduser())
+        completions.write(keep / SAMPLES, keep / expanded(config.completions))
     return trained, model_folder.write(out, trainer.model, folder, step=folder.step + trained.step)
+
+
+def _tell_prompts(keep: Path, mix: Mix, tokenizer: Tokenizer) -> None:
+    """Write the table of the prompts, and into the log which of them a chat template does not see."""
+    write_table(keep, "prompts", **counts_table(mix.counts()))
+    for line in past_template(mix.entries, mix.items, tokenizer):
+        print(line, flush=True)
 
 
 def _trainer(config: GrpoSettings, folder: ModelFolder) -> Trainer:

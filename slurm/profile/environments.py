@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from data_tools.base.inside import expanded
 from slurm.profile.schema import Env, Profile, RoleEnv
 
 
@@ -49,9 +50,9 @@ def hub_cache(profile: Profile, role: str, environment: Mapping[str, str]) -> Pa
     sent = environment if profile.kind == "local" else {name: environment.get(name, "") for name in env.forward}
     said = {name: value for name, value in sent.items() if value} | site_variables(profile) | env.set
     if folder := said.get("HF_HUB_CACHE") or said.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(folder).expanduser()
+        return expanded(folder)
     home = Path(said.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(said.get("HF_HOME") or home).expanduser() / "hub"
+    return expanded(said.get("HF_HOME") or home) / "hub"
 
 
 def why_not_shared(profile: Profile, folder: Path) -> str:
@@ -60,7 +61,7 @@ def why_not_shared(profile: Profile, folder: Path) -> str:
     if profile.kind == "local" or not shared:
         return ""
     real = folder.resolve()
-    if any(real.is_relative_to(Path(place).expanduser().resolve()) for place in shared):
+    if any(real.is_relative_to(expanded(place).resolve()) for place in shared):
         return ""
     return (
         f"{folder} is in no folder that profile {profile.meta.name} says all nodes share ({', '.join(shared)}); "

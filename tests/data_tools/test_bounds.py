@@ -18,6 +18,7 @@ from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.records import readers, shares
 from data_tools.records.csv_tables import read_table
+from data_tools.tasks import process
 from tests.data_tools.chats import write_tokenizer
 from tests.data_tools.test_readers import spell
 
@@ -207,3 +208,14 @@ def test_a_pipe_is_told_by_its_name_and_not_waited_for(read, tmp_path):
     with pytest.raises(bounds.NoFile) as told:
         read(tmp_path / "pipe")
     assert str(told.value) == f"{tmp_path}/pipe is no regular file: a pipe, a device or a folder"
+
+
+@pytest.mark.parametrize("text", ["no", "nan", "1e400", "-1", "0x4", "٣", "9" * 400])
+def test_the_memory_of_verifiers_is_a_number(text, monkeypatch):
+    """Said where they are begun, and not by a traceback of theirs."""
+    monkeypatch.setenv(process.MEMORY_VARIABLE, text)
+    with pytest.raises(UserMistake, match="AFTEROK_VERIFIER_GIB: .* is no number of GiB"):
+        process.Process("builtins:print", None)
+    for good, gib in (("0", 0.0), ("0.5", 0.5), ("", process.MEMORY_GIB)):
+        monkeypatch.setenv(process.MEMORY_VARIABLE, good)
+        assert process.memory_gib() == gib

@@ -123,3 +123,17 @@ def test_a_setting_is_described_with_those_below_it():
         "mapping", "mapping", "dict[str, float]", "int | null", "dict[str, any]"
     ]  # fmt: skip
     assert found["own"].help == "" and found["own"].default == -1.0 and found["name"].needed
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400, 10**5000], ids=lambda n: f"{n.bit_length()} bits")
+def test_a_whole_number_beyond_64_bits_is_refused_and_said_in_a_short_line(number):
+    """Python makes no float of it, and no text of thousands of digits. What has no bound of its own is refused, too."""
+
+    @dataclass
+    class Sizes:
+        bounded: int = setting(1, "a size", least=1)
+        open: int = setting(1, "any number", free=True)
+
+    told = declared.check(Sizes(number, number))
+    assert [problem.where for problem in told] == ["bounded", "open"]
+    assert all("64 bits" in problem.message and len(problem.message) < 120 for problem in told)

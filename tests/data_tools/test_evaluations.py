@@ -210,3 +210,11 @@ def test_results_and_samples_have_the_harness_names(tmp_path):
     for row in rows:
         assert set(row["metrics"]) <= set(row) and row["target"] == "4" and len(row["doc_hash"]) == 64
     assert rows[0]["exact_match"] == 1.0 and rows[2]["exact_match"] == 0.0
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "1", '"x"', '{"records": []}', '{"records": 1}', "{", ""])
+def test_a_result_that_is_none_is_named(text, tmp_path):
+    (tmp_path / "samples.jsonl").write_text("")
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises((UserMistake, durable.TornFile), match="result.json"):
+        side_by_side({"one": tmp_path})

@@ -14,6 +14,7 @@ from data_tools.base import rendezvous
 from data_tools.base.ports import PORTS
 from data_tools.base.rendezvous import NONCE, Client, Meeting, MeetingFailed, MeetingTimeout
 from data_tools.base.rendezvous_server import UNPROVEN, Server
+from data_tools.mistake import UserMistake
 from tests.command import ROOT, wait_for
 
 KEY = b"k" * 32
@@ -302,3 +303,13 @@ def test_more_ranks_than_the_soft_limit_of_open_files_are_let_in():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done
+
+
+@pytest.mark.parametrize("text", [
+    "", "x", "[]", "null", "{}", '{"key": 1}', '{"key_file": "/nonexistent", "address": "", "port": 1, "name": ""}',
+    '{"key": "zz", "address": "", "port": 1, "name": ""}', '{"key": "00", "address": "", "port": "x", "name": ""}',
+    "[" * 100_000,
+])  # fmt: skip
+def test_a_meeting_that_is_none_is_a_mistake(text):
+    with pytest.raises(UserMistake, match="AFTEROK_MEETING: no meeting of ranks"):
+        rendezvous.of_environment({"AFTEROK_MEETING": text}, 1.0)

@@ -1,7 +1,10 @@
 """Keys of `weights` and `overlong_of` name a store's sources by name, path or pattern, and never two in silence."""
 
+import os
+
 import pytest
 
+from data_tools.records.inputs import missing, records_of
 from data_tools.records.sources import by_source, check, forecast
 from data_tools.tasks.task import Source
 
@@ -69,3 +72,12 @@ def test_a_store_that_is_to_come_has_the_sources_of_its_files(tmp_path, monkeypa
     (tmp_path / "d.jsonl").mkdir()
     for unsure in ("d.jsonl", "*.jsonl", "/run/kept/K"):
         assert forecast(Source([unsure])) is None
+
+
+def test_names_that_are_no_unicode_are_refused_and_unknown_homes_are_no_files(tmp_path):
+    (tmp_path / os.fsdecode(b"l\xe4ufe.jsonl")).write_text("{}\n")
+    (tmp_path / "läufe.jsonl").write_text("{}\n")
+    told = missing([("source.inputs", file) for file in records_of(f"{tmp_path}/*.jsonl")])
+    assert len(told) == 1 and "its name is no Unicode" in str(told[0]) and str(told[0]).isascii()
+    (problem,) = missing([("source.inputs", file) for file in records_of("~nobody_of_this_name/x.jsonl")])
+    assert "no file ~nobody_of_this_name/x.jsonl" in str(problem)

@@ -1,5 +1,6 @@
 """char_tokenizer.py and chat.py: text to ids and back, with and without transformers."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,10 @@ from data_tools.base.durable import read_json, write_json
 from data_tools.chats.char_tokenizer import CHAT_TEMPLATE, write_char_tokenizer
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, encode_row
 from data_tools.chats.encoder import Encoder
-from data_tools.chats.tokenizer import has_template, load_tokenizer
+from data_tools.chats.tokenizer import has_template, load_tokenizer, stop_ids
 from data_tools.mistake import UserMistake
 from data_tools.tasks.calculator import ALPHABET
-from tests.data_tools.chats import tokenizer_of
+from tests.data_tools.chats import tokenizer_of, write_tokenizer
 from tests.inputs import Inputs
 
 texts = st.text(st.sampled_from(ALPHABET), max_size=40)
@@ -138,3 +139,22 @@ def test_a_row_needs_an_end_which_padding_may_be_too(tmp_path: Path) -> None:
     write_json(config, {**read_json(config), "eos_token": None})
     with pytest.raises(UserMistake, match="has no eos token"):
         encode_row(load_tokenizer(str(tmp_path)), "1+1=", "2")
+
+
+@pytest.mark.parametrize("named", ["x", True, -1, 1.5, [[1]], ["x"], {}, {"a": 1}, 10**30, [2, None, False]])
+def test_end_tokens_that_are_no_ids_are_refused(named, tmp_path):
+    tokenizer = load_tokenizer(str(write_tokenizer(tmp_path)))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    with pytest.raises(UserMistake, match="generation_config.json: eos_token_id is .*, no id of a token"):
+        stop_ids(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("ids", [{0: 1}, {0: 1, 1: 0}, {5: 10**6}])
+def test_an_added_token_with_another_id_than_the_library_gives_it_is_refused(ids, tmp_path):
+    folder = write_tokenizer(tmp_path)
+    text = read_json(folder / "tokenizer.json")
+    for place, number in ids.items():
+        text["added_tokens"][place]["id"] = number
+    write_json(folder / "tokenizer.json", text)
+    with pytest.raises(UserMistake, match="tokenizer.json: the added token .* has id"):
+        load_tokenizer(str(folder))

@@ -1,11 +1,13 @@
 """What ranks do on pretended GPUs, and the same on the CPU."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import tensor_parallel
@@ -16,6 +18,7 @@ from megatron_ext.lora import adapters, pairs, peft_format
 from megatron_ext.lora.settings import BARE
 from megatron_ext.models.registry import Family, unwrap
 from megatron_ext.parallel import ranks
+from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout import cache
 from megatron_ext.rollout.engine import Engine
@@ -48,8 +51,10 @@ def left_behind(parts: list[Any]) -> list[str]:
     return sorted({name for name, tensor in held if tensor.device != device()})
 
 
-def built(of: Any, hf: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32) -> list[Any]:
-    parts = tiny.family(of).build(of, plan, dtype)
+def built(
+    of: Any, hf: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32, made_of: Parts = OURS
+) -> list[Any]:
+    parts = tiny.family(of).build(of, plan, dtype, made_of)
     for part in parts:
         convert.import_weights(part, hf, tiny.family(of), of)
     assert not (names := left_behind(parts)), names
@@ -77,15 +82,31 @@ def rollouts(model: Any, kinds: Sequence[str] = tuple(SAMPLINGS), **settings: An
     return found
 
 
-def decoded(of: Any, folder: Path, plan: ParallelPlan = ALONE, **settings: Any) -> dict[str, list]:
+def decoded(
+    of: Any, folder: Path, plan: ParallelPlan = ALONE, made_of: Parts = OURS, **settings: Any
+) -> dict[str, list]:
     """Return `rollouts` of a model as it was imported, where they leave random states as they were."""
     with ranks.started(plan):
-        (model,) = built(of, tiny.hf_folder(folder, of), plan)
+        (model,) = built(of, tiny.hf_folder(folder, of), plan, made_of=made_of)
         tracker = tensor_parallel.get_cuda_rng_tracker()
         before = tracker.get_states()
         found = rollouts(model, **settings)
         assert all(torch.equal(states, before[name]) for name, states in tracker.get_states().items())
         return found
+
+
+def checkpoints(of: Any, folder: Path, plan: ParallelPlan, made_of: Parts) -> list[int]:
+    """Return how often megatron-core's checkpoints are called in rollouts of recorded passes, and in rollouts of a
+    model that is left as it is in training.
+    """
+    called = []
+    with ranks.started(plan):
+        (model,) = built(of, tiny.hf_folder(folder, of), plan, made_of=made_of)
+        for left, graphs in ((contextlib.nullcontext(), True), (mock.patch.object(type(model), "eval"), False)):
+            with left, mock.patch.object(tensor_parallel, "checkpoint", wraps=tensor_parallel.checkpoint) as kept:
+                rollouts(model.train(), ["greedy"], cuda_graphs=graphs)
+            called.append(kept.call_count)
+    return called
 
 
 def walk(of: Any, folder: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

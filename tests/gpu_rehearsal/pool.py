@@ -38,6 +38,12 @@ class PretendedRanks(Ranks):
         gloo._serve(connection, rank, world_size)
 
 
+class PretendedTeRanks(RehearsalRanks):
+    """Ranks on pretended GPUs that find the stand-ins as well."""
+
+    serve = staticmethod(PretendedRanks.serve)
+
+
 def call(name: str, given: dict[str, Any], module: str = "te_ranks") -> Any:
     """Call a function of a module beside this file, which imports megatron-core."""
     return getattr(importlib.import_module(f"tests.gpu_rehearsal.{module}"), name)(**given)

@@ -11,7 +11,8 @@ from megatron_ext.device import NoOwnGpu, own_gpu
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.ranks import _check_own_gpu
 from megatron_ext.rl.settings import Loss
-from tests.gpu_rehearsal.pool import PretendedRanks, on_device
+from tests.gpu_rehearsal.mixtures import by_auto
+from tests.gpu_rehearsal.pool import PretendedRanks, PretendedTeRanks, on_device
 from tests.megatron_ext import tiny
 from tests.megatron_ext.gloo import Ranks
 
@@ -35,6 +36,14 @@ FORGOTTEN = (  # device_ranks.FORGOTTEN
 def pretended():
     """One rank on a pretended GPU."""
     ranks = PretendedRanks(1)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def pretended_te():
+    """One rank on a pretended GPU that finds the stand-ins."""
+    ranks = PretendedTeRanks(1)
     yield ranks
     ranks.close()
 
@@ -115,6 +124,20 @@ def test_recorded_passes_draw_what_others_draw(pretended, family, tmp_path):
         (found,) = on_device(pretended, "decoded", of=FAMILIES[family], folder=folder, cuda_graphs=recorded)
         drawn.append({kind: [tokens for tokens, *_ in samples] for kind, samples in found.items()})
     assert drawn[0] == drawn[1]
+
+
+def test_recorded_passes_over_transformer_engine_hold_no_checkpoint_of_whole_layers(pretended_te, tmp_path):
+    """Of `recompute: full`, which is for training alone: they draw what others draw."""
+    given = dict(of=tiny.DIMS, plan=ParallelPlan(recompute="full"), made_of=by_auto(tiny.DIMS))
+    assert given["made_of"].uses_te
+    (recorded,), (passed,) = (
+        on_device(pretended_te, "decoded", folder=tmp_path / str(graphs), cuda_graphs=graphs, **given)
+        for graphs in (True, False)
+    )
+    for kind, samples in passed.items():
+        assert [tokens for tokens, *_ in recorded[kind]] == [tokens for tokens, *_ in samples], kind
+    ((recorded, left_in_training),) = on_device(pretended_te, "checkpoints", folder=tmp_path / "counted", **given)
+    assert recorded == 0 < left_in_training
 
 
 def test_recorded_passes_ask_for_no_random_state(pretended, tmp_path):

@@ -1,5 +1,6 @@
 """No altered file of a run is read with another meaning: single edits of every kind of JSON that decides something."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -131,7 +132,7 @@ def outcome(folder: Path) -> Path:
 
 def driver(folder: Path) -> Path:
     (folder / "local/1").mkdir(parents=True)
-    task = {"phase": "p", "job": "1.0", "index": 0, "state": "COMPLETED", "exit_code": 0, "restart": 0}
+    task = {"phase": "p", "job": "1.0", "index": 0, "state": "COMPLETED", "reason": "", "exit_code": 0}
     durable.write_checked(
         folder / "local/1/state.json", {"driver": dataclasses.asdict(Owner.me(1, 0)), "tasks": [task]}
     )
@@ -314,3 +315,32 @@ def test_a_torn_key_of_a_meeting_is_refused(tmp_path, torn):
     (run.submission_folder(1) / "meeting_key").write_bytes(torn)
     with pytest.raises(UserMistake, match="meeting_key holds no key .truncated or edited.; delete that file"):
         run.meeting_key(1)
+
+
+OTHERS = (None, True, -1, 1.5, 10**400, float("inf"), "", "x", "\ud800", [], [[1]], {}, {"a": {}})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rollouts"])
+def test_a_value_of_another_type_in_a_file_without_a_sum_is_refused_or_read(kind, tmp_path):
+    """Such files are of before there were sums, or somebody's: what is in them is not taken on trust."""
+    make, read = KINDS[kind]
+    path = make(tmp_path)
+    first, *more = path.read_text().splitlines(keepends=True) if path.suffix == ".jsonl" else [path.read_text()]
+    whole = json.loads(first)
+    whole.pop(durable.SUM, None)
+    for key in whole:
+        for other in OTHERS:
+            path.write_text("".join([json.dumps({**whole, key: other}), "\n", *more]))
+            with contextlib.suppress(*REFUSED):
+                read(path)
+        path.write_text("".join([json.dumps({name: whole[name] for name in whole if name != key}), "\n", *more]))
+        with contextlib.suppress(*REFUSED):
+            read(path)
+
+
+@pytest.mark.parametrize("levels", [100, 480, 600, 900, 985, 5000])
+@pytest.mark.parametrize("end", ["", ', "sum": "sum:0123456789abcdef"'])
+def test_a_file_nested_deep_is_read_or_torn(levels, end):
+    for opened, closed in (("[", "]"), ('{"b": ', "}")):
+        with contextlib.suppress(TornFile):
+            durable.parse_checked(f'{{"a": {opened * levels}1{closed * levels}{end}}}', "file")

@@ -8,9 +8,11 @@ import time
 
 import pytest
 
+from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
 from jobs import requeue, retry, stopping
 from jobs.phases import materialize
+from jobs.ranks import rank_from_environment
 from jobs.retry import Cause, End, decide
 from jobs.task import Task
 from launchers.backends.slurm_script import WITHOUT_USR2
@@ -226,3 +228,14 @@ def test_materialize_stops_when_asked_to(tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         materialize.run(materialize.Config(), task_of(tmp_path, lambda: True))
     assert not seen and not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1.5", "0x1", "٣", "9" * 400])
+@pytest.mark.parametrize("others", [{}, {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}])
+def test_a_rank_that_is_no_number_is_a_mistake(text, others):
+    with pytest.raises(UserMistake, match="variable (AFTEROK_RANK|LOCAL_RANK): .* (no whole number|not set)"):
+        rank_from_environment({"AFTEROK_RANK": text, **others}, 2)
+    with pytest.raises(UserMistake, match="variable SLURM_PROCID"):
+        rank_from_environment({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": text}, 2)
+    with pytest.raises(UserMistake, match="LOCAL_RANK: is not set"):
+        rank_from_environment({"AFTEROK_RANK": "0"}, 2)

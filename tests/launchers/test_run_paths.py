@@ -2,6 +2,7 @@
 which run, and which sealed result of it, is meant.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,22 @@ def test_what_is_sealed_under_settings_of_before_is_named_where_the_newest_ones_
     assert any("sealed earlier, under other settings or inputs: data" in note for note in status.notes)
     with pytest.raises(UserMistake, match=f"data is not sealed yet; under other .*{before}"):
         find_sealed(planted.run, "data")
+
+
+def test_what_is_there_and_no_folder_is_in_the_way_as_a_path_too_long_is(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("loop", "nowhere", "pipe", "pipe/below", "a/" * 2100):
+        assert path_problem(tmp_path / name, False), name
+
+
+@pytest.mark.parametrize("verb", ["plan", "status", "why", "ls", "path"])
+@pytest.mark.parametrize("name", ["n" * 300, "a/" * 3000, "loop", "file/below", "~nobody_here/x"])
+def test_a_path_that_leads_nowhere_is_one_line_of_every_verb(tmp_path, monkeypatch, capsys, verb, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    assert main([verb, name, *(["a"] if verb == "path" else [])]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("afterok: ") and told.count("\n") == 1

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.task import progress_path
 from launchers.backends.contract import States, TaskState
 from launchers.observe.gpu_hours import Span, gpu_hours, spans
 from launchers.observe.look import Look, _going_on_besides
 from launchers.observe.show import format_seconds
-from launchers.observe.status import _worst
+from launchers.observe.status import _worst, run_status
 from launchers.planning.ledger import JobEntry, Ledger
 from slurm.client import Slurm
 from tests.command import (
@@ -29,6 +30,7 @@ from tests.command import (
     wait_for,
     write_toy,
 )
+from tests.launchers.planted_run import in_progress
 
 KEY = "0123456789abcdef"
 HOUR = 3600.0
@@ -409,3 +411,18 @@ def test_a_slurmdbd_that_hangs_is_waited_for_once(tmp_path, accounted_cluster):
         assert report["findings"][0]["cause"] == "cancelled"
     finally:
         accounted_cluster.kill_daemon("slurmdbd", signal.SIGCONT)
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "null", "1", "{}", "[" * 100_000, '{"done": "x", "total": 4, "unit": "steps", "note": ""}',
+    '{"done": 1, "total": null, "unit": "steps", "note": ""}', '{"done": 1, "total": 4, "unit": [], "note": {}}',
+])  # fmt: skip
+def test_progress_that_is_none_is_not_told(tmp_path, text):
+    planted = in_progress(tmp_path / "run")
+    path = progress_path(planted.run.artifact(planted.phases["sft"]).folder, 0)
+    path.parent.mkdir()
+    told = {}
+    for number, written in enumerate(['{"done": 1, "total": 4, "unit": "steps", "note": ""}', text]):
+        path.write_text(written)
+        told[number] = next(phase for phase in run_status(planted.run).phases if phase.phase == "sft").progress
+    assert told[0] and not told[1]

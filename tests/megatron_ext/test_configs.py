@@ -232,3 +232,15 @@ def test_weights_of_a_model_with_another_function_are_no_start(tmp_path):
     model_folder.check_same_model(ours, ours.weights)
     with pytest.raises(UserMistake, match="init_from: .* is not of the model .*: rms_norm_eps is 1e-05, not 1e-06"):
         model_folder.check_same_model(ours, theirs.weights)
+
+
+@pytest.mark.parametrize("number", [2**16 + 1, 2**31, 2**63, 10**400, -(10**400)])
+def test_numbers_that_no_model_has_are_refused_by_name(dims, number):
+    """Neither a list of 2**31 layers is made of them, nor a float, which would end in a traceback."""
+    file = file_of(dims)
+    others = [key for key, value in file.items() if type(value) in (int, float)] if abs(number) >= 2**63 else []
+    for key in ("num_hidden_layers", *others):
+        _, read, problems = parse_config({**file, key: number}, "config.json")
+        assert read is None and key in " ".join(map(str, problems)), key
+    nested = {"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}
+    assert "rope_parameters" in str(parse_config({**file, **nested}, "config.json")[2])

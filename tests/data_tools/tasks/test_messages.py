@@ -3,13 +3,14 @@
 import gzip
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 
 from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import load_tokenizer
-from data_tools.tasks.messages import check_template, told_texts
-from data_tools.tasks.mix import Entry, MixConfig, load_items
+from data_tools.tasks.messages import check_template, past_template, told_texts
+from data_tools.tasks.mix import Entry, Mix, MixConfig, load_items
 from data_tools.tasks.task import Source, check_options
 from jobs.kind import Placement
 from tests.data_tools.chats import write_tokenizer
@@ -66,6 +67,33 @@ def test_a_text_becomes_a_users_message_where_the_options_say_so(tmp_path, monke
     (entry,) = mix_of(tmp_path, CHAT).entries.values()
     (item,) = load_items("mine", Entry(**{**vars(entry), "task": "scored_here:reward"}))
     assert asked[""] == asked["text"] == "2+2=" and asked["message"] == encoder.text(item.prompt) != "2+2="
+
+
+OWN = """
+from dataclasses import dataclass
+from data_tools.tasks.task import Item
+@dataclass
+class Options:
+    pass
+def items(record, options):
+    return [Item.of(record["asked"])]
+def rewards(item, completion, options):
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("asked, said", [("2+2=", 1), (CHAT["messages"], 0), ("<|im_start|>user\n2+2=", 0)])
+def test_the_run_says_that_texts_of_a_users_own_module_pass_the_template_by(asked, said, tmp_path, monkeypatch):
+    """Which plan, that runs no module of theirs, cannot."""
+    (tmp_path / "asking_here").mkdir()
+    (tmp_path / "asking_here" / "sums.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tokenizer = load_tokenizer(str(write_tokenizer(tmp_path / "tokenizer")))
+    (entry,) = mix_of(tmp_path, {"asked": asked}).entries.values()
+    mix = Mix({"mine": Entry(**{**vars(entry), "task": "asking_here.sums"})}, seed=1)
+    told = past_template(mix.entries, mix.items, tokenizer)
+    assert len(told) == said and all("1 of its 1 prompts are texts" in line for line in told)
+    assert not past_template(mix.entries, mix.items, replace(tokenizer, chat_template=None))
 
 
 def test_messages_of_texts_need_a_template(tmp_path):
