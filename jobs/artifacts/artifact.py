@@ -203,6 +203,9 @@ class Artifact(ArtifactLayout):
         if not self.still_mine(lease):
             return False
         told = {**digests.told_below(lease.folder), **told}
+        whole_phase = lease.element == FINISH or not self.fans_in
+        if not whole_phase:  # of which there are thousands, and nobody reads this of one again
+            digests.forget(lease.folder)
         durable.fsync_tree(lease.folder, synced=told)
         seal = {
             "format": FORMAT,
@@ -212,7 +215,6 @@ class Artifact(ArtifactLayout):
             "sealed_at": time.time(),
             **record,
         }
-        whole_phase = lease.element == FINISH or not self.fans_in
         path = self.seal_path if whole_phase else self.element_seal_path(int(lease.element))
         path.parent.mkdir(exist_ok=True)
         try:
