@@ -271,7 +271,7 @@ def export_share(
     shard_bytes: int = SHARD_BYTES,
     changes: Changes = NO_CHANGES,
 ) -> None:
-    """Write every `count`-th safetensors file into OUT, and OUT/share.json. `dtype` "" gives what `_export_dtypes` says.
+    """Write every `count`-th safetensors file and a share.json into OUT. `dtype` "" gives what `_export_dtypes` says.
 
     The sums in the ledger are those of `weights`, before any of `changes`.
     """
