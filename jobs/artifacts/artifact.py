@@ -164,7 +164,10 @@ class Artifact(ArtifactLayout):
         (lease.sealing / path.name).unlink(missing_ok=True)
 
     def _refuse_unless_dead(self, element: str, lease: Path, slurm_says_ended: Callable[[str], bool]) -> None:
-        holder = Owner.read(lease)
+        try:
+            holder = Owner.read(lease)
+        except FileNotFoundError:  # gathered, once all were sealed
+            raise LeaseHeld(f"element {element} was sealed a moment ago") from None
         if holder is None:
             raise LeaseHeld(
                 f"element {element} is leased to nobody knows whom: {lease} is torn; delete it if no "

@@ -357,6 +357,7 @@ class RunFolder(RunLayout):
         """
         found: list[dict[str, Any]] = []
         gathered: list[Gathered] = []
+        files = [told for _, told in self.outcome_files(phase)]  # first, as `outcomes` does
         for path in self.gathered_outcomes(phase):
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as lines:
                 some, others = read_gathered(lines.readline())
@@ -369,7 +370,7 @@ class RunFolder(RunLayout):
         for lives in gathered:
             of_attempt.setdefault(lives.attempt, []).append(lives.elements)
         outcomes = {}
-        for told in itertools.chain((told for _, told in self.outcome_files(phase)), found):
+        for told in (*files, *found):
             told.pop(durable.SUM, None)
             with contextlib.suppress(TypeError):
                 outcome = Outcome(**told)
@@ -414,7 +415,7 @@ class RunFolder(RunLayout):
         old = self.environment_path(phase.name, (element, attempt, restart))
         leases = self.artifact(phase).leases(element, attempt)
         newest = max((owner for owner in leases if owner.restart == restart), default=None)
-        with contextlib.suppress(durable.TornFile):  # nothing is known of it
+        with contextlib.suppress(durable.TornFile, FileNotFoundError):  # nothing is known of it, or it goes just now
             if old.exists():
                 return durable.read_checked(old)
             return durable.read_checked(leases[newest]).get(ENVIRONMENT, {}) if newest else {}

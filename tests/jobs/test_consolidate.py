@@ -12,7 +12,9 @@ import pytest
 
 from jobs import sealing
 from jobs.artifacts import consolidate
-from jobs.artifacts.run_folder import Outcome
+from jobs.artifacts.artifact import Artifact, LeaseHeld
+from jobs.artifacts.run_folder import Outcome, RunFolder
+from launchers.causes.traces import lease_time
 from tests.jobs.test_inodes import Leaves, numbers
 
 ELEMENTS = 6
@@ -87,3 +89,59 @@ def test_wherever_the_gathering_ends_nothing_is_lost_and_a_later_start_goes_on(
             break
         shutil.rmtree(folder)
     assert steps > 2 * ELEMENTS - 2 and before == leaves.inodes().total()  # those that had ended were left alone
+
+
+class GatheredBetween:
+    """Has what a sealed phase left gathered as soon as the first thing was looked up, before anything else is."""
+
+    def __init__(self, leaves: Leaves):
+        self.leaves, self.done = leaves, False
+
+    def after(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def looked_up(*args: Any, **kwargs: Any) -> Any:
+            found = real(*args, **kwargs)
+            found = iter(list(found)) if not isinstance(found, list | dict) else found
+            if not self.done:
+                self.done = True
+                consolidate.take_up(self.leaves.run, self.leaves.phase)
+            return found
+
+        return looked_up
+
+
+def brief(leaves: Leaves) -> int:
+    few, gathered = leaves.run.outcomes_in_brief("p")
+    return len(few) + sum(len(some.elements) for some in gathered)
+
+
+def a_twin_starts(leaves: Leaves) -> None:
+    with pytest.raises(LeaseHeld, match="was sealed a moment ago"):
+        leaves.run.artifact(leaves.phase)._refuse_unless_dead("0002", leases_of(leaves)[0], lambda job: False)
+
+
+def leases_of(leaves: Leaves) -> list[Path]:
+    return list(leaves.run.artifact(leaves.phase).leases(2).values())
+
+
+@pytest.mark.parametrize(
+    "look, sees",
+    [
+        (lambda leaves: len(leaves.run.outcomes("p")), ELEMENTS + 1),
+        (brief, ELEMENTS + 1),
+        (lambda leaves: leaves.run.environment(leaves.phase, 2, 1, 0), {}),
+        (lambda leaves: lease_time(leaves.run.artifact(leaves.phase), 2, 1, 0), None),
+        (a_twin_starts, None),
+    ],
+    ids=["outcomes", "outcomes in brief", "environment", "lease's time", "a twin's start"],
+)
+def test_who_looks_while_it_is_gathered_sees_all_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[Leaves], Any], sees: Any
+) -> None:
+    monkeypatch.setattr(consolidate, "FROM_ELEMENTS", ELEMENTS)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    leaves = sealed(tmp_path, monkeypatch, lambda *given: None)
+    between = GatheredBetween(leaves)
+    for of, name in ((RunFolder, "outcome_files"), (RunFolder, "gathered_outcomes"), (Artifact, "leases")):
+        monkeypatch.setattr(of, name, between.after(getattr(of, name)))
+    assert look(leaves) == sees
+    assert between.done and not leases_of(leaves)
