@@ -8,13 +8,13 @@ nothing any more: whoever would work on one finds its seal, and owners before th
 import contextlib
 import os
 import shutil
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from data_tools.base import durable
 from data_tools.base.indices import Indices
 from jobs.artifacts.gathered import Gathered, gathered_line, read_gathered
-from jobs.artifacts.layout import journals_of, read_lease_name
+from jobs.artifacts.layout import indices_of_logs, journals_of, read_lease_name
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.artifacts.seal import DamagedSeal, read_seal
 
@@ -37,7 +37,7 @@ def consolidate(run: RunFolder, phase: FrozenPhase, attempt: int, sealed_by: Map
         gathered = run.gathered_outcomes_path(phase.name, phase.key, attempt)
         words = _gathered(run, phase, gathered, idle)
         last = _removed_last(run, phase, gathered)
-        _remove([*(path for path in words if path not in last), *idle.values(), *last])
+        _remove([*(path for path in words if path not in last), *idle.values(), *_empty_logs(run, phase), *last])
 
 
 def take_up(run: RunFolder, phase: FrozenPhase) -> None:
@@ -63,6 +63,15 @@ def _removed_last(run: RunFolder, phase: FrozenPhase, gathered: Path) -> list[Pa
     with open(gathered, "rb") as lines:
         sums, _ = read_gathered(lines.readline())
     return [run.outcome_path(phase.name, (some.elements[0], some.attempt, 0), is_twin=False) for some in sums[:1]]
+
+
+def _empty_logs(run: RunFolder, phase: FrozenPhase) -> Iterator[Path]:
+    """Yield the logs of tasks that elements share in which nothing stands: each element has its own."""
+    logs = indices_of_logs(os.listdir(run.logs_folder(phase.name)))
+    for attempt, task in ((attempt, task) for (attempt, shared), tasks in logs.items() if shared for task in tasks):
+        path = run.log_path(phase.name, attempt, f"tasks{task}")
+        if path.stat().st_size == 0:
+            yield path
 
 
 def forget_journals(phase: FrozenPhase, keep: Path) -> None:

@@ -91,6 +91,30 @@ def test_wherever_the_gathering_ends_nothing_is_lost_and_a_later_start_goes_on(
     assert steps > 2 * ELEMENTS - 2 and before == leaves.inodes().total()  # those that had ended were left alone
 
 
+def test_logs_of_shared_tasks_go_where_they_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consolidate, "FROM_ELEMENTS", ELEMENTS)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    leaves = sealed(tmp_path, monkeypatch, lambda *given: None)
+    own = {path.name for path in leaves.run.logs_folder("p").iterdir()}
+    for task, text in enumerate(("", "srun: error: n1\n", "")):
+        leaves.run.log_path("p", 1, f"tasks{task}").write_text(text)
+    leaves.run.log_path("p", 1, 3).write_text("")
+    consolidate.take_up(leaves.run, leaves.phase)
+    assert {path.name for path in leaves.run.logs_folder("p").iterdir()} == {*own, "a1.tasks1.out"}
+
+
+def test_elements_that_start_again_leave_no_second_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consolidate, "FROM_ELEMENTS", ELEMENTS)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    leaves = sealed(tmp_path, monkeypatch, consolidate.consolidate)
+    before, lives = leaves.inodes(), told(leaves)
+    assert len(list(leaves.run.outcomes_folder("p").glob("*.json"))) == 2  # the failure, and the word of the last one
+    for index in range(ELEMENTS):  # as a worker does that finds the phase sealed
+        leaves.run.record_outcome("p", Outcome(index, 1, 0, "sealed", 0, "sealed already", "", "", 0.0, key="k" * 16))
+    after = leaves.inodes()
+    assert after == before and told(leaves) == lives
+
+
 class GatheredBetween:
     """Has what a sealed phase left gathered as soon as the first thing was looked up, before anything else is."""
 
