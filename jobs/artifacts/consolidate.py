@@ -67,7 +67,8 @@ def _removed_last(run: RunFolder, phase: FrozenPhase, gathered: Path) -> list[Pa
 
 def _empty_logs(run: RunFolder, phase: FrozenPhase) -> Iterator[Path]:
     """Yield the logs of tasks that elements share in which nothing stands: each element has its own."""
-    logs = indices_of_logs(os.listdir(run.logs_folder(phase.name)))
+    folder = run.logs_folder(phase.name)
+    logs = indices_of_logs(os.listdir(folder) if folder.is_dir() else [])
     for attempt, task in ((attempt, task) for (attempt, shared), tasks in logs.items() if shared for task in tasks):
         path = run.log_path(phase.name, attempt, f"tasks{task}")
         if path.stat().st_size == 0:
