@@ -124,7 +124,7 @@ class Sealer:
         upstream = standing.whole_upstream(parts, self.upstream.paired)
         record = {**self._record(facts, whole=True), "parts": [part.digest for part in parts], "upstream": upstream}
         if self.artifact.seal(lease, record, linked(lease.folder, parts)):
-            owners = {index: (part.submission, part.content.get("restart", 0)) for index, part in enumerate(parts)}
+            owners = {index: (part.submission, part.restart) for index, part in enumerate(parts)}
             consolidate(self.upstream.run, self.phase, self.owner.attempt, owners)
 
     def _record(self, facts: dict[str, Any], whole: bool) -> dict[str, Any]:

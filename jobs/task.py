@@ -92,7 +92,8 @@ def progress_path(keep: Path, index: int) -> Path:
 def forget_progress(keep: Path, index: int) -> None:
     """Take away what a sealed element told of its progress, and the folder that it kept, if there is no more in it."""
     progress = progress_path(keep, index)
-    with contextlib.suppress(OSError):  # not empty; or a late twin looks in
+    with contextlib.suppress(OSError):
         progress.unlink(missing_ok=True)
-        progress.parent.rmdir()
-        keep.rmdir()
+    for folder in (progress.parent, keep):
+        with contextlib.suppress(OSError):  # not empty, or not there: it told nothing; or a late twin looks in
+            folder.rmdir()

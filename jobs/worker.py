@@ -39,6 +39,7 @@ from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.progress import Stopped
 from jobs import requeue, retry, stopping
 from jobs.artifacts.artifact import Artifact, Lease, LeaseHeld, Sealed
+from jobs.artifacts.consolidate import take_up
 from jobs.artifacts.owner import Owner, slurm_variables
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.kind import PhaseKind, find_kind
@@ -343,6 +344,7 @@ class Worker:
         except Sealed:
             if self.artifact.seal_path.exists() or not self.artifact.fans_in:
                 print(f"{self.phase.name}[{self.index}] is sealed already")
+                take_up(self.run, self.phase)
                 return nothing_to_run(EXIT_SEALED, "sealed already")
             return Beginning(exit=None, message="", out="", folders=self.upstream.folders, only_fan_in=True)
         except LeaseHeld as held:

@@ -5,6 +5,7 @@ its parts, which lie end to end: `whole`. `digests.json` in a folder says them o
 synced. A seal takes them over where no file has become newer.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -139,3 +140,11 @@ def told_below(folder: Path) -> dict[str, list[Part]]:
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
     return told
+
+
+def forget(folder: Path) -> None:
+    """Delete every `digests.json` of ours below a folder, once a seal is to say what they do. Raises OSError."""
+    for path in folder.rglob(DIGESTS):
+        with contextlib.suppress(durable.TornFile):  # somebody else's, or torn: content like any other
+            if durable.parse_checked(path.read_bytes(), path).keys() == {"files", durable.SUM}:
+                path.unlink()

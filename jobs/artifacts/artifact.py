@@ -164,7 +164,10 @@ class Artifact(ArtifactLayout):
         (lease.sealing / path.name).unlink(missing_ok=True)
 
     def _refuse_unless_dead(self, element: str, lease: Path, slurm_says_ended: Callable[[str], bool]) -> None:
-        holder = Owner.read(lease)
+        try:
+            holder = Owner.read(lease)
+        except FileNotFoundError:  # gathered, once all were sealed
+            raise LeaseHeld(f"element {element} was sealed a moment ago") from None
         if holder is None:
             raise LeaseHeld(
                 f"element {element} is leased to nobody knows whom: {lease} is torn; delete it if no "
@@ -203,6 +206,9 @@ class Artifact(ArtifactLayout):
         if not self.still_mine(lease):
             return False
         told = {**digests.told_below(lease.folder), **told}
+        whole_phase = lease.element == FINISH or not self.fans_in
+        if not whole_phase:  # of which there are thousands, and nobody reads this of one again
+            digests.forget(lease.folder)
         durable.fsync_tree(lease.folder, synced=told)
         seal = {
             "format": FORMAT,
@@ -212,7 +218,6 @@ class Artifact(ArtifactLayout):
             "sealed_at": time.time(),
             **record,
         }
-        whole_phase = lease.element == FINISH or not self.fans_in
         path = self.seal_path if whole_phase else self.element_seal_path(int(lease.element))
         path.parent.mkdir(exist_ok=True)
         try:

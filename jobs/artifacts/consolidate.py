@@ -8,14 +8,15 @@ nothing any more: whoever would work on one finds its seal, and owners before th
 import contextlib
 import os
 import shutil
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from data_tools.base import durable
 from data_tools.base.indices import Indices
-from jobs.artifacts.gathered import Gathered, gathered_line
-from jobs.artifacts.layout import journals_of, read_lease_name
+from jobs.artifacts.gathered import Gathered, gathered_line, read_gathered
+from jobs.artifacts.layout import indices_of_logs, journals_of, read_lease_name
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
+from jobs.artifacts.seal import DamagedSeal, read_seal
 
 # Of a phase. Below, all that is left of its elements is a few hundred files, and each stays where people look for it.
 FROM_ELEMENTS = 100
@@ -30,10 +31,48 @@ def consolidate(run: RunFolder, phase: FrozenPhase, attempt: int, sealed_by: Map
     """
     if phase.elements < FROM_ELEMENTS:
         return
-    with contextlib.suppress(OSError):  # the phase is sealed, and what is not gathered is found where it is
+    # The phase is sealed, and what is not gathered is found where it is. `take_up` goes on.
+    with contextlib.suppress(OSError):
         idle = _idle_leases(run, phase, sealed_by)
-        _remove(_gathered(run, phase, attempt, idle))
-        _remove(idle.values())
+        gathered = run.gathered_outcomes_path(phase.name, phase.key, attempt)
+        words = _gathered(run, phase, gathered, idle)
+        last = _removed_last(run, phase, gathered)
+        _remove([*(path for path in words if path not in last), *idle.values(), *_empty_logs(run, phase), *last])
+
+
+def take_up(run: RunFolder, phase: FrozenPhase) -> None:
+    """Go on where whoever sealed a phase was stopped while it gathered, which leaves thousands of files.
+
+    A start that finds the phase sealed asks, as that of what a crashed node ran.
+    """
+    with contextlib.suppress(OSError, DamagedSeal):
+        artifact = run.artifact(phase)
+        whole = read_seal(artifact.seal_path) if phase.elements >= FROM_ELEMENTS else None
+        if whole is None:
+            return
+        gathered = run.gathered_outcomes_path(phase.name, phase.key, whole.submission)
+        if gathered.exists() and not any(path.exists() for path in _removed_last(run, phase, gathered)):
+            return
+        seals = {index: read_seal(artifact.element_seal_path(index)) for index in range(phase.elements)}
+        sealed_by = {index: (seal.submission, seal.restart) for index, seal in seals.items() if seal is not None}
+        consolidate(run, phase, whole.submission, sealed_by)
+
+
+def _removed_last(run: RunFolder, phase: FrozenPhase, gathered: Path) -> list[Path]:
+    """Return the word that is there until all else is gone that was gathered in a file; none if no life is summed."""
+    with open(gathered, "rb") as lines:
+        sums, _ = read_gathered(lines.readline())
+    return [run.outcome_path(phase.name, (some.elements[0], some.attempt, 0), is_twin=False) for some in sums[:1]]
+
+
+def _empty_logs(run: RunFolder, phase: FrozenPhase) -> Iterator[Path]:
+    """Yield the logs of tasks that elements share in which nothing stands: each element has its own."""
+    folder = run.logs_folder(phase.name)
+    logs = indices_of_logs(os.listdir(folder) if folder.is_dir() else [])
+    for attempt, task in ((attempt, task) for (attempt, shared), tasks in logs.items() if shared for task in tasks):
+        path = run.log_path(phase.name, attempt, f"tasks{task}")
+        if path.stat().st_size == 0:
+            yield path
 
 
 def forget_journals(phase: FrozenPhase, keep: Path) -> None:
@@ -51,19 +90,19 @@ def _remove(paths: Iterable[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _gathered(run: RunFolder, phase: FrozenPhase, attempt: int, idle: Container[int]) -> list[Path]:
-    """Gather the outcomes of sealed elements in one file and return their own; none where another one did so.
+def _gathered(run: RunFolder, phase: FrozenPhase, gathered: Path, idle: Container[int]) -> list[Path]:
+    """Gather the outcomes of sealed elements in one file and return their own; if it is there, those that it has.
 
     Its first line sums up those of `idle` elements, which had one life each.
     """
-    folder, paths = run.outcomes_folder(phase.name), []
+    folder, paths = run.outcomes_folder(phase.name), {}
     alone: list[str] = []
     others: list[str] = []
     lives: dict[int, list[tuple[int, float, float]]] = {}  # attempt -> (element, start, seconds)
     for name, told in run.outcome_files(phase.name):
         if told.get("state") == "sealed" and told.get("key") == phase.key:
             line = durable.canonical_json(durable.with_sum(told)) + "\n"
-            paths.append(folder / name)
+            paths[line] = folder / name
             if told["element"] in idle and told["restart"] == 0:
                 alone.append(line)
                 seconds = max(0.0, told["ended"] - told["started"])
@@ -72,8 +111,10 @@ def _gathered(run: RunFolder, phase: FrozenPhase, attempt: int, idle: Container[
                 others.append(line)
     first_line = gathered_line([_sum_of(number, some) for number, some in lives.items()], len(others))
     text = "".join([first_line, *others, *alone])
-    first = durable.create_file(run.gathered_outcomes_path(phase.name, phase.key, attempt), text)
-    return paths if first else []
+    if not durable.create_file(gathered, text):
+        there = set(gathered.read_text().splitlines(keepends=True))
+        return [own for line, own in paths.items() if line in there]
+    return [*paths.values()]
 
 
 def _sum_of(attempt: int, lives: list[tuple[int, float, float]]) -> Gathered:

@@ -325,10 +325,19 @@ class RunFolder(RunLayout):
         """
         life = (outcome.element, outcome.attempt, outcome.restart)
         path = self.outcome_path(phase, life, is_twin=outcome.state == "skipped")
-        if path.exists():
+        if path.exists() or self._is_gathered(phase, outcome):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.create_file(path, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
+
+    def _is_gathered(self, phase: str, outcome: Outcome) -> bool:
+        """Return whether a life is among those that were summed up when its phase was sealed: it started again."""
+        path = self.gathered_outcomes_path(phase, outcome.key, outcome.attempt)
+        if outcome.restart or not path.exists():
+            return False
+        with open(path, "rb") as file:
+            lives = {some.attempt: some.elements for some in read_gathered(file.readline())[0]}
+        return outcome.element in lives.get(outcome.attempt, ())
 
     def outcomes(
         self, phase: str, attempt: int | None = None, element: int | None = None, *, but: Container[int] = ()
@@ -359,8 +368,8 @@ class RunFolder(RunLayout):
 
         Of 100,000 sealed elements it reads a line.
         """
-        found: list[dict[str, Any]] = []
-        gathered: list[Gathered] = []
+        found, gathered = list[dict[str, Any]](), list[Gathered]()
+        files = [told for _, told in self.outcome_files(phase)]  # first, as `outcomes` does
         for path in self.gathered_outcomes(phase):
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as lines:
                 some, others = read_gathered(lines.readline())
@@ -374,7 +383,7 @@ class RunFolder(RunLayout):
         for lives in gathered:
             of_attempt.setdefault(lives.attempt, []).append(lives.elements)
         outcomes = {}
-        for told in itertools.chain((told for _, told in self.outcome_files(phase)), found):
+        for told in (*files, *found):
             with contextlib.suppress(TypeError):
                 outcome = Outcome(**told)
                 is_twin, known = outcome.state == "skipped", of_attempt.get(outcome.attempt, ())
@@ -393,8 +402,7 @@ class RunFolder(RunLayout):
         folder = self.outcomes_folder(phase)
         for name in os.listdir(folder) if folder.is_dir() else []:
             if name.endswith(".json") and asked in name and name.startswith(begins) and not name.startswith("."):
-                number = name.partition(".")[0]
-                if but and number.isdigit() and int(number) in but:
+                if but and (number := name.partition(".")[0]).isdigit() and int(number) in but:
                     continue
                 with contextlib.suppress(ValueError, FileNotFoundError), open(f"{folder}/{name}", "rb") as file:
                     if is_outcome(told := durable.parse_checked(file.read(), name)):
@@ -416,7 +424,7 @@ class RunFolder(RunLayout):
         old = self.environment_path(phase.name, (element, attempt, restart))
         leases = self.artifact(phase).leases(element, attempt)
         newest = max((owner for owner in leases if owner.restart == restart), default=None)
-        with contextlib.suppress(durable.TornFile):  # nothing is known of it
+        with contextlib.suppress(durable.TornFile, FileNotFoundError):  # nothing is known of it, or it goes just now
             if old.exists():
                 return durable.read_checked(old)
             return durable.read_checked(leases[newest]).get(ENVIRONMENT, {}) if newest else {}

@@ -121,6 +121,11 @@ class Seal:
         return self.content.get("submission", 0)
 
     @property
+    def restart(self) -> int:
+        """The restart count of the owner who sealed."""
+        return self.content.get("restart", 0)
+
+    @property
     def is_rehearsal(self) -> bool:
         """Whether nothing was made: the phase slept in its work's place."""
         return bool(self.content.get("rehearsal"))

@@ -17,7 +17,7 @@ from jobs.retry import EXIT_UNFINISHED
 from launchers.backends.containers import contained
 from launchers.backends.contract import JobSpec
 from launchers.backends.shell_lines import script_setup
-from slurm.printed import format_indices
+from launchers.planning.limits import array_text
 from slurm.profile.environments import environment_of
 from slurm.profile.mail import mail_options
 from slurm.profile.places import gpus_of
@@ -76,8 +76,7 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
     if spec.links:
         extra |= {"array": f"0-{spec.links - 1}%1", "no-requeue": True}
     elif spec.is_array:
-        tasks = {element // frozen.batch for element in spec.elements}
-        extra["array"] = format_indices(tasks) + (f"%{frozen.throttle}" if frozen.throttle else "")
+        extra["array"] = array_text(frozen, spec.elements)
     return {
         "job_name": spec.name,
         "partition": resources.partition,

@@ -22,14 +22,17 @@ def lease_times(artifact_folder: Path) -> dict[tuple[int, int, int], float]:
             for entry in entries:
                 lease = read_lease_name(entry.name)
                 if lease is not None and lease[0].isdigit():  # `finish` is no element
-                    times[int(lease[0]), lease[1].attempt, lease[1].restart] = entry.stat().st_mtime
+                    with contextlib.suppress(FileNotFoundError):  # what a sealed phase left is gathered
+                        times[int(lease[0]), lease[1].attempt, lease[1].restart] = entry.stat().st_mtime
     return times
 
 
 def lease_time(artifact: ArtifactLayout, element: int, attempt: int, restart: int) -> float | None:
     """Return when the newest lease of one life was taken, as `lease_times` does; None where there is none."""
     leases = {owner: path for owner, path in artifact.leases(element, attempt).items() if owner.restart == restart}
-    return leases[max(leases)].stat().st_mtime if leases else None
+    with contextlib.suppress(FileNotFoundError):  # what a sealed phase left is gathered
+        return leases[max(leases)].stat().st_mtime if leases else None
+    return None
 
 
 def keep_folder(folder: Path, phase: FrozenPhase, index: int) -> Path:

@@ -5,8 +5,9 @@ links. The rest is a problem that `plan` tells before anything is sent.
 """
 
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+from data_tools.base.indices import Indices
 from data_tools.mistake import Problem
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.schema.pipeline import Phase
@@ -14,12 +15,14 @@ from launchers.planning.chain import links_needed
 from launchers.planning.ledger import Ledger
 from launchers.planning.plan import RUNS, PlannedPhase
 from slurm.detect import Cluster, can_requeue
-from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
+from slurm.printed import ENDED_STATES, SubmitLimit, format_indices, format_minutes
 from slurm.profile.check import check as check_request
 from slurm.profile.check import contact_note
 from slurm.profile.resolve import least_minutes, with_defaults
 from slurm.profile.resolve import resolve as resolve_request
 from slurm.profile.schema import DEFAULT_ROLE, Profile, Request, Resources
+
+ARRAY_TEXT = 4094  # characters that Slurm takes of the list of an array's tasks (22.05 was seen to refuse 4,099)
 
 
 def resources_of(profile: Profile, phase: Phase, where: str) -> tuple[Resources, list[Problem]]:
@@ -75,6 +78,10 @@ def share_array_tasks(cluster: Cluster, phases: dict[str, PlannedPhase]) -> None
         return
     for planned in phases.values():
         planned.frozen.batch = -(-planned.frozen.elements // limit)
+    _share_with_partners(phases)
+
+
+def _share_with_partners(phases: dict[str, PlannedPhase]) -> None:
     pairs = [
         (planned.frozen, phases[name].frozen)
         for planned in phases.values()
@@ -84,6 +91,25 @@ def share_array_tasks(cluster: Cluster, phases: dict[str, PlannedPhase]) -> None
     for _ in pairs:  # as often as the longest chain of partners could need
         for phase, partner in pairs:
             phase.batch = partner.batch = max(phase.batch, partner.batch)
+
+
+def array_text(frozen: FrozenPhase, elements: Iterable[int]) -> str:
+    """Return the tasks of a phase that do these elements as sbatch's --array spells them, "0-3,7%2"."""
+    tasks = ((first // frozen.batch, (end - 1) // frozen.batch + 1) for first, end in Indices.of(elements).spans)
+    return format_indices(Indices.of_spans(tasks)) + (f"%{frozen.throttle}" if frozen.throttle else "")
+
+
+def fit_array_text(cluster: Cluster, phases: dict[str, PlannedPhase]) -> None:
+    """Have more elements share a task where those that are missing lie so scattered that Slurm refuses their list."""
+    arrays = [planned for planned in phases.values() if planned.action in RUNS and planned.frozen.array is not None]
+    while cluster.kind == "slurm":
+        # A range of elements never becomes two of tasks, and of twice as many a task no more gaps are left.
+        long = [planned for planned in arrays if len(array_text(planned.frozen, planned.missing)) > ARRAY_TEXT]
+        if not long:
+            return
+        for planned in long:
+            planned.frozen.batch *= 2
+        _share_with_partners(phases)
 
 
 def fit_submit_limit(cluster: Cluster, run: RunFolder, phases: Collection[PlannedPhase]) -> list[Problem]:

@@ -169,6 +169,7 @@ class _Planner:
         self.survey()
         limits.share_array_tasks(self.cluster, self.planned)
         self.problems += limits.fit_submit_limit(self.cluster, self.run, self.planned.values())
+        limits.fit_array_text(self.cluster, self.planned)
         forwarded = {name for _, env in environments(profile) for name in env.forward}
         typed = os.environ.get(exported.VARIABLE, "")
         given = exported.unknown(typed, self.pipeline.declared, forwarded)

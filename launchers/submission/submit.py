@@ -16,6 +16,7 @@ from launchers.backends.choose import backend_for, backends_of
 from launchers.backends.contract import Backend, JobSpec
 from launchers.causes.states import BEGUN_STATES
 from launchers.planning.ledger import JobEntry, Ledger
+from launchers.planning.limits import ARRAY_TEXT, array_text
 from launchers.planning.plan import Plan, PlannedPhase
 from launchers.planning.planner import make_plan
 from launchers.planning.reasons import changed_settings
@@ -120,6 +121,12 @@ def _refuse_elements(plan: Plan, planned: PlannedPhase, elements: list[int]) -> 
     if sealed:
         missing = format_indices(planned.missing, SHOWN_RANGES)
         raise UserMistake(f"{name}: element {sealed[0]} is sealed already; missing are {missing}")
+    size = len(array_text(frozen, elements)) if plan.cluster.kind == "slurm" else 0
+    if size > ARRAY_TEXT:
+        raise UserMistake(
+            f"--elements {format_indices(elements, SHOWN_RANGES)}: the list of their tasks has {size:,} characters, "
+            f"and Slurm takes {ARRAY_TEXT:,}; name fewer ranges, or leave --elements out: all that is missing is sent"
+        )
 
 
 def _begun(run: RunFolder, jobs: list[JobEntry]) -> list[str]:

@@ -23,9 +23,8 @@ from megatron_ext.lora.pairs import pairs
 from megatron_ext.lora.peft_config import PEFT_CONFIG
 from megatron_ext.model_folders import model_folder
 from megatron_ext.model_folders.model_folder import ModelFolder
-from megatron_ext.weights import convert, dist_weights
+from megatron_ext.weights import convert, dist_weights, shares
 from megatron_ext.weights.dist_weights import regions
-from megatron_ext.weights.shares import SHARE, WEIGHTS, finish_weights, told_of
 
 NOT_TOKENIZER = ("config.json", "generation_config.json")  # of a Hugging Face folder; the model's
 
@@ -44,7 +43,7 @@ def share(folder: ModelFolder, out: Path, index: int, count: int, progress: Prog
     torch.set_num_threads(1)
     rules, added = folder.family.mapping.rules(folder.dims)[index::count], changes(folder)
     reader = dist_weights.Reader(folder.weights)
-    writer = dist_weights.Writer(out / WEIGHTS, index)
+    writer = shares.writer_of(out, index, count)
     dtypes = {key: dtype for key, (dtype, _) in reader.tensors().items()}
     sums: dict[str, Counter[str]] = {"before": Counter(), "after": Counter()}
     with convert.summing() as pool:
@@ -56,13 +55,7 @@ def share(folder: ModelFolder, out: Path, index: int, count: int, progress: Prog
             )
             sums["before"].update(before.total())
             progress(done + 1, len(rules), "tensors")
-    durable.write_json(
-        out / SHARE,
-        {
-            **told_of(writer, out / WEIGHTS),
-            "sums": {when: {key: str(total) for key, total in of.items()} for when, of in sums.items()},
-        },
-    )
+    shares.close(writer, {"sums": {when: {key: str(total) for key, total in of.items()} for when, of in sums.items()}})
     return len(rules)
 
 
@@ -71,30 +64,29 @@ def finish(folder: ModelFolder, parts: Sequence[Path], out: Path) -> str:
 
     UserMistake where the folder's weights are not those that the adapter was trained on.
     """
-    shares = [durable.read_json(part / SHARE) for part in parts]
+    told = [shares.read(part) for part in parts]
     stored = dist_weights.Reader(folder.weights).tensors()
     rules = folder.family.mapping.rules(folder.dims)
     shapes = {region.key: region.shape for rule in rules for region, _ in regions(rule)}
-    if _digest(shares, "before", stored, shapes) != folder.base_digest:
+    if _digest(told, "before", stored, shapes) != folder.base_digest:
         message = f"its weights are not those of model.json ({folder.base_digest[:12]}…): they were changed"
         raise UserMistake(Problem(str(folder.path), f"{message}; make the folder again"))
-    finish_weights(parts, shares, out)
-    (out / SHARE).unlink(missing_ok=True)
+    shares.finish_weights(parts, told, out)
     model_folder.copy_hf_files(folder.hf, out / "hf")
-    digest = _digest(shares, "after", stored, shapes)
+    digest = _digest(told, "after", stored, shapes)
     model_folder.describe(out, folder.family, step=folder.step, weights_digest=digest, dtype=folder.dtype)
     return digest
 
 
 def _digest(
-    shares: Sequence[dict[str, Any]],
+    told: Sequence[dict[str, Any]],
     when: str,
     stored: Mapping[str, tuple[str, tuple[int, ...]]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> str:
     """Return the digest as checkpoint.weights_digest does. `shapes` are without vocabulary padding."""
     total: Counter[str] = Counter()
-    for share in shares:
+    for share in told:
         total.update({key: int(value) for key, value in share["sums"][when].items()})
     return combined({key: (stored[key][0], shapes[key], total[key]) for key in shapes})
 

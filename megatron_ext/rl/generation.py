@@ -61,8 +61,8 @@ def run(
         durable.write_json(keep / RECORDS, mix.counts())
     draws = all_of(mix, list(mix.items))[index::count]
     prompts, texts = _spelled(config, folder, draws)
-    for line in past_template(mix.entries, mix.items, texts.tokenizer) if folder and backend.is_writer else ():
-        print(line, flush=True)
+    for passed in past_template(mix.entries, mix.items, texts.tokenizer) if folder and backend.is_writer else ():
+        print(passed, flush=True)
     names = [draw.item.uid for draw in draws]
     named = {**identity, "prompts": names, "scoring": mix.scoring(draws), "chunk": config.chunk}
     key = durable.sha256_bytes(durable.canonical_json(named))

@@ -37,10 +37,9 @@ from megatron_ext.models.layouts import (
     shard_on_rank,
 )
 from megatron_ext.models.registry import Family, model_type
-from megatron_ext.weights import copies, dist_weights, rounded
+from megatron_ext.weights import copies, dist_weights, rounded, shares
 from megatron_ext.weights.dist_weights import Region, pieces, regions
 from megatron_ext.weights.hf_files import SHARD_BYTES, HfTensors, SafetensorsFiles
-from megatron_ext.weights.shares import SHARE, WEIGHTS, finish_weights, gather, told_of
 
 Shape = tuple[int, ...]
 Changes = Mapping[str, Callable[[], torch.Tensor]]  # what is added to the whole tensors of some rules, by their names
@@ -149,10 +148,10 @@ class Sums:
 def import_share(
     tensors: Tensors, rules: Sequence[Rule], out: Path, dtype: str, index: int, count: int, progress: Progress = silent
 ) -> None:
-    """Write every `count`-th tensor into OUT/weights, and OUT/SHARE. `dtype` "" keeps each tensor's own."""
+    """Write every `count`-th tensor into OUT, for `finish_import`. `dtype` "" keeps each tensor's own."""
     torch.set_num_threads(1)  # bytes are moved, not computed
     own = rules[index::count]
-    writer = dist_weights.Writer(out / WEIGHTS, index)
+    writer = shares.writer_of(out, index, count)
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
     with summing() as pool:
         for done, rule in enumerate(own):
@@ -164,7 +163,7 @@ def import_share(
             for name in map(hf_name, rule.hf):
                 ledger["hf"][name] = {"file": tensors.file(name), "dtype": tensors.dtype(name)}
             progress(done + 1, len(own), "tensors")
-    durable.write_json(out / SHARE, {**ledger, **told_of(writer, out / WEIGHTS)})
+    shares.close(writer, ledger)
 
 
 def _blocks(rule: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -213,10 +212,9 @@ def _boxes(region: Region, data: torch.Tensor) -> Iterator[tuple[Region, torch.T
 
 def finish_import(parts: Sequence[Path], out: Path, hf: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Make OUT/weights of all shares a checkpoint and write the ledger, with `facts`, into `hf`. Returns the ledger."""
-    shares = [durable.read_json(part / SHARE) for part in parts]
-    finish_weights(parts, shares, out)
-    (out / SHARE).unlink(missing_ok=True)
-    return _write_ledger(hf, shares, {"direction": "import", **facts})
+    told = [shares.read(part) for part in parts]
+    shares.finish_weights(parts, told, out)
+    return _write_ledger(hf, told, {"direction": "import", **facts})
 
 
 # ---------------------------------------------------------------- export
@@ -273,7 +271,7 @@ def export_share(
     shard_bytes: int = SHARD_BYTES,
     changes: Changes = NO_CHANGES,
 ) -> None:
-    """Write every `count`-th safetensors file into OUT, and OUT/SHARE. `dtype` "" gives what `_export_dtypes` says.
+    """Write every `count`-th safetensors file and a share.json into OUT. `dtype` "" gives what `_export_dtypes` says.
 
     The sums in the ledger are those of `weights`, before any of `changes`.
     """
@@ -296,7 +294,7 @@ def export_share(
                 ledger["hf"][name] = {"file": files.file(name), "dtype": dtypes[name]}
             progress(done + 1, len(own), "tensors")
     files.close()
-    durable.write_json(out / SHARE, ledger)
+    durable.write_json(out / shares.SHARE, ledger)
     if index == 0:
         files.write_index()
 
@@ -360,10 +358,10 @@ def _write_entry(
 
 def finish_export(parts: Sequence[Path], out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Gather the files of all shares in OUT and write the ledger, with `facts`. Return the ledger."""
-    shares = [durable.read_json(part / SHARE) for part in parts]
-    gather(parts, out, "*.safetensors*")
-    (out / SHARE).unlink(missing_ok=True)
-    return _write_ledger(out, shares, {"direction": "export", **facts})
+    told = [durable.read_json(part / shares.SHARE) for part in parts]
+    shares.gather(parts, out, "*.safetensors*")
+    (out / shares.SHARE).unlink(missing_ok=True)
+    return _write_ledger(out, told, {"direction": "export", **facts})
 
 
 def _stored_dtypes(reader: dist_weights.Reader, rules: Sequence[Rule]) -> dict[str, str]:
@@ -400,9 +398,9 @@ def _entry(rule: Rule, dtype: str, sums: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _write_ledger(folder: Path, shares: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+def _write_ledger(folder: Path, told: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     ledger: dict[str, Any] = {"hf": {}, "tensors": {}}
-    for share in shares:
+    for share in told:
         for kind in ledger:
             ledger[kind] |= share[kind]
     sums: dict[str, tuple[str, Shape, int]] = {}

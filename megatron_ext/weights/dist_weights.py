@@ -112,8 +112,9 @@ class Writer:
         """Open file `index`, as its only writer, or from byte `start` on (a multiple of ALIGNMENT) beside others."""
         folder.mkdir(parents=True, exist_ok=True)
         self.name = f"__{index}_0.distcp"
+        self.path = folder / self.name
         self.written: list[Piece] = []
-        self._file = PartWriter(folder / self.name, start)
+        self._file = PartWriter(self.path, start)
 
     def write(self, region: Region, data: torch.Tensor) -> None:
         data = data.contiguous()

@@ -101,3 +101,13 @@ def test_the_same_bytes_are_told_of_in_the_same_words_whenever_they_were_written
 def test_writers_who_told_other_bytes_than_there_are_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="has 3 bytes, and those who wrote it told 4"):
         digests.write(tmp_path, {"a": [*written(tmp_path / "a", b"one"), (1, "")]})
+
+
+def test_what_a_seal_says_is_forgotten_beside_it_and_nothing_else_is(told, tmp_path):
+    for place in ("theirs", "torn"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "theirs" / digests.DIGESTS).write_text('{"files": {}}')
+    (tmp_path / "torn" / digests.DIGESTS).write_bytes((told / digests.DIGESTS).read_bytes()[:-9])
+    digests.forget(tmp_path)
+    assert {path.parent.name for path in tmp_path.rglob(digests.DIGESTS)} == {"theirs", "torn"}
+    assert {path.name for path in told.iterdir()} == {"a", "b"}

@@ -25,6 +25,7 @@ from jobs.task import Task
 from jobs.upstream import Upstream
 from tests.data_tools.chats import template_of, write_tokenizer
 from tests.toy import numbers as toy
+from tests.toy import silent as quiet
 
 
 class Leaves:
@@ -120,9 +121,15 @@ def numbers(folder: Path) -> tuple[str, Any]:
     return "tests.toy.numbers", toy.Config()
 
 
+def silent(folder: Path) -> tuple[str, Any]:
+    """A kind that tells nothing of its progress."""
+    return "tests.toy.silent", quiet.Config()
+
+
 # Kinds that may be arrays, but for those of models (tests/megatron_ext/test_inodes.py).
 MADE = {
     "a user's": numbers,
+    "a user's that tells no progress": silent,
     "materialize": conversations,
     "reject_filter": samples,
     "decontaminate": training_data,

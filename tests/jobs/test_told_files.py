@@ -122,3 +122,15 @@ def test_what_elements_sealed_is_not_read_again_where_the_whole_links_to_it(tmp_
     assert not {"0.safetensors", "2.safetensors"} & {path.name for path in counted.synced}
     whole = read_seal(artifact.seal_path)
     assert whole is not None and list(whole.altered(rehash=True)) == []
+
+
+def test_an_elements_seal_has_in_it_what_its_writers_told_and_their_file_goes(tmp_path, monkeypatch):
+    counted, artifact = Counted(monkeypatch), Artifact(tmp_path / "KEY", elements=2, fans_in=True)
+    lease = artifact.acquire(0, Owner.me(1, 0), lambda job: False)
+    digests.write(lease.folder / "weights", fill(lease.folder / "weights"))
+    counted.read.clear()
+    assert artifact.seal(lease, {"key": "k"})
+    seal = read_seal(artifact.element_seal_path(0))
+    assert [path.name for path in counted.read] == ["model.json"]
+    assert seal is not None and list(seal.altered(rehash=True)) == [] and len(seal.content["files"]) == NODES + 1
+    assert not list(seal.folder.rglob(digests.DIGESTS))

@@ -3,14 +3,19 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from jobs.artifacts.run_folder import FrozenPhase
 from jobs.artifacts.seal import read_seal
 from launchers.causes.states import ACTIVE_STATES
+from launchers.planning import limits
 from launchers.planning.ledger import Ledger
+from launchers.planning.plan import PlannedPhase
 from slurm.client import Slurm
 from slurm.dev import cluster as devcluster
+from slurm.printed import parse_indices
 from tests.cluster import require_packages
 from tests.command import afterok, afterok_json, states, wait_for
 
@@ -118,3 +123,52 @@ def test_a_throttled_array_is_throttled_locally_too(tmp_path):
     outcomes = [json.loads(path.read_text()) for path in run.glob("a/attempts/*.json")]
     spans = sorted((outcome["started"], outcome["ended"]) for outcome in outcomes)
     assert all(end <= begin + 0.05 for (_, end), (begin, _) in zip(spans, spans[1:]))
+
+
+def scattered(elements, seed):
+    """So many elements, of which about half failed, without any order."""
+    return [element for element in range(elements) if random.Random(f"{seed} {element}").random() < 0.5]
+
+
+def planned_of(name, elements, missing, **needs):
+    frozen = FrozenPhase(
+        name=name, uses="tests.toy.numbers", key="k", material={}, settings={}, array=elements, elements=elements,
+        fans_in=True, needs=needs, inputs={}, ranks_per_node=1, nodes=1, gpus_per_node=0, throttle=8,
+    )  # fmt: skip
+    return PlannedPhase(frozen, None, "cpu", "run", missing=list(missing))
+
+
+@pytest.mark.parametrize("elements", [100, 4000, 20_000])
+def test_elements_that_lie_scattered_share_tasks_so_that_slurm_takes_their_list(elements):
+    first, whole = scattered(elements, 1), range(elements)
+    phases = {
+        "first": planned_of("first", elements, first),
+        "pair": planned_of("pair", elements, scattered(elements, 2), first="aftercorr"),
+        "all": planned_of("all", elements, whole),
+    }
+    limits.fit_array_text(SimpleNamespace(kind="slurm"), phases)
+    batches = {name: planned.frozen.batch for name, planned in phases.items()}
+    assert batches["first"] == batches["pair"] and batches["all"] == 1 and (batches["first"] == 1) == (elements == 100)
+    for planned in phases.values():
+        text = limits.array_text(planned.frozen, planned.missing)
+        assert len(text) <= limits.ARRAY_TEXT and text.endswith("%8")
+        tasks = set(parse_indices(text))
+        assert tasks == {element // planned.frozen.batch for element in planned.missing}
+
+
+def test_slurm_takes_a_list_that_we_take_and_named_elements_beyond_it_are_refused(tmp_path, short_folder):
+    require_packages()
+    run, env = (
+        tmp_path / "run",
+        devcluster.up(short_folder, nodes=1, settings={"MaxArraySize": "20001", "MaxJobCount": "50000"}).env(),
+    )
+    Slurm(env).run(["scontrol", "update", "nodename=n1", "state=drain", "reason=test"])
+    longest = ",".join(map(str, range(10_000, 20_000, 2)))[: limits.ARRAY_TEXT].rpartition(",")[0]
+    assert len(longest) > limits.ARRAY_TEXT - 6 and Slurm(env).sbatch([f"--array={longest}", "--wrap=true"])
+    (tmp_path / "many.yaml").write_text(
+        "name: many\nwaive: [P011]\nphases: {p: {uses: tests.toy.numbers, array: 20000}}\n"
+    )
+    afterok("submit", tmp_path / "many.yaml", "--run", run, env=env)
+    done = afterok("resubmit", run, "p", "--elements", f"{longest},19999", env=env, check=2)
+    assert "the list of their tasks has 4," in done.stderr and "Slurm takes 4,094; name fewer ranges" in done.stderr
+    assert Ledger(run / "ledger.jsonl").jobs()[-1].elements == range(20_000)  # nothing was cancelled or sent
