@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from data_tools.mistake import UserMistake
+from megatron_ext import cpu_linear
 from megatron_ext.device import device, plain_torch, send
 from megatron_ext.layers.loss_head import position_logits
 from megatron_ext.models.registry import unwrap
@@ -34,6 +35,7 @@ class Runner:
         self.vocabulary = Vocabulary(group if group.size() > 1 else None)
         self.stages = parallel_state.get_pipeline_model_parallel_group()
         self.unit = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        self.packs = cpu_linear.Packs()
         self.graphs = Graphs(self._decode, self.cache, self.unit) if settings.cuda_graphs else None
         experts, states = bool(self.config.num_moe_experts), bool(self.cache.mixers)
         if problems := check_graphs(settings, experts, states, self.stages.size()):
@@ -66,13 +68,13 @@ class Runner:
         row = cached_row(documents, self.cache, filler)
         ends = numpy.cumsum([len(document.tokens) for document in documents]) - 1
         tokens, rows = on_device([numpy.array([ids + [0] * filler]), ends[list(wanted)]])
-        with plain_torch():
+        with plain_torch(), cpu_linear.using(self.packs):
             self._receive(tokens.size(1) // self.unit)
             out = position_logits(self.model, tokens, row.positions[None], documents=row, wanted=rows)
             return out if self.is_last else self._send(out).new_empty(len(wanted), 0)
 
     def _decode(self, tokens: torch.Tensor, row: CachedRow) -> torch.Tensor:
-        with plain_torch():
+        with plain_torch(), cpu_linear.using(self.packs):
             return position_logits(self.model, tokens, row.positions[None], documents=row, wanted=row.batches[0].rows)
 
     def idle(self) -> None:
@@ -80,9 +82,10 @@ class Runner:
         self.logits([NewTokens((0,), 0, [self.cache.spare // self.cache.block_size])], [])
 
     def free(self) -> None:
-        """Give back the memory of keys, values and states, and the passes recorded over it."""
+        """Give back the memory of keys, values, states and packs, and the passes recorded over it."""
         if self.graphs:
             self.graphs.forget()
+        self.packs.drop()
         self.cache.free()
 
     def _receive(self, tokens: int) -> None:
