@@ -98,6 +98,10 @@ def _linear(path: str) -> Callable[..., torch.Tensor]:
     return cpu_linear.of(original(path))
 
 
+def _region(path: str) -> Callable[..., torch.Tensor]:
+    return cpu_linear.passing(original(path))
+
+
 def _l2_norm(_size: int, _flag: Any, tensor_lists: Any, *_: Any) -> tuple[torch.Tensor, None]:
     norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
     return torch.stack(norms).norm().reshape(1), None
@@ -113,10 +117,11 @@ def _uncompiled(function: Any = None, **_: Any) -> Any:
 
 _ROUTER = "megatron.core.transformer.moe.moe_utils.te_general_gemm"  # there with Transformer Engine only
 _RANDOM = "megatron.core.tensor_parallel.random"
-_LINEAR = "megatron.core.tensor_parallel.layers.linear_with_"
+_LAYERS = "megatron.core.tensor_parallel.layers"
+_LINEAR = f"{_LAYERS}.linear_with_"
 _LINEAR_WHY = (
-    "rollouts multiply few rows by weights that stay (cpu_linear.py); and without AVX-512 torch multiplies bfloat16 row "
-    "by row: from 16 rows on 2 to 8 times as slow as widened"
+    "rollouts multiply few rows by weights that stay (cpu_linear.py); and without AVX-512 torch multiplies bfloat16 "
+    "row by row: from 16 rows on 2 to 8 times as slow as widened"
 )
 
 PATCHES: dict[str, Patch] = {
@@ -145,6 +150,13 @@ PATCHES: dict[str, Patch] = {
     **{
         f"{_LINEAR}{name}": Patch(_LINEAR_WHY, functools.partial(_linear, f"{_LINEAR}{name}"))
         for name in ("frozen_weight", "grad_accumulation_and_async_allreduce")
+    },
+    **{
+        f"{_LAYERS}.{name}_tensor_model_parallel_region": Patch(
+            "four calls a layer of autograd functions that do nothing for a lone rank: 2% of a decode step",
+            functools.partial(_region, f"{_LAYERS}.{name}_tensor_model_parallel_region"),
+        )
+        for name in ("copy_to", "reduce_from")
     },
     "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": Patch(
         "the original leaves CPU tensors alone, where all_to_all needs split sizes as numbers (moe_utils.py:1087)",

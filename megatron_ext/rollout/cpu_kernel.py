@@ -11,7 +11,6 @@ from numba.extending import intrinsic, overload
 
 from data_tools.base.compiled import compiled
 
-
 _LOG2_E, _HALF = numpy.float32(1.44269504), numpy.float32(0.5)
 _LEAST = numpy.float32(-104)  # below the logarithm of the least float32
 _LN2_HIGH, _LN2_LOW = numpy.float32(0.693359375), numpy.float32(-2.12194440e-4)
@@ -56,7 +55,8 @@ def _exp(x: Any) -> Any:
     p = _EXP[0]
     for k in range(1, 6):
         p = p * r + _EXP[k]
-    power = _of_bits(numpy.uint32(max(numpy.int32(n) + numpy.int32(127), numpy.int32(0))) << numpy.uint32(23))
+    exponent = max(numpy.int32(n) + numpy.int32(127), numpy.int32(0))
+    power = _read(numpy.uint16(exponent << numpy.int32(7)))  # 2^n, by its bits as bfloat16
     return (p * r * r + r + numpy.float32(1)) * power
 
 
