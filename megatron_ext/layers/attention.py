@@ -35,7 +35,7 @@ from megatron.core.transformer.utils import (
 
 from megatron_ext import cpu_linear
 from megatron_ext.device import device
-from megatron_ext.layers import cpu_kernels, flash
+from megatron_ext.layers import flash
 from megatron_ext.layers.buckets import Collect, Spread, packed_attention
 from megatron_ext.layers.documents import ContextRank, PackedDocuments, PackedRow, packed_documents
 from megatron_ext.layers.sdpa import attend, fused_kernel
@@ -74,7 +74,11 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Return x [T, heads, d] turned by the rotary positions of cos and sin [T, 1, half], as `_Turn` says."""
     if torch.is_grad_enabled():
         return _Turn.apply(x, cos, sin)
-    return cpu_kernels.turned(x, cos, sin) if cpu_linear.in_rollout(x) else _Turn.turn(x, cos, sin, 1)
+    if not cpu_linear.in_rollout(x):
+        return _Turn.turn(x, cos, sin, 1)
+    from megatron_ext.layers import cpu_kernels  # which imports a compiler
+
+    return cpu_kernels.turned(x, cos, sin)
 
 
 def tokens_for_heads(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
