@@ -45,6 +45,17 @@ class Stopped(Exception):
         )
 
 
+def stopping(progress: Progress, stop: Stop) -> Progress:
+    """Return `progress` of one process whose work is not recorded: it leaves it where it is asked to stop."""
+
+    def told(done: int, total: int, unit: str, note: str = "") -> None:
+        progress(done, total, unit, note)
+        if done < total and stop():
+            raise Stopped(0, total, unit.removesuffix("s"))
+
+    return told
+
+
 # How a rank ends that no longer moves, and how the line in its log begins that says so: megatron_ext/training/watch.py.
 EXIT_HUNG = 8
 HUNG = "afterok: no step for"

@@ -14,6 +14,7 @@ Config                         dataclass, typed by OmegaConf. A field made by da
                                settings give another result than they did
 run(config, task) -> facts     the work of one element on one rank; fills task.out
 finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
+OF_ELEMENTS = ("engine",)      facts of elements that the phase's own seal tells too; where elements differ, a list
 STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
 check(config, placement) -> [Problem]   what else can be refused before anything queues, of several settings or of
                                files: a value out of its range was refused, and is the default here
@@ -79,6 +80,11 @@ class PhaseKind:
     def can_stop(self) -> bool:
         """Whether it stops when it is asked to, and goes on later."""
         return getattr(self.module, "STOPS", False)
+
+    @property
+    def of_elements(self) -> tuple[str, ...]:
+        """Facts of its elements that the phase's seal repeats."""
+        return getattr(self.module, "OF_ELEMENTS", ())
 
     @property
     def takes_parts(self) -> bool:

@@ -1,7 +1,7 @@
 """An element's seal, and the merging of all elements into the phase's: what rank 0 does once the work is done."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.artifacts import standing
@@ -21,6 +21,24 @@ from jobs.upstream import Upstream
 
 class TakenOver(Exception):
     """A newer owner took the element over and has not sealed it yet."""
+
+
+@dataclass
+class Told:
+    """Some facts of the elements, as the phase's seal tells them: each value once, in the order of the elements."""
+
+    names: tuple[str, ...]
+    values: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, facts: dict[str, Any]) -> None:
+        """Hear the facts of one element."""
+        for name in self.names:
+            if name in facts and facts[name] not in self.values.setdefault(name, []):
+                self.values[name].append(facts[name])
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts by name: the value, or where elements differ the list of all."""
+        return {name: values[0] if len(values) == 1 else values for name, values in self.values.items()}
 
 
 @dataclass
@@ -65,13 +83,14 @@ class Sealer:
 
     def _fan_in(self) -> None:
         """Merge the elements into the phase's seal: what it says is the same whichever of them comes last."""
-        parts: list[Seal] = []
+        parts, told = [], Told(self.kind.of_elements)
         for index in range(self.phase.elements):
             part = read_seal(self.artifact.element_seal_path(index))
             # A seal of an earlier submission over other results: the element's task in this one is to come.
             if part is None or not (part.submission >= self.owner.attempt or self.upstream.is_current(index, part)):
                 print(f"{self.phase.name}[{index}] is to be sealed anew, then all are merged")
                 return
+            told.add(part.facts)
             parts.append(part.without_what_is_not_merged())
         digests = [part.digest for part in parts]
         try:
@@ -79,13 +98,13 @@ class Sealer:
         except (Sealed, LeaseHeld):
             return  # another element's task finishes, or has finished
         try:
-            self._merge(lease, parts)
+            self._merge(lease, parts, told.facts())
         except Exception:
             if self.artifact.still_mine(lease):
                 raise
             print(f"{self.phase.name}: a newer attempt merges the elements")  # and has swept our folder
 
-    def _merge(self, lease: Lease, parts: list[Seal]) -> None:
+    def _merge(self, lease: Lease, parts: list[Seal], told: dict[str, Any]) -> None:
         self.artifact.sweep(lease)
         for part in parts:
             part.verify()
@@ -101,7 +120,7 @@ class Sealer:
             rank=0,
             world_size=1,
         )
-        facts = self.kind.finish([part.folder for part in parts], config, task) or {}
+        facts = told | (self.kind.finish([part.folder for part in parts], config, task) or {})
         upstream = standing.whole_upstream(parts, self.upstream.paired)
         record = {**self._record(facts, whole=True), "parts": [part.digest for part in parts], "upstream": upstream}
         if self.artifact.seal(lease, record, linked(lease.folder, parts)):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.progress import Stop, Stopped, never
+from data_tools.progress import Stop, never, stopping
 
 PROGRESS_LINE_S = 5.0  # at most one log line in so many seconds
 PROGRESS_FILE_S = 0.5
@@ -70,9 +70,8 @@ class Task:
 
         Raises Stopped when asked to stop. Several ranks would have to agree first, so they go on.
         """
-        self.progress(done, total, unit, note)
-        if done < total and self.world_size == 1 and self.stop():
-            raise Stopped(0, total, unit.removesuffix("s"))
+        told = stopping(self.progress, self.stop) if self.world_size == 1 else self.progress
+        told(done, total, unit, note)
 
     def _write_progress(self, value: dict[str, Any]) -> None:
         path = progress_path(self.keep, self.index)

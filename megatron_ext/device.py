@@ -306,13 +306,14 @@ def own_gpu(local_rank: int, visible: int) -> int:
 def init_device() -> None:
     """Prepare this process for megatron-core, once; later calls do nothing.
 
-    Raises RuntimeError when megatron-core has another version, or was imported on a CPU machine before this call
-    (its functions are then already wrapped by torch.compile).
+    Raises UserMistake when megatron-core has a version that is not known, RuntimeError when it was imported on a CPU
+    machine before this call (its functions are then already wrapped by torch.compile).
     """
     global _ready, _mode
     if _ready:
         return
     release = versions.release()
+    versions.check_imported()
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     for name, noise in LOG_NOISE.items():

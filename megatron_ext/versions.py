@@ -7,9 +7,18 @@ stand-ins with the parameters and assertions of these releases, and reads them f
 
 import functools
 import importlib
+import importlib.util
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+from data_tools.mistake import UserMistake
+
+_VERSION = re.compile(  # of package_info.py
+    r"""^MAJOR = (\d+)\s+MINOR = (\d+)\s+PATCH = (\d+)\s+PRE_RELEASE = ['"](.*)['"]""", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ RELEASES = {
         _PARTNERS,
         hybrid_model="models.hybrid.hybrid_model.HybridModel",
         hybrid_pattern="hybrid_layer_pattern",
+        has_muon=True,
         needs_triton="transformer.moe.paged_stash",
     ),
     "0.19.2": Release(
@@ -71,14 +81,31 @@ def installed() -> str:
 
 
 def release() -> Release:
-    """Return the row of the megatron-core that is installed. Raises RuntimeError where it has none."""
+    """Return the row of the megatron-core that is installed. Raises UserMistake where it has none."""
     found = installed()
     if found not in RELEASES:
-        raise RuntimeError(
+        raise UserMistake(
             f"megatron-core {found} is installed, and {', '.join(RELEASES)} are known to megatron_ext/versions.py: "
             "pip install -c constraints.txt megatron-core"
         )
     return RELEASES[found]
+
+
+def check_imported() -> None:
+    """Refuse another megatron-core than the installed one before it is imported: a clone of Megatron-LM on PYTHONPATH
+    has no metadata, and goes before. Raises UserMistake.
+    """
+    found = importlib.util.find_spec("megatron.core")  # runs nothing of it: `megatron` is a namespace
+    if found is None or found.origin is None:
+        raise UserMistake(f"megatron-core {installed()} is installed, and there is no module megatron.core: install it")
+    folder = Path(found.origin).parent
+    said = _VERSION.search((folder / "package_info.py").read_text()) if (folder / "package_info.py").is_file() else None
+    told = ".".join(said.groups()[:3]) + said[4] if said else "of no version"
+    if told != installed():
+        raise UserMistake(
+            f"import finds megatron-core {told} in {folder}, and {installed()} is installed: take {folder.parents[1]} "
+            "off PYTHONPATH, or put a folder there into which a release was unpacked whole"
+        )
 
 
 def planned() -> Release:

@@ -46,3 +46,17 @@ def lines_of(folder: str, where: str) -> dict[str, Line]:
             raise UserMistake(Problem(where, f"{message}; evaluate it again, which tells them apart"))
         lines[key] = record.value
     return lines
+
+
+def compared_lines(compare_with: str | None, samples: int) -> dict[str, Line]:
+    """Return the lines of an evaluation's output, which `samples` samples are compared with, by prompt.
+
+    Raise UserMistake where there are none, or two of a prompt.
+    """
+    if not compare_with:
+        return {}
+    lines = lines_of(compare_with, "compare_with")
+    if not any("sampled" in line for line in lines.values()):
+        message = f"{compare_with} has greedy answers alone; evaluate it again with samples: {samples}"
+        raise UserMistake(Problem("compare_with", message))
+    return lines

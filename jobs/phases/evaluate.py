@@ -18,6 +18,8 @@ from megatron_ext.parallel.parts import OPENAI
 from megatron_ext.preflight import facts
 from megatron_ext.rollout import endpoint
 
+OF_ELEMENTS = ("engine",)
+STOPS = True
 ELSEWHERE = {
     "sampling": "evaluate has its settings beside the others: max_new_tokens, temperature and top_p",
     "max_tokens": "evaluate calls it max_new_tokens",
@@ -49,7 +51,8 @@ def run(config: Config, task: Task) -> dict[str, Any]:
         config,
         task.out,
         task.keep,
-        progress=task.progress_or_stop,
+        progress=task.progress,
+        stop=task.stop,
         index=task.index,
         count=task.count,
         shared=task.shared_keep,

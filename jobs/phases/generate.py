@@ -13,6 +13,7 @@ from megatron_ext.parallel.parts import OPENAI
 from megatron_ext.preflight import facts
 from megatron_ext.rollout import endpoint
 
+OF_ELEMENTS = ("engine",)
 STOPS = True
 ELSEWHERE = {name: f"generate calls it sampling.{name}" for name in ("max_tokens", "temperature", "top_p")}
 ELSEWHERE["max_new_tokens"] = "generate calls it sampling.max_tokens"

@@ -30,7 +30,7 @@ from data_tools.mistake import UserMistake, nearest
 from jobs.kind import PhaseKind, find_kind, kind_names
 from jobs.schema.problems import Problems, no_such_pipeline
 from jobs.schema.references import PARAM, Resolver, references
-from jobs.schema.typed import structured
+from jobs.schema.typed import structured, without_blocks
 from jobs.schema.variables import Variable, beaten, declared, given
 from slurm.profile.schema import DEFAULT_ROLE, Request
 
@@ -320,6 +320,7 @@ class _Loader:
         if not isinstance(settings, dict):
             self.problems.note(f"{key}.with", f"{settings!r} is not a mapping")
             settings = {}
+        settings = without_blocks(kind.config, settings) if kind else settings
         needs = self._needs(key, body.get("needs") or [], settings, resolver.phases)
         resources = self._resources(f"{key}.resources", body.get("resources") or {}, resolver)
         array = self._array(key, body.get("array"), kind)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -11,6 +12,33 @@ from omegaconf.errors import OmegaConfBaseException
 from jobs.kind import PhaseKind
 from jobs.schema.problems import Problems
 from jobs.schema.references import first_line
+
+
+def without_blocks(schema: type, settings: Any) -> Any:
+    """Return settings without the blocks, mappings and lists that are null: each is as if nobody had written it.
+
+    So `engine: null` takes away what an anchor or the pipeline file says, and leaves the defaults. A setting that may
+    be null itself keeps it.
+    """
+    if not dataclasses.is_dataclass(schema) or not isinstance(settings, dict):
+        return settings
+    kinds = get_type_hints(schema)
+    blocks = {field.name for field in dataclasses.fields(schema) if field.default_factory is not dataclasses.MISSING}
+    return {
+        name: _without_inner_blocks(kinds.get(name), value)
+        for name, value in settings.items()
+        if value is not None or name not in blocks or type(None) in get_args(kinds[name])
+    }
+
+
+def _without_inner_blocks(kind: Any, value: Any) -> Any:
+    """Return a setting's value without such blocks in it: those of a block, or of each one of a list or a mapping."""
+    inner = get_args(kind)[-1:]
+    if inner and isinstance(value, list) and get_origin(kind) is list:
+        return [without_blocks(inner[0], each) for each in value]
+    if inner and isinstance(value, dict) and get_origin(kind) is dict:
+        return {name: without_blocks(inner[0], each) for name, each in value.items()}
+    return without_blocks(kind, value)
 
 
 def typed_config(kind: PhaseKind, settings: dict[str, Any]) -> Any:
@@ -69,8 +97,16 @@ def _good_keys(
             good[name] = value
         except OmegaConfBaseException as error:
             expected = type_.__name__ if isinstance(type_, type) else str(type_).replace("typing.", "")
-            problems.note(f"{key}.{name}", f"{value!r} is not of type {expected} ({first_line(error)})")
+            spelled, why = ("null", _in_place(fields[name])) if value is None else (repr(value), first_line(error))
+            problems.note(f"{key}.{name}", f"{spelled} is not of type {expected} ({why})")
     return good
+
+
+def _in_place(field: "dataclasses.Field[Any]") -> str:
+    """Return what to write in place of null."""
+    if field.default in (dataclasses.MISSING, "???"):
+        return "write a value"
+    return f"write a value; the default is {json.dumps(field.default, default=str)}"
 
 
 def _holds_settings(kind: Any, value: Any) -> bool:

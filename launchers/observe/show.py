@@ -312,11 +312,24 @@ def sealed_line(status: RunStatus) -> str:
 
 
 def headline(facts: dict[str, Any]) -> str:
-    """Return the numbers of a phase worth one line: its own `headline`, else its first few scalar facts."""
+    """Return the numbers of a phase worth one line: its own `headline`, else its first few scalar facts.
+
+    With them, whose samples they are, where another engine than ours made them.
+    """
     if "headline" in facts:
-        return str(facts["headline"])
+        return str(facts["headline"]) + made_by(facts.get("engine"))
     scalars = [(k, v) for k, v in facts.items() if isinstance(v, (int, float, str)) and not isinstance(v, bool)]
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scalars[:4])
+
+
+def made_by(engine: Any) -> str:
+    """Return "; by vllm 0.32.0" or "; by MODEL at URL" of the engine in a seal's facts, or of several; "" of ours."""
+    told = []
+    for one in engine if isinstance(engine, list) else [engine]:
+        if isinstance(one, dict) and one.get("is") not in (None, "afterok"):
+            whose = f"{one['model']} at {one['url']}" if "url" in one else f"{one['is']} {one.get('version') or ''}"
+            told.append(whose.strip())
+    return f"; by {', '.join(told)}" if told else ""
 
 
 def summary(status: RunStatus) -> "Group":

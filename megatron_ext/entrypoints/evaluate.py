@@ -34,9 +34,9 @@ from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.evaluations import harness
 from data_tools.evaluations.accuracy import accuracy, unclear_names, write_tables
-from data_tools.evaluations.lines import RESULT, SAMPLES, Line, lines_of
+from data_tools.evaluations.lines import RESULT, SAMPLES, Line, compared_lines
 from data_tools.mistake import Problem, UserMistake, nearest
-from data_tools.progress import Progress, never, silent
+from data_tools.progress import Progress, Stop, never, silent, stopping
 from data_tools.tasks.messages import check_template
 from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, compared, entries_of, load
 from data_tools.tasks.outcome import is_graded, is_unjudged
@@ -139,7 +139,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     new, where, work = config.max_new_tokens, "max_new_tokens", _work(config)
     if config.is_foreign:
         asked = backends.Asked(Sampling(max_tokens=new, top_p=config.top_p), where)
-        return problems + backends.check(config, asked, site, shape=training.shape)
+        return problems + backends.check(_asked(config), asked, site, shape=training.shape)
     problems += backends.check_unused(config)
     problems += check_recording(config, training.shape)
     problems += check_room(config, training.shape, dtype=training.dtype, new=new, where=where)
@@ -225,6 +225,7 @@ def run(
     out: Path,
     keep: Path,
     progress: Progress = silent,
+    stop: Stop = never,
     index: int = 0,
     count: int = 1,
     only: str = "",
@@ -234,7 +235,8 @@ def run(
     OUT/result.json, the harness's samples and, for the only element, what is said of all. SHARED is what all elements
     keep together: a model that was exported; None: KEEP.
 
-    Return the facts of accuracy.accuracy, and `records`: Mix.counts.
+    Return the facts of accuracy.accuracy, and `records`: Mix.counts. Raise Stopped, with all that was sampled recorded,
+    once `stop` says so.
     """
     problems = check(config, backends.world_size_of_environment())
     if problems:
@@ -244,7 +246,7 @@ def run(
     share = Share(0, 1, only) if only else Share(index, count)
     lines_of_share = _lines_of_mix if of_mix(config) else _lines_of_rows
     with backends.opened(config, folder, shared or keep) as backend:
-        lines, records = lines_of_share(asking, folder, keep, backend, progress=progress, share=share)
+        lines, records = lines_of_share(asking, folder, keep, backend, progress=progress, stop=stop, share=share)
         writer, told = backend.is_writer, backend.facts()
     opening = told_opening(load_tokenizer(str(folder.hf)), config.bos) if folder else {}
     tasks, macro = _tasks(asking), asking.macro if count == 1 else {}
@@ -300,6 +302,7 @@ def _lines_of_mix(
     backend: "Backend",
     *,
     progress: Progress,
+    stop: Stop,
     share: Share,
     only_ended: bool = False,
 ) -> tuple[list[Line], dict[str, Any]]:
@@ -312,7 +315,7 @@ def _lines_of_mix(
     element, by_way, records = keep / "sampled" / share.folder, [], {}
     for kept, way in zip((element / "greedy", element / "samples"), _ways(config, entries) if entries else ()):
         samples = generate.sampled(
-            way, folder, kept, backend, index=share.index, count=share.count, progress=progress, stop=never
+            way, folder, kept, backend, index=share.index, count=share.count, progress=progress, stop=stop
         )
         by_way.append(samples)
         records = generate.records_of(kept) if backend.is_writer else {}
@@ -321,7 +324,8 @@ def _lines_of_mix(
     lines = {sample["prompt_id"]: line_of(sample) for sample in by_way[0]} if by_way else {}
     if config.samples and by_way:
         add_samples(lines, by_way[1])
-    found, theirs = _compared_choices(config, folder, choices, backend, progress=progress, share=share)
+    asked = stopping(progress, stop) if backends.world_size_of_environment() == 1 else progress
+    found, theirs = _compared_choices(config, folder, choices, backend, progress=asked, share=share)
     return backend.from_writer(([*lines.values(), *found], {**records, **theirs}))
 
 
@@ -378,7 +382,14 @@ def add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]])
 
 
 def _lines_of_rows(
-    config: Config, folder: "ModelFolder | None", keep: Path, backend: "Backend", *, progress: Progress, share: Share
+    config: Config,
+    folder: "ModelFolder | None",
+    keep: Path,
+    backend: "Backend",
+    *,
+    progress: Progress,
+    stop: Stop,
+    share: Share,
 ) -> tuple[list[Line], dict[str, Any]]:
     """Return a line for each row of this element, and Mix.counts of the task, on every rank.
 
@@ -386,7 +397,9 @@ def _lines_of_rows(
     """
     kind, loaded = getattr(load_task(config.task), "kind", None), rows(config)
     asked = _asked(config)
-    lines, records = _lines_of_mix(asked, folder, keep, backend, progress=progress, share=share, only_ended=True)
+    lines, records = _lines_of_mix(
+        asked, folder, keep, backend, progress=progress, stop=stop, share=share, only_ended=True
+    )
     items = {item.uid: item for item in loaded.items}
     element = [items[line["prompt"]] for line in lines]
     finished, rows_asked = [], Counter(item.prompt for item in loaded.items)
@@ -406,20 +419,6 @@ def _seen(prompts: Sequence[Prompt], store_folder: str | None) -> list[bool | No
 
     known = {tuple(pair) for pair in Store(Path(store_folder)).prompt_hashes.tolist()}
     return [tuple(text_hash(prompt)) in known if isinstance(prompt, str) else None for prompt in prompts]
-
-
-def compared_lines(compare_with: str | None, samples: int) -> dict[str, Line]:
-    """Return the lines of an evaluation's output, which `samples` samples are compared with, by prompt.
-
-    Raise UserMistake where there are none, or two of a prompt.
-    """
-    if not compare_with:
-        return {}
-    lines = lines_of(compare_with, "compare_with")
-    if not any("sampled" in line for line in lines.values()):
-        message = f"{compare_with} has greedy answers alone; evaluate it again with samples: {samples}"
-        raise UserMistake(Problem("compare_with", message))
-    return lines
 
 
 def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
     OUT/latest_checkpointed_iteration.txt    "release"
     OUT/release/                             the weights, common.pt with the arguments of such a model
+    OUT/arguments.txt                        the words of Megatron-LM's command line that load it
 
-Its arguments are `--load OUT --finetune --no-load-optim --no-load-rng --ckpt-format torch_dist --use-checkpoint-args
---dist-ckpt-strictness log_all`: layers also ask for an `_extra_state`, of FP8 for the most part, that no weights have.
+Megatron-LM asks for tensors by what the checkpoint says of itself (`content_metadata`): that each layer has its own. In
+log_all it leaves out the `_extra_state`s, of FP8 for the most part, that its layers ask for and no weights have.
 Megatron-LM itself was not run; megatron-core's own model and loader are, by tests/megatron_ext/test_megatron_dist.py.
 """
 
@@ -23,11 +24,21 @@ from data_tools.base.digests import DIGESTS
 from data_tools.base.inside import files
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
+from megatron_ext.models.rotary import Linear, Yarn
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 
 RELEASE = "release"
-STOCK = ("qwen2", "qwen3", "llama")  # model types that Megatron-LM's arguments were shown to say
+WORDS = "arguments.txt"
+STOCK = (
+    "qwen2",
+    "qwen3",
+    "llama",
+    "qwen3_moe",
+    "mixtral",
+    "qwen2_moe",
+)  # that Megatron-LM's arguments were shown to say
+CONTENT = {"non_homogeneous_layers": True}  # of a checkpoint: each layer has tensors of its own
 
 
 @dataclass
@@ -53,23 +64,30 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     known, where = facts.model_config(config.model, site)
     if known is not None:
         family, dims, wrong = parse_config(known, where)
-        problems += wrong or _not_stock(model_type(family, dims) if family else "", where)
+        problems += wrong or _not_stock(model_type(family, dims) if family else "", dims, where)
     return problems
 
 
-def _not_stock(kind: str, where: str) -> list[Problem]:
+def _not_stock(kind: str, dims: Any, where: str) -> list[Problem]:
+    what = f"is a {kind}"
     if kind in STOCK:
-        return []
-    known = f"only {', '.join(STOCK)} were shown to be what Megatron-LM builds of its arguments"
-    return [Problem("model", f"{where} is a {kind}, and {known}: use export_hf")]
+        stretched = type(dims.stretch).__name__ if isinstance(dims.stretch, (Yarn, Linear)) else ""
+        what = f"has {stretched} positions" if stretched else "has sliding windows" if any(dims.sliding) else ""
+    known = f"only {', '.join(STOCK)} without these were shown to be what Megatron-LM builds of its arguments"
+    known = known if kind in STOCK else known.replace(" without these", "")
+    return [Problem("model", f"{where} {what}, and {known}: use export_hf")] if what else []
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Write the checkpoint. Return the facts: weights_digest of the model, bytes, tensors, path, dtype."""
+    """Write the checkpoint.
+
+    Return the facts: weights_digest of the model, bytes, tensors, path, dtype, arguments (for Megatron-LM, beside
+    --load).
+    """
     import torch
 
     from megatron_ext.model_folders import model_folder
-    from megatron_ext.weights import dist_weights, megatron_dist
+    from megatron_ext.weights import dist_weights, megatron_arguments
 
     if problems := check(config, 1):
         raise UserMistake(problems)
@@ -83,18 +101,22 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
         progress(done, len(copied), "files")
         shutil.copyfile(path, release / path.relative_to(folder.weights))
     state = {
-        "args": megatron_dist.arguments_of(folder.dims, folder.shape),
+        "args": megatron_arguments.arguments_of(folder.dims, folder.shape),
         "checkpoint_version": 3.0,
         "iteration": 0,
+        "content_metadata": CONTENT,
     }
     torch.save(state, release / dist_weights.COMMON)
     (out / "latest_checkpointed_iteration.txt").write_text(RELEASE)
+    words = megatron_arguments.command_line(folder.dims, folder.shape)
+    (out / WORDS).write_text(f"{' '.join(words)}\n")
     return {
         "weights_digest": folder.weights_digest,
         "bytes": sum(path.stat().st_size for path in release.iterdir()),
         "tensors": len(reader.stored.tensors),
         "path": RELEASE,
         "dtype": folder.dtype,
+        "arguments": words,
     }
 
 

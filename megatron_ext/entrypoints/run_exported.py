@@ -22,6 +22,7 @@ from data_tools.base.declared import SEEDS, setting, with_default
 from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import NEVER, Tokenizer, load_tokenizer, stop_ids, told_opening
 from data_tools.evaluations.accuracy import accuracy, write_tables
+from data_tools.evaluations.lines import compared_lines
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from data_tools.tasks.mix import Draw, Mix, MixConfig, check_mix, entries_of, verifiers
@@ -113,7 +114,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     problems = check(config, 1)
     if problems:
         raise UserMistake(problems)
-    before = evaluate.compared_lines(config.compare_with, config.samples)
+    before = compared_lines(config.compare_with, config.samples)
     folder, entries = Path(config.model), entries_of(config.mix)
     file = _config_of(folder)
     mix, outcomes, tokenizer = Mix(entries, config.seed), Outcomes(entries), load_tokenizer(str(folder))

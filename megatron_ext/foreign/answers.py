@@ -16,6 +16,7 @@ from megatron_ext.rollout.endpoint import CHAT, WITH_STOP, Endpoint
 
 STOP, LENGTH, ABORT = "stop", "length", "abort"  # how a completion ends, in the engine's words
 FILTERED = "content_filter"
+_MOST_TOKENS = 2**24  # of an answer or a prompt, whatever a server counts
 _CALLS = ("tool_calls", "function_call")
 
 
@@ -66,15 +67,20 @@ def read(body: Any, endpoint: Endpoint, stop_strings: Sequence[str]) -> Answer:
         text, ended = _cut(text, ended, stop_strings)
     used = body.get("usage") or {}
     return Answer(
-        text=text,
+        text=_whole(text),
         finish=ended,
         tokens=_count(used, "completion_tokens"),
         prompt_tokens=_count(used, "prompt_tokens"),
         logprobs=_logprobs(choice.get("logprobs"), endpoint.api) if endpoint.logprobs else None,
         note=note,
-        model=str(body.get("model") or ""),
-        fingerprint=str(body.get("system_fingerprint") or ""),
+        model=_whole(str(body.get("model") or "")),
+        fingerprint=_whole(str(body.get("system_fingerprint") or "")),
     )
+
+
+def _whole(text: str) -> str:
+    """Return a text with U+FFFD in place of each half of a character, which JSON can spell and no file hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _finish(reason: Any) -> tuple[str, str]:
@@ -129,6 +135,8 @@ def _count(used: Any, name: str) -> int:
     count = used.get(name) if isinstance(used, Mapping) else None
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise BadAnswer(f"the answer does not say its usage.{name}")
+    if count > _MOST_TOKENS:
+        raise BadAnswer(f"the answer says {count:,} as its usage.{name}, and {_MOST_TOKENS:,} are the most that can be")
     return count
 
 

@@ -7,6 +7,7 @@ sentence: any other status, since the same request would be refused again.
 
 import asyncio
 import json
+import math
 import os
 import re
 import time
@@ -27,6 +28,9 @@ AGAIN = (408, 409, 425, 429)
 _QUOTA = ("insufficient_quota", "billing_hard_limit_reached")  # 429, and waiting does not help
 _TOO_LONG = re.compile(r"context.?(length|window|size)|maximum context|too (long|large)|max_model_len|exceed", re.I)
 _SAID, _MODELS_TOLD = 300, 20
+LONGEST_PAUSE_S = 3600.0  # that a server may ask for: a job that waits longer does better to end
+_KEPT = "what it answered is kept and not asked again"
+_CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
 _NAP_S = 0.2  # between two looks at a clock, of a request that waits
 
 
@@ -62,7 +66,11 @@ def key_of(endpoint: Endpoint) -> str:
     """Return the API key from the environment; "" where none is sent. Raise UserMistake where it is not there."""
     name = key_variable(endpoint)
     if not name or os.environ.get(name):
-        return os.environ.get(name, "").strip()
+        key = os.environ.get(name, "").strip()
+        if odd := next((place for place, letter in enumerate(key, 1) if not "!" <= letter <= "~"), 0):
+            message = f"what lies at {endpoint.key} is no key: its character {odd} of {len(key)} can be in no header"
+            raise UserMistake(Problem("endpoint.key", f"{message}; is it the key alone, in one line?"))
+        return key
     if endpoint.key.startswith("env:"):
         remedy = f"name where it lies under env.secrets of the profile ({name}: file:PATH), or export it"
         raise UserMistake(Problem("endpoint.key", f"{name} is not set where this runs; {remedy}"))
@@ -144,6 +152,9 @@ class Client:
                 break
             reason = why.partition(":")[0]
             self.tried_again[reason] = self.tried_again.get(reason, 0) + 1
+            if wait_s is not None and wait_s > LONGEST_PAUSE_S:
+                message = f"{self.endpoint.url} asks to be left alone for {wait_s:,.0f} s ({why})"
+                raise UserMistake(Problem("endpoint.url", f"{message}; submit again then: {_KEPT}"))
             if wait_s is not None:
                 self.pace.pause(self._seconds(), wait_s)
             until = self._seconds() + max(wait_s or 0.0, self.pace.back_off(tries))
@@ -151,8 +162,7 @@ class Client:
                 await asyncio.sleep(min(left, _NAP_S))
         times = "once" if tries == 1 else f"{tries} times"
         message = f"{self.endpoint.url} was asked {times} for {what} and did not answer ({why})"
-        remedy = "see to the server, then submit again: what it answered is kept and not asked again"
-        raise UserMistake(Problem("endpoint.url", f"{message}; {remedy}"))
+        raise UserMistake(Problem("endpoint.url", f"{message}; see to the server, then submit again: {_KEPT}"))
 
     async def _told(self, once: Callable[[], Any], refused: Callable[[Any], Any]) -> Any:
         """Return what `once` gives; what the library raises becomes Trouble or a mistake."""
@@ -172,6 +182,10 @@ class Client:
         except openai.APIConnectionError as error:
             cause = error.__cause__
             why = f"{type(cause).__name__} {cause}".strip() if cause else str(error)
+            if _CERTIFICATE in why:
+                remedy = "name the file of who signed it as SSL_CERT_FILE in the profile's env.set"
+                message = f"{self.endpoint.url} has a certificate that is not trusted here ({why}); {remedy}"
+                raise UserMistake(Problem("endpoint.url", message)) from None
             raise Trouble(f"no connection: {why}") from None
 
     async def _get_models(self) -> Any:
@@ -187,6 +201,7 @@ class Client:
 
     def _refused_models(self, error: Any) -> Any:
         """Return an empty list for a server without one. Raise UserMistake for a key that is refused."""
+        self._refuse_way(error)
         self._refuse_key(error)
         if error.status_code in (404, 405, 501):
             return {}
@@ -195,6 +210,7 @@ class Client:
 
     def _refused(self, question: Question, error: Any) -> Any:
         """Raise the UserMistake of a request that would be refused again."""
+        self._refuse_way(error)
         self._refuse_key(error)
         said, where = self._said(error), "endpoint"
         if error.status_code == 429:
@@ -214,6 +230,15 @@ class Client:
         asked = f"it was sent {sent}{f' and {more}' if more else ''}"
         message = f"{self.endpoint.url} refuses {question.name} with {error.status_code}: {said}; {asked}"
         raise UserMistake(Problem(where, message))
+
+    def _refuse_way(self, error: Any) -> None:
+        """Raise UserMistake for what became of a request on another way: a POST as GET, or without the key."""
+        if not error.response.history and not 300 <= error.status_code < 400:
+            return
+        to = error.response.headers.get("location") or error.response.url
+        message = f"{self.endpoint.url} sends requests on to {self._masked(str(to))}, and these end with"
+        remedy = "write the address that answers by itself"
+        raise UserMistake(Problem("endpoint.url", f"{message} {error.status_code} ({self._said(error)}); {remedy}"))
 
     def _refuse_key(self, error: Any) -> None:
         if error.status_code not in (401, 403):
@@ -249,9 +274,10 @@ def retry_after(headers: Any) -> float | None:
 
     for name, divisor in (("retry-after-ms", 1000), ("retry-after", 1)):
         try:
-            return max(float(headers[name]) / divisor, 0.0)
+            seconds = float(headers[name]) / divisor
         except (KeyError, ValueError):
             continue
+        return max(seconds, 0.0) if math.isfinite(seconds) else None
     try:
         return max(parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(), 0.0)
     except (KeyError, ValueError, TypeError):

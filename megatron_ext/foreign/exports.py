@@ -6,6 +6,7 @@
 An adapter is merged into the weights. The tokenizer stays where it is: token ids go in and come out.
 """
 
+import errno
 import os
 import shutil
 import socket
@@ -92,7 +93,8 @@ def _make(folder: "ModelFolder", dtype: str, target: Path, lock: Path) -> None:
             raise UserMistake(Problem(str(folder.path), "its weights were changed; make the folder again"))
         durable.fsync_tree(own)
         os.rename(own, target)
-    except FileExistsError:
-        pass
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not target.is_dir():
+            raise  # and otherwise another one's is there
     finally:
         shutil.rmtree(own, ignore_errors=True)

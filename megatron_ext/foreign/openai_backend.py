@@ -19,6 +19,7 @@ from megatron_ext.foreign.alone import Alone
 from megatron_ext.foreign.answers import Answer, Refused, messages_of
 from megatron_ext.foreign.client import Client, Question
 from megatron_ext.foreign.maker import Ask, Completion, JournaledMaker
+from megatron_ext.parallel.parts import OPENAI
 from megatron_ext.rl.makers import Maker, Work
 from megatron_ext.rl.prompts import Encoding
 from megatron_ext.rollout.endpoint import CHAT, WITH_STOP
@@ -49,7 +50,8 @@ class Endpoint(Alone):
     def facts(self) -> dict[str, Any]:
         """Return what the element's facts say of the server: what this attempt asked of it, and who answered."""
         ran = [{"model": model, "fingerprint": fingerprint} for model, fingerprint in sorted(self.ran)]
-        return {"endpoint": {"url": self.endpoint.url, "model": self.endpoint.model, "ran": ran, **self.told}}
+        at = {"url": self.endpoint.url, "model": self.endpoint.model}
+        return {"engine": {"is": OPENAI, **at}, "endpoint": {**at, "ran": ran, **self.told}}
 
 
 class Asker:

@@ -17,21 +17,28 @@ from data_tools.tasks.mix import Draw
 from megatron_ext.foreign import exports, vllm_arguments
 from megatron_ext.foreign.alone import Alone
 from megatron_ext.foreign.maker import JournaledMaker
-from megatron_ext.foreign.vllm_engine import Stepped, VllmCompleter, prompt_log_probs, too_long
+from megatron_ext.foreign.vllm_engine import (
+    Stepped,
+    VllmCompleter,
+    prompt_log_probs,
+    too_little_memory,
+    too_long,
+)
 from megatron_ext.model_folders.model_folder import ModelFolder
+from megatron_ext.parallel.parts import VLLM
 from megatron_ext.rl.choices import choices, line
 from megatron_ext.rl.makers import Maker, Work
 from megatron_ext.rl.prompts import Encoding
 from megatron_ext.rollout.sequence import completes
 from megatron_ext.rollout.settings import SamplingSettings
 
+_SAID = 400  # characters of an error
 _AT_A_TIME = 64  # questions whose choices are asked for together
 QUIET = {  # what a user may say otherwise in the profile's env.set
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # it warns with a traceback that it has no tokenizer, which it was told
 }
-_MEMORY = ("out of memory", "OutOfMemoryError", "No available memory", "can't allocate memory", "KV cache")
 
 
 class Vllm(Alone):
@@ -87,8 +94,12 @@ class Vllm(Alone):
         try:
             llm = vllm.LLM(**arguments)
         except Exception as error:
-            if any(words in str(error) for words in _MEMORY):
-                raise UserMistake(Problem("vllm", f"{_first(error)}: {_REMEDY}")) from None
+            if told := too_little_memory(error):
+                raise told from None
+            if isinstance(error, (TypeError, ValueError)):  # pydantic's ValidationError is one
+                said = f"{type(error).__name__}: {' '.join(str(error).split())[:_SAID]}"
+                message = f"vLLM {vllm.__version__} does not start with {self.config.vllm} and this model ({said})"
+                raise UserMistake(Problem("vllm", f"{message}: leave an argument out, or use backend auto")) from None
             raise
         return Stepped(llm, vllm.SamplingParams, _deaths())
 
@@ -121,20 +132,8 @@ class Vllm(Alone):
             progress(some.stop, len(draws), "prompts")
 
     def facts(self) -> dict[str, Any]:
-        """Return which engine it was."""
-        started = "engine" in self.__dict__
-        return {"engine": {"is": "vllm", "version": self.module.__version__ if started else None}}
-
-
-_REMEDY = (
-    "give the engine less to hold (vllm: {max_model_len: …, max_num_seqs: …}) or more room (vllm: "
-    "{gpu_memory_utilization: …}, kv_cache_memory_bytes; on a CPU VLLM_CPU_KVCACHE_SPACE in GiB), or spread the model "
-    "by parallel.tensor"
-)
-
-
-def _first(error: BaseException) -> str:
-    return next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
+        """Return which engine it is; it was not started where all samples were there already."""
+        return {"engine": {"is": VLLM, "version": self.module.__version__}}
 
 
 def _deaths() -> tuple[type[BaseException], ...]:

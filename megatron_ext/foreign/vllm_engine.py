@@ -1,6 +1,8 @@
 """vLLM's engine, step by step: token ids in, completions out as they end, in any order."""
 
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +12,31 @@ from megatron_ext.foreign.maker import Ask, Completion
 from megatron_ext.foreign.vllm_arguments import sampling_arguments
 from megatron_ext.rollout.settings import Sampling
 
+_LOOK_S = 0.5  # between two looks whether the engine's process lives
+
 
 class EngineDied(Exception):
     """The engine's own processes ended: the element is run again, and goes on with what was recorded."""
+
+
+def tell_of_death(engine: Any, dead: tuple[type[BaseException], ...]) -> None:
+    """Have a step raise the first of `dead` once the engine's own process has ended.
+
+    vLLM 0.32 notes such an end (core_client.py 816) and shuts its sockets, but whoever waits for a step's outputs
+    (get_output, 993) waits for ever. An engine within this process needs nothing of it.
+    """
+    core: Any = getattr(engine, "engine_core", None)
+    resources: Any = getattr(core, "resources", None)
+    outputs: Any = getattr(core, "outputs_queue", None)
+    if not dead or outputs is None or not hasattr(resources, "engine_dead"):
+        return
+
+    def watch() -> None:
+        while not resources.engine_dead:
+            time.sleep(_LOOK_S)
+        outputs.put_nowait(dead[0]())
+
+    threading.Thread(target=watch, daemon=True, name="engine-watch").start()
 
 
 class Stepped:
@@ -20,6 +44,7 @@ class Stepped:
 
     def __init__(self, llm: Any, params_of: Callable[..., Any], dead: tuple[type[BaseException], ...]):
         self.engine, self.params_of, self.dead = llm.llm_engine, params_of, dead
+        tell_of_death(self.engine, dead)
         self.longest: int = llm.llm_engine.model_config.max_model_len
         self._number = 0
 
@@ -43,7 +68,13 @@ class Stepped:
                     if one.finished:
                         del names[one.request_id]
         except self.dead as error:
+            names.clear()  # nobody is there to be told
             raise EngineDied(f"{ENGINE_DIED}: vLLM: {type(error).__name__}: {error}") from None
+        except Exception as error:
+            names.clear()
+            if mistake := too_little_memory(error):
+                raise mistake from None
+            raise
         finally:
             self.abort(list(names))
 
@@ -131,6 +162,22 @@ def prompt_log_probs(stepped: Stepped, asked: Mapping[Any, tuple[Sequence[int], 
                 tokens, count = asked[key]
                 last = list(zip(tokens, one.prompt_logprobs))[len(tokens) - count :]
                 yield key, sum(float(entry[token].logprob) for token, entry in last)
+
+
+_MEMORY = ("out of memory", "outofmemoryerror", "available memory", "can't allocate memory", "kv cache")
+_REMEDY = (
+    "give the engine less to hold (vllm: {max_model_len: …, max_num_seqs: …}) or more room (vllm: "
+    "{gpu_memory_utilization: …}, kv_cache_memory_bytes; on a CPU VLLM_CPU_KVCACHE_SPACE in GiB), or spread the model "
+    "by parallel.tensor"
+)
+
+
+def too_little_memory(error: Exception) -> UserMistake | None:
+    """Return the mistake of an engine whose memory does not hold what it was asked for; None of any other error."""
+    if not any(words in f"{type(error).__name__}: {error}".lower() for words in _MEMORY):
+        return None
+    first = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    return UserMistake(Problem("vllm", f"{first}: {_REMEDY}"))
 
 
 def too_long(uid: str, prompt: int, new: int, longest: int) -> UserMistake:

@@ -74,4 +74,4 @@ class Backend(Protocol):
         """Yield the line of each question whose choices are compared (choices.line), on every process."""
 
     def facts(self) -> dict[str, Any]:
-        """Return what the element's facts say of it."""
+        """Return what the element's facts say of it, and as `engine` who makes the samples."""

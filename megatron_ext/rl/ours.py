@@ -75,8 +75,8 @@ class Ours:
         )
 
     def facts(self) -> dict[str, Any]:
-        """Return whose each part of the layers is."""
-        return {"parts": self.choice.facts()}
+        """Return that the engine is ours, and whose each part of the layers is."""
+        return {"engine": {"is": "afterok"}, "parts": self.choice.facts()}
 
 
 class _OurMaker:

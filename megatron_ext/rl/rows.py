@@ -149,8 +149,11 @@ def _pack(batch: SampleBatch, places: np.ndarray, unit: int, width: int, *, rout
         own = slice(start + len(sample.prompt) - 1, start + len(whole) - 1)
         labels[own], mask[own], sequence[own] = sample.tokens, sample.own, number
         advantage[own], behaviour[own] = batch.advantages[place], sample.logprobs
-        if routing is not None and sample.routing is not None:
-            here = sample.routing[: len(whole) - 1]
+        if routing is not None:
+            here = () if sample.routing is None else sample.routing[: len(whole) - 1]
+            if len(here) < len(whole) - 1:  # the others would go to experts that nothing chose
+                said = f"the experts of {len(here)} of its {len(whole) - 1} tokens are recorded"
+                raise ValueError(f"sample {sample.key}: {said}, and routing_replay trains with those of all")
             routing[start : start + len(here)] = here
     positions = np.arange(width) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
     return _Packed(

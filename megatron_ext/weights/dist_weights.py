@@ -245,6 +245,7 @@ class Reader:
     def read(self, region: Region) -> torch.Tensor:
         """Return the region's elements. One stored piece that covers it is mapped from its file, not copied."""
         whole: torch.Tensor | None = None
+        found = 0  # elements
         for piece in self.stored.tensors[region.key].pieces:
             low = [max(a, b) for a, b in zip(region.offset, piece.offset)]
             high = [min(a + n, b + m) for a, n, b, m in zip(region.offset, region.size, piece.offset, piece.size)]
@@ -257,8 +258,10 @@ class Reader:
             if whole is None:
                 whole = _room(region.size, part.dtype)
             whole[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, region.offset))] = part
-        if whole is None:
-            raise UserMistake(Problem(str(self.folder), f"has nothing of {region.key} at {list(region.offset)}"))
+            found += part.numel()
+        if whole is None or found < whole.numel():
+            what = "nothing" if whole is None else f"{found:,} of {whole.numel():,} elements"
+            raise UserMistake(Problem(str(self.folder), f"has {what} of {region.key} at {list(region.offset)}"))
         return whole
 
     def object(self, key: str) -> Any:

@@ -13,7 +13,7 @@ positions, epsilons, windows, the router's scale. Each that config.json says oth
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,11 @@ from data_tools.mistake import Problem, UserMistake
 from megatron_ext.files import pickles
 from megatron_ext.models.layouts import Entry, HfTensor, Rule, Shape, hf_rules, hf_shapes
 from megatron_ext.weights.copies import difference
+from megatron_ext.weights.megatron_arguments import check_arguments
 
 FILE = "model_optim_rng.pt"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 LISTED = 12  # wrong tensors that a message names
-LLAMA3_FACTOR = 8.0  # of --use-rope-scaling, before Megatron had --rope-scaling-factor
-ARGUMENTS = {  # Megatron's names by those of a family's Dims
-    "heads": "num_attention_heads",
-    "head_dim": "kv_channels",
-    "norm_epsilon": "norm_epsilon",
-    "rope_base": "rotary_base",
-    "experts": "num_experts",
-    "top_k": "moe_router_topk",
-    "swiglu_limit": "activation_func_clamp_value",
-    "mamba_heads": "mamba_num_heads",
-    "mamba_head_dim": "mamba_head_dim",
-    "mamba_groups": "mamba_num_groups",
-    "mamba_state": "mamba_state_dim",
-}
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?$")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.(?:weight|bias))(\d+))$")
@@ -68,70 +55,6 @@ def _degree(arguments: Namespace, axis: str, where: str) -> int:
     return degree
 
 
-def unlike(arguments: Namespace, dims: Any) -> list[str]:
-    """Return what Megatron's `arguments` and the family's `dims` say differently: "rotary_base is 10000, config.json
-    has 1e6".
-
-    An argument that is not there, or None, is not compared.
-    """
-    said = {name: getattr(arguments, name, None) for name in ARGUMENTS.values()}
-    ours: dict[str, Any] = {name: getattr(dims, field, None) or None for field, name in ARGUMENTS.items()}
-    for name, theirs, own in (
-        *_attention_of(arguments, dims),
-        *_positions_of(arguments, dims),
-        *_ends_of(arguments, dims),
-    ):
-        said[name], ours[name] = theirs, own
-    return [
-        f"{name} is {value}, config.json has {ours[name]}"
-        for name, value in said.items()
-        if value is not None and ours[name] is not None and value != ours[name]
-    ]
-
-
-def check_arguments(arguments: Namespace, dims: Any, where: str) -> None:
-    """Refuse Megatron's `arguments` that say anything otherwise than `dims`. Raises UserMistake."""
-    try:
-        said = unlike(arguments, dims)
-    except (TypeError, AttributeError, IndexError) as error:
-        raise UserMistake(Problem(where, f"its arguments are not understood ({error})")) from None
-    if said:
-        raise UserMistake([Problem(where, f"was trained otherwise: {other}") for other in said])
-
-
-Compared = Iterator[tuple[str, Any, Any]]  # (argument, what Megatron's arguments say, what `dims` say)
-
-
-def _attention_of(arguments: Namespace, dims: Any) -> Compared:
-    """Yield what is compared of attention and of the router, where the arguments have it under another form."""
-    if hasattr(arguments, "group_query_attention") and getattr(dims, "heads", None):
-        grouped = arguments.group_query_attention
-        groups = arguments.num_query_groups if grouped else arguments.num_attention_heads
-        yield "num_query_groups", groups, dims.kv_groups
-    if getattr(dims, "experts", None) and hasattr(arguments, "moe_router_topk_scaling_factor"):
-        scale = arguments.moe_router_topk_scaling_factor or 1.0
-        yield "moe_router_topk_scaling_factor", scale, getattr(dims, "routed_scale", 1.0)
-    if hasattr(arguments, "window_size") and hasattr(dims, "window"):
-        window = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
-        yield "window_size", window, dims.window if any(dims.sliding) else 0
-
-
-def _positions_of(arguments: Namespace, dims: Any) -> Compared:
-    """Yield what is compared of rotary positions."""
-    if hasattr(arguments, "rotary_percent") and hasattr(dims, "rope_base"):
-        yield "rotary_percent", arguments.rotary_percent, 1.0
-    if hasattr(arguments, "use_rope_scaling") and hasattr(dims, "rope_factor"):
-        factor = getattr(arguments, "rope_scaling_factor", LLAMA3_FACTOR)
-        yield "rope_scaling_factor", factor if arguments.use_rope_scaling else 0, dims.rope_factor
-
-
-def _ends_of(arguments: Namespace, dims: Any) -> Compared:
-    """Yield what is compared of embedding and output."""
-    if hasattr(arguments, "untie_embeddings_and_output_weights"):
-        untied = arguments.untie_embeddings_and_output_weights
-        yield "untie_embeddings_and_output_weights", untied, not getattr(dims, "tied", False)
-
-
 def iteration(folder: Path) -> Path:
     """Return the folder with the files of ranks: FOLDER, or that of its latest iteration."""
     latest = inside(folder, "latest_checkpointed_iteration.txt", needed=False)
@@ -141,7 +64,10 @@ def iteration(folder: Path) -> Path:
         text = file.read(80).decode(errors="replace").strip()
     if text != "release" and not (text.isascii() and text.isdecimal()):
         raise UserMistake(Problem(str(latest), f'has {text[:40]!r}, neither a number nor "release"'))
-    return folder / ("release" if text == "release" else f"iter_{int(text):07d}")
+    named = folder / ("release" if text == "release" else f"iter_{int(text):07d}")
+    if not named.is_dir():
+        raise UserMistake(Problem(str(named), f"is not there, and {latest.name} names it"))
+    return named
 
 
 class MegatronTensors:

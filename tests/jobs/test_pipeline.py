@@ -199,6 +199,7 @@ def test_cycles_are_found_at_any_depth(tmp_path):
     ("nope.with.x=1", "no phase 'nope'"), ("params.strt=1", "did you mean start?"),
     ("first.with.start", "dotted.key=value"), ("first.with.start=[", "not valid YAML"),
     ("first.with.start=x", "override first.with.start: 'x' is not of type int"),
+    ("first.with.start=null", "first.with.start: null is not of type int (write a value; the default is 0)"),
 ])  # fmt: skip
 def test_a_wrong_override_is_named(tmp_path, override, expected):
     assert any(expected in line for line in problems(tmp_path, GOOD, override))

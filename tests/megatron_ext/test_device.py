@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from data_tools.mistake import UserMistake
 from megatron_ext import absent_triton, device, versions
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched where there is CUDA")
@@ -178,12 +179,27 @@ def test_a_literal_cuda_is_the_cpu():
     assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
 
 
-def test_another_megatron_core_is_refused(monkeypatch):
-    monkeypatch.setattr(versions, "installed", lambda: "0.17.0")
-    with pytest.raises(
-        RuntimeError, match="megatron-core 0.17.0 is installed, and 0.16.1, 0.17.1, 0.18.2, 0.19.2 are known"
-    ):
+@pytest.mark.parametrize("found", ["0.15.0", "0.17.0", "0.20.0", "0.19.2+local", "0.19.2.dev1", "none"])
+def test_another_megatron_core_is_refused(monkeypatch, found):
+    monkeypatch.setattr(versions, "installed", lambda: found)
+    with pytest.raises(UserMistake) as said:
         versions.release()
+    known = f"megatron-core {found} is installed, and 0.16.1, 0.17.1, 0.18.2, 0.19.2 are known"
+    assert str(said.value).startswith(known) and "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("before", ["", "rc1"])
+def test_a_clone_that_is_imported_in_place_of_the_installed_one_is_refused(before, tmp_path):
+    """Megatron-LM on PYTHONPATH: the metadata is the installed one's, the code is not."""
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text("raise SystemExit('it was imported')")
+    (core / "package_info.py").write_text(f'MAJOR = 0\nMINOR = 20\nPATCH = 0\nPRE_RELEASE = "{before}"\n')
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from megatron_ext import versions; versions.check_imported()"
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    said = result.stderr.splitlines()[-1]
+    assert f"import finds megatron-core 0.20.0{before} in {core}, and {versions.installed()} is installed" in said
+    assert f"take {tmp_path} off PYTHONPATH" in said
 
 
 def test_coming_too_late_is_an_error_and_not_a_slow_start():

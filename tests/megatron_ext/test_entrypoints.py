@@ -13,6 +13,7 @@ import pytest
 from data_tools.base import declared, durable
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.evaluations.accuracy import accuracy
+from data_tools.evaluations.lines import compared_lines
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
@@ -111,7 +112,8 @@ def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):
         evaluate.run(config, outs[1 + index], tmp_path / "keep", index=index, count=2)
     assert not (tmp_path / "keep" / "tables").exists()
     joined = evaluate.finish(config, outs[1:3], outs[3], tmp_path / "keep")
-    assert joined | {"parts": whole["parts"]} == whole  # whose layers an element was made of, it says itself
+    said = {name: whole[name] for name in ("engine", "parts")}  # by each element of itself
+    assert joined | said == whole
     assert joined == durable.read_json(outs[3] / "result.json") == durable.read_json(outs[0] / "result.json")
     assert whole["prompts"] == whole["seen_prompts"] + whole["unseen_prompts"] and whole["seen_prompts"] == 0
     samples = [sorted((out / "samples.jsonl").read_text().splitlines()) for out in (outs[0], outs[3])]
@@ -162,7 +164,8 @@ def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp
         evaluate.run(config, outs[1 + index], tmp_path / "parts", index=index, count=2)
         evaluate.run(config, outs[4 + index], tmp_path / "tasks", index=index, count=2, only=outs[4 + index].name)
     for parts, out, keep in ((outs[1:3], outs[3], "parts"), (outs[4:6], outs[6], "tasks")):
-        assert evaluate.finish(config, parts, out, tmp_path / keep) | {"parts": whole["parts"]} == whole
+        joined = evaluate.finish(config, parts, out, tmp_path / keep)
+        assert joined | {name: whole[name] for name in ("engine", "parts")} == whole
         for file in ("results.json", "samples_sums.jsonl", "samples_tool.jsonl"):
             assert (out / "harness" / file).read_bytes() == (outs[0] / "harness" / file).read_bytes(), file
     assert {json.loads(line)["kind"] for line in open(outs[4] / "samples.jsonl")} == {"sums"}  # an element a task
@@ -270,7 +273,7 @@ def test_an_evaluation_without_samples_is_nothing_to_compare_with(tmp_path):
         if line:
             (tmp_path / "samples.jsonl").write_text(json.dumps(line) + "\n")
         with pytest.raises(UserMistake, match=f"compare_with: {tmp_path} {said}"):
-            evaluate.compared_lines(config.compare_with, samples=2)
+            compared_lines(config.compare_with, samples=2)
 
 
 def test_rows_of_one_prompt_are_compared_each_with_itself_or_not_at_all(tmp_path):
@@ -290,11 +293,11 @@ def test_rows_of_one_prompt_are_compared_each_with_itself_or_not_at_all(tmp_path
     config = evaluate.Config(compare_with=str(tmp_path), samples=4)
     lines = [line("a", 0), line("b", 4)]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
-    assert accuracy(lines, evaluate.compared_lines(config.compare_with, config.samples))["gain"] == 0
-    assert accuracy([line("b", 2)], evaluate.compared_lines(config.compare_with, config.samples))["gain"] == -0.5
+    assert accuracy(lines, compared_lines(config.compare_with, config.samples))["gain"] == 0
+    assert accuracy([line("b", 2)], compared_lines(config.compare_with, config.samples))["gain"] == -0.5
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line("", right)) + "\n" for right in (0, 4)))
     with pytest.raises(UserMistake, match="two lines of prompt '1.1=', the second at .*samples.jsonl:2"):
-        evaluate.compared_lines(config.compare_with, config.samples)
+        compared_lines(config.compare_with, config.samples)
 
 
 def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):

@@ -3,29 +3,35 @@
 The real one, where it is installed: tests/vllm.
 """
 
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
-from jobs.kind import keyed_settings
+from jobs.kind import find_kind, keyed_settings
 from jobs.phases import generate as samples
+from jobs.sealing import Told
 from jobs.task import Task
+from launchers.observe import show
 from megatron_ext.entrypoints import evaluate, generate
-from megatron_ext.foreign import vllm_limits
+from megatron_ext.foreign import exports, vllm_arguments, vllm_limits
 from megatron_ext.foreign.maker import seed_of
 from megatron_ext.foreign.vllm_engine import EngineDied
+from megatron_ext.model_folders.model_folder import open_folder
 from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.rl import journal
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from tests.megatron_ext import vllm_stand_in
-from tests.megatron_ext.vllm_stand_in import LLM
+from tests.megatron_ext.vllm_stand_in import LLM, Core
 
 PROMPTS, SAMPLES = 7, 3
 
@@ -91,6 +97,19 @@ def test_what_an_engines_death_interrupts_goes_on_without_a_double_or_a_loss(
     assert len(again) == len(set(again)) == PROMPTS * SAMPLES - len(recorded)
 
 
+def test_the_end_of_an_engines_own_process_ends_the_wait_for_its_step(calculator, tmp_path, monkeypatch):
+    start = LLM.__init__
+
+    def dying(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self.llm_engine.dies_after = 2
+
+    monkeypatch.setattr(LLM, "core", Core)
+    monkeypatch.setattr(LLM, "__init__", dying)
+    with pytest.raises(EngineDied, match="sampling engine died: vLLM: EngineDeadError"):
+        run(config(calculator), tmp_path)
+
+
 def test_a_stop_is_obeyed_between_steps_and_what_was_drawn_is_recorded(calculator, tmp_path, stand_in):
     asked = []
 
@@ -132,6 +151,19 @@ def test_the_model_is_exported_once_for_all_elements_and_goes_with_the_phase(cal
     assert joined["samples"] == PROMPTS * SAMPLES and not (phase / "exported").exists()
 
 
+def test_two_that_export_the_same_model_at_once_do_no_harm(calculator, tmp_path, monkeypatch):
+    folder, fsync = open_folder(str(calculator["base"])), durable.fsync_tree
+    first = exports.exported(folder, "", tmp_path / "alone")
+
+    def meanwhile(own):  # another one, who took the lock for dead, is done first
+        fsync(own)
+        shutil.copytree(first, tmp_path / "both" / exports.EXPORTED / first.name)
+
+    monkeypatch.setattr(durable, "fsync_tree", meanwhile)
+    made = exports.exported(folder, "", tmp_path / "both")
+    assert made.name == first.name and [path.name for path in made.parent.iterdir()] == [first.name]
+
+
 def test_an_evaluation_asks_one_engine_for_answers_samples_and_choices(calculator, tmp_path, stand_in):
     asked = evaluate.Config(
         model=str(calculator["base"]), task="calculator", source=Source(synthetic_rows=9), max_new_tokens=4,
@@ -145,6 +177,42 @@ def test_an_evaluation_asks_one_engine_for_answers_samples_and_choices(calculato
     assert temperatures == {0, 1.0}
 
 
+def test_an_evaluation_that_is_asked_to_stop_goes_on_without_asking_twice(calculator, tmp_path, stand_in):
+    source = Source(synthetic_rows=9)
+    asked = evaluate.Config(
+        model=str(calculator["base"]), source=source, max_new_tokens=6, samples=2, backend="vllm", verifiers=1
+    )
+
+    def run(root, **told):
+        for name in ("out", "keep"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        evaluate.run(asked, root / "out", root / "keep", **told)
+        return [(root / "out" / name).read_text() for name in ("samples.jsonl", "result.json")]
+
+    looks = itertools.count()
+    with pytest.raises(Stopped):
+        run(tmp_path / "cut", stop=lambda: next(looks) > 3)
+    before = len(keys(stand_in[-1].llm_engine.finished))
+    assert run(tmp_path / "cut") == run(tmp_path / "whole")
+    whole, after = (keys(llm.llm_engine.asked) for llm in (stand_in[-1], stand_in[-2]))
+    assert 0 < before and len(after) == len(whole) - before
+
+
+def test_the_seal_of_a_phase_tells_whose_samples_its_elements_are():
+    kinds = [find_kind(name).of_elements for name in ("generate", "evaluate")]
+    assert kinds == [("engine",), ("engine",)]
+    told, mixed = Told(("engine",)), Told(("engine",))
+    for version in ("1", "1", "2"):
+        mixed.add({"engine": {"is": "vllm", "version": version}, "samples": 3})
+    for _ in range(2):
+        told.add({"engine": {"is": "openai", "url": "http://a/v1", "model": "m"}})
+    assert mixed.facts() == {"engine": [{"is": "vllm", "version": "1"}, {"is": "vllm", "version": "2"}]}
+    assert Told(("engine",)).facts() == {} and told.facts()["engine"]["is"] == "openai"
+    lines = [show.headline({"headline": "3 samples", **one.facts()}) for one in (told, mixed)]
+    assert lines == ["3 samples; by m at http://a/v1", "3 samples; by vllm 1, vllm 2"]
+    assert show.headline({"headline": "3 samples", "engine": {"is": "afterok"}}) == "3 samples"
+
+
 def test_seeds_are_those_of_run_prompt_and_sample():
     cases = [(seed, uid, number) for seed in (0, 1, -5) for uid in (0, 1, 2**40) for number in (0, 1)]
     seeds = [seed_of(*case) for case in cases]
@@ -155,6 +223,9 @@ def test_seeds_are_those_of_run_prompt_and_sample():
 REFUSED = {
     "vllm.max_num_seq": dict(vllm={"max_num_seq": 4}),
     "vllm.dtype": dict(vllm={"dtype": "half"}),
+    "vllm.hf_token": dict(vllm={"hf_token": "abc"}),
+    "vllm.load_format": dict(vllm={"load_format": "dummy"}),
+    "vllm.data_parallel_rank": dict(vllm={"data_parallel_rank": 0}),
     "engine.kv_gib": dict(engine=EngineConfig(kv_gib=3)),
     "base": dict(base="mxfp4"),
     "parallel.context": dict(parallel=ParallelPlan(context=2)),
@@ -170,6 +241,40 @@ def test_settings_that_an_engine_does_not_use_are_refused_by_name(calculator, tm
     assert [problem.where for problem in refused.value.problems] == [where]
     if where == "vllm.max_num_seq":
         assert "did you mean max_num_seqs?" in str(refused.value)
+
+
+WRONG = {  # what vllm.LLM raises -> what is said
+    TypeError("'<' not supported between 'int' and 'str'"): "does not start with {'max_num_seqs': 2} and this model",
+    ValueError("1 validation error for ModelConfig\n  Value error, no"): "(ValueError: 1 validation error for Mod",
+    ValueError("Available KV cache memory is not enough"): "give the engine less to hold",
+    ValueError("Available memory on node 0 on kv cache allocation is less than requested"): "VLLM_CPU_KVCACHE_SPACE in",
+    RuntimeError("CUDA out of memory. Tried"): "give the engine less to hold",
+}
+
+
+@pytest.mark.parametrize("error", WRONG, ids=str)
+def test_an_engine_that_does_not_start_is_one_sentence(error, calculator, tmp_path, monkeypatch):
+    def start(self, *_, **__):
+        raise error
+
+    monkeypatch.setattr(LLM, "__init__", start)
+    monkeypatch.setattr(vllm_arguments, "unknown", lambda *_: [])  # whose signature is not the stand-in's any more
+    with pytest.raises(UserMistake) as refused:
+        run(config(calculator, vllm={"max_num_seqs": 2}), tmp_path)
+    assert WRONG[error] in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_memory_that_ends_in_mid_generation_is_one_sentence(calculator, tmp_path, stand_in, monkeypatch):
+    start = LLM.__init__
+
+    def failing(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self.llm_engine.dies_after = 2
+        self.llm_engine.dies_of = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(LLM, "__init__", failing)
+    with pytest.raises(UserMistake, match="vllm: CUDA out of memory.*give the engine less to hold"):
+        run(config(calculator), tmp_path)
 
 
 SITES = {

@@ -73,7 +73,7 @@ def test_samples_are_what_rejection_reads(whole):
     rows[0]["reward"], rows[0]["correct"] = 0.5, None
     unjudged = generate._result(rows)
     assert unjudged["accuracy"] is None and "pass@1" not in unjudged and unjudged["reward"] > 0
-    assert facts == durable.read_json(out / "result.json") | {"parts": facts["parts"]}
+    assert facts == durable.read_json(out / "result.json") | {name: facts[name] for name in ("engine", "parts")}
     found = facts["records"]["sums"]
     assert (found["prompts"], found["lines"]) == (PROMPTS - 2, found["rows"]) and facts["records"]["lengths"][
         "rows"
@@ -123,7 +123,7 @@ def test_elements_join_to_the_bytes_of_the_whole(folders, whole, tmp_path):
         parts.append(out)
     out, keep = made(tmp_path / "joined")
     facts = generate.finish(config(folders), parts, out, keep)
-    assert facts | {"parts": whole[1]["parts"]} == whole[1]  # each element says it of itself
+    assert facts | {name: whole[1][name] for name in ("engine", "parts")} == whole[1]  # each element says it of itself
     assert (out / "samples.jsonl").read_bytes() == (whole[0] / "samples.jsonl").read_bytes()
     assert (keep / "tables" / "samples.json").is_file()
 

@@ -13,7 +13,7 @@ from megatron_ext.entrypoints import import_hf
 from megatron_ext.files import pickles
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.weights.legacy import unlike
+from megatron_ext.weights.megatron_arguments import unlike
 from tests.megatron_ext import tiny
 
 DENSE = replace(tiny.DIMS, layers=4, tied=False)
@@ -141,15 +141,37 @@ def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
         (EXPERTS, dict(moe_router_topk=1), "moe_router_topk is 1, config.json has 2"),
         (EXPERTS, dict(activation_func_clamp_value=5.0), "activation_func_clamp_value is 5.0, config.json has 7.0"),
         (tiny.NEMOTRON_H_DIMS, dict(moe_router_topk_scaling_factor=None), "factor is 1.0, config.json has 2.5"),
+        (tiny.NEMOTRON_H_DIMS, dict(squared_relu=False), "squared_relu is False, config.json has True"),
+        (tiny.NEMOTRON_H_DIMS, dict(position_embedding_type="rope"), "type is rope, config.json has none"),
+        (tiny.NEMOTRON_H_DIMS, dict(moe_router_score_function="softmax"), "is softmax, config.json has sigmoid"),
+        (tiny.KINDS["glm4_moe"], dict(moe_router_topk_scaling_factor=2.5), "factor is 2.5, config.json has 1.5"),
+        (tiny.KINDS["glm4"], dict(rotary_percent=1.0), "rotary_percent is 1.0, config.json has 0.5"),
+        (tiny.KINDS["qwen2_moe"], dict(moe_router_pre_softmax=False), "is False, config.json has True"),
+        (
+            tiny.KINDS["olmo3"],
+            dict(window_size=(7, 0), window_attn_skip_freq=1),
+            "[False, False], config.json has [True",
+        ),
+        (tiny.KINDS["olmo3"], dict(position_embedding_type="rope"), "type is rope, config.json has yarn"),
+        (tiny.KINDS["smollm3"], dict(no_rope_freq=1), "no_rope_freq is [True, True], config.json has [False, True]"),
+        (EXPERTS, dict(softmax_type="vanilla"), "softmax_type is vanilla, config.json has learnable"),
+        (DENSE, dict(apply_layernorm_1p=True), "apply_layernorm_1p is True, config.json has False"),
+        (DENSE, dict(rotary_interleaved=True), "rotary_interleaved is True, config.json has False"),
+        (DENSE, dict(rotary_seq_len_interpolation_factor=4), "factor is 4, config.json has 1"),
+        (DENSE, dict(position_embedding_type="none"), "position_embedding_type is none, config.json has rope"),
+        (DENSE, dict(activation_func_clamp_value=7.0), "value is 7.0, config.json has 0.0"),
+        (DENSE, dict(softmax_type="off-by-one"), "softmax_type is off-by-one, config.json has vanilla"),
+        (DENSE, dict(softmax_scale=0.1), "softmax_scale is 0.1, config.json has 0.35"),
+        (DENSE, dict(quick_geglu=True), "quick_geglu is True, config.json has False"),
     ],
 )
 def test_what_megatron_trained_otherwise_is_named_with_both_values(dims, trained, said):
-    known = ARGUMENTS.get(type(dims), {})
+    known = {} if dims in tiny.KINDS.values() else ARGUMENTS.get(type(dims), {})
     assert unlike(Namespace(**known), dims) == []
     assert any(said in one for one in unlike(Namespace(**{**known, **trained}), dims))
 
 
-@pytest.mark.parametrize("dims", [DENSE, EXPERTS, tiny.NEMOTRON_H_DIMS, tiny.NANOCHAT_DIMS])
+@pytest.mark.parametrize("dims", [DENSE, EXPERTS, tiny.NEMOTRON_H_DIMS, tiny.NANOCHAT_DIMS, *tiny.KINDS.values()])
 def test_what_megatron_core_is_given_means_what_config_json_says(dims):
     """The other direction: of the configuration that we make of a model, seen as Megatron's arguments."""
     made = tiny.family(dims).spec.transformer_config(dims, ParallelPlan(), torch.float32)

@@ -48,6 +48,14 @@ def test_muon_is_refused_where_it_is_not_installed_with_what_to_do(monkeypatch):
     assert "pip install megatron-core==0.19.2 emerging-optimizers==0.3.0" in problem.message
 
 
+@pytest.mark.parametrize("release", versions.RELEASES)
+@pytest.mark.parametrize("partner", ["0.3.0", "0.2.0"])
+def test_muon_is_taken_under_the_releases_that_have_it_beside_the_one_partner(monkeypatch, release, partner):
+    monkeypatch.setattr(versions, "installed", lambda: release)
+    monkeypatch.setattr(muon, "version", lambda _: partner)
+    assert bool(refused()) != (release in ("0.18.2", "0.19.2") and partner == "0.3.0")
+
+
 def test_a_training_refuses_what_muon_does_not_go_with(calculator, monkeypatch):
     monkeypatch.setattr(muon, "missing", lambda: "")
     plain = replace(sft_config(calculator, 10), optimizer=MUON)

@@ -5,6 +5,7 @@ EngineArgs, LLMEngine. Its model says tokens that follow from prompt, seed and p
 """
 
 import hashlib
+import queue
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +15,9 @@ VOCABULARY = 12  # of tokens that it says
 
 class EngineDeadError(Exception):
     """As vllm/v1/engine/exceptions.py has it."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__("EngineCore encountered an issue", *args)
 
 
 @dataclass
@@ -59,6 +63,14 @@ class _Request:
     token_ids: list[int] = field(default_factory=list)
 
 
+class Core:
+    """Its client of an engine in another process: a step waits for outputs, and a death alone puts none there."""
+
+    def __init__(self) -> None:
+        self.resources = SimpleNamespace(engine_dead=False)
+        self.outputs_queue: queue.Queue[Exception] = queue.Queue()
+
+
 class LLMEngine:
     """Its requests, one token each a step."""
 
@@ -67,7 +79,10 @@ class LLMEngine:
         self.requests: dict[str, _Request] = {}
         self.asked: list[_Request] = []
         self.aborted: list[str] = []
+        self.finished: list[_Request] = []
+        self.engine_core: Core | None = None
         self.dies_after = -1  # steps
+        self.dies_of: Exception = EngineDeadError()
 
     def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams, arrival_time: float | None = None
@@ -78,6 +93,7 @@ class LLMEngine:
         return request_id + "-internal"
 
     def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
+        assert self.dies_after, "nobody is there to be told"
         self.aborted += request_ids
         for name in request_ids:
             self.requests.pop(name, None)
@@ -86,8 +102,11 @@ class LLMEngine:
         return bool(self.requests)
 
     def step(self) -> list[Any]:
+        if self.dies_after == 0 and self.engine_core is not None:
+            self.engine_core.resources.engine_dead = True
+            raise self.engine_core.outputs_queue.get(timeout=30)
         if self.dies_after == 0:
-            raise EngineDeadError("EngineCore encountered an issue")
+            raise self.dies_of
         self.dies_after -= 1
         return [self._stepped(request) for request in list(self.requests.values())]
 
@@ -100,6 +119,7 @@ class LLMEngine:
             reason = "length"
         if reason:
             del self.requests[request.request_id]
+            self.finished.append(request)
         tokens = list(request.token_ids)
         logprobs = [{token: SimpleNamespace(logprob=-0.5 * (place + 1))} for place, token in enumerate(tokens)]
         prompt = [None, *({token: SimpleNamespace(logprob=-0.25 * token)} for token in request.prompt[1:])]
@@ -113,6 +133,7 @@ class LLM:
     """The offline engine."""
 
     started: list["LLM"] = []
+    core: type[Core] | None = None  # Core: it is in another process
 
     def __init__(
         self,
@@ -129,8 +150,9 @@ class LLM:
     ):
         assert skip_tokenizer_init
         args = EngineArgs(**kwargs)
-        self.model, self.dtype = model, dtype
         self.llm_engine = LLMEngine(args.max_model_len or 512)
+        self.llm_engine.engine_core = LLM.core() if LLM.core else None
+        self.model, self.dtype = model, dtype
         LLM.started.append(self)
 
 

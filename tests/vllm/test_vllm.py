@@ -228,6 +228,8 @@ def test_an_array_of_four_runs_in_its_roles_own_environment(folder, tmp_path, de
     run, env = tmp_path / "run", dev_cluster.env()
     afterok("run", tmp_path / "p.yaml", profile(tmp_path, "dev"), "--run", run, env=env, timeout=3000)
     assert set(states(run, env=env).values()) == {"COMPLETED"}
+    (told,) = afterok_json("status", run, env=env)["phases"]
+    assert told["facts"]["engine"]["is"] == "vllm" and told["facts"]["engine"]["version"]
     file = run / "samples" / "latest" / "samples.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(row["place"], row["sample"]) for row in rows] == [(p, s) for p in range(PROMPTS) for s in range(2)]

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ class Server:
     answer: Callable[[dict[str, Any]], str | dict[str, Any]] = words  # text, a message, or with "choices" a whole body
     key: str = ""
     faults: list[Fault | str] = field(default_factory=list)  # of the next requests, one each
+    tls: ssl.SSLContext | None = None
     wait_s: float = 0.0  # that each answer takes
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -126,9 +128,11 @@ def serving(**settings: Any) -> Iterator[Server]:
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.daemon_threads = True
+    if server.tls:
+        httpd.socket = server.tls.wrap_socket(httpd.socket, server_side=True)
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
-    server.url = f"http://127.0.0.1:{httpd.server_address[1]}/v1"
+    server.url = f"http{'s' if server.tls else ''}://127.0.0.1:{httpd.server_address[1]}/v1"
     try:
         yield server
     finally:

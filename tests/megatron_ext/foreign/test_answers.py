@@ -76,11 +76,17 @@ def test_a_key_that_is_named_is_left_out():
         {"choices": [{"finish_reason": None, "message": {"role": "assistant", "content": "4"}}], "usage": USAGE},
         {"choices": [{"finish_reason": "stop"}], "usage": USAGE},
         {"choices": [{"finish_reason": "stop", "message": {"content": "4"}}], "usage": {"completion_tokens": "3"}},
+        {"choices": [{"finish_reason": "stop", "message": {"content": "4"}}], "usage": {"completion_tokens": 10**11}},
     ],
 )  # fmt: skip
 def test_an_answer_that_is_none_may_be_asked_for_again(body):
     with pytest.raises(BadAnswer):
         answers.read(body, Endpoint(), ())
+
+
+def test_half_a_character_in_an_answer_can_be_written_down():
+    told = read(said(content="a\ud83d b \ud83d\ude00", reasoning="\ude00"))
+    assert told.text == "<think>\n\ufffd\n</think>\n\na\ufffd b \U0001f600" and told.text.encode()
 
 
 def test_a_completion_ends_where_the_first_stop_string_is_complete_and_keeps_it():

@@ -1,6 +1,8 @@
 """What a server does wrong is tried again where that can help, and told in one sentence where it cannot."""
 
 import asyncio
+import ssl
+import subprocess
 from typing import Any
 
 import pytest
@@ -90,12 +92,40 @@ def test_a_server_that_says_nothing_is_given_up_after_a_while():
         (failing(403, None, f"not for {KEY}"), "refuses the key of env:TEACHER_KEY (403): not for ***TEACHER_KEY***"),
         (failing(429, "insufficient_quota"), "quota is used up"),
         (failing(422), "refuses prompt p1 with 422"),
+        (failing(429, Retry_After="86400"), "asks to be left alone for 86,400 s (status 429: no); submit again then"),
+        ((307, {}, ""), "sends requests on to http"),
+        ((302, {"Location": "/v1/models/none"}, ""), "/v1/models/none, and these end with 404"),
     ],
 )
 def test_what_would_be_refused_again_is_final(fault, told):
     with serving(faults=[fault]) as server:
         assert told in refusal(server, secret=KEY, retries=3)
         assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("pause", ["inf", "nan", "-3", "soon", "Mon, 99 Nov"])
+def test_a_pause_that_is_no_time_is_as_if_none_were_asked_for(pause):
+    assert client.retry_after({"retry-after": pause}) in (None, 0.0)
+
+
+@pytest.mark.parametrize("key", ["schlüssel-123", "line-one\nline-two", "with space", "nul\0"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key, monkeypatch):
+    monkeypatch.setattr(client.os, "environ", {"TEACHER_KEY": key})
+    with pytest.raises(UserMistake, match=r"at env:TEACHER_KEY is no key: its character \d+ of \d+") as caught:
+        client.key_of(Endpoint(key="env:TEACHER_KEY"))
+    assert key[:5] not in str(caught.value)
+
+
+def test_a_certificate_that_nobody_signed_is_final_and_says_what_to_set(tmp_path):
+    made = (
+        f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {tmp_path}/k -out {tmp_path}/c -days 1 -subj /CN=localhost"
+    )
+    subprocess.run(made.split(), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "c", tmp_path / "k")
+    with serving(tls=context) as server:
+        said = refusal(server, checked=True, retries=3)
+        assert "certificate that is not trusted here" in said and "SSL_CERT_FILE" in said and not server.asked
 
 
 def test_address_key_and_model_are_checked_before_anything_is_spent():

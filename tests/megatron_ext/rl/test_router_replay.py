@@ -131,6 +131,21 @@ def test_without_the_setting_nothing_is_recorded_and_rows_choose_for_themselves(
     assert all(row.chosen is None for row in rollout_rows(batch([sample, other]), ParallelPlan(), 64, 1.0, True))
 
 
+@pytest.mark.parametrize("known", [0, 1, 2])
+def test_a_sample_whose_experts_are_not_all_recorded_is_not_trained_with_others(alone, known):
+    recorded = numpy.zeros((known, 4), numpy.int16) if known else None
+    tokens, logprobs = numpy.array([7, 8], numpy.int32), numpy.zeros(2, numpy.float32)
+    samples = [Sample(0, k, (6,), tokens, logprobs, "stop", reward=float(k), routing=recorded) for k in (0, 1)]
+    routers = Routers(("of layer 0", "of layer 1"), top_k=2, experts=4)
+    shares = shares_of(batch(samples), ParallelPlan(), 64)
+    if known == 2:  # of the last token no expert is asked
+        (row,) = shares.own_rows(1.0, True, routers)
+        assert not row.routing[:2].any()
+        return
+    with pytest.raises(ValueError, match=f"the experts of {known} of its 2 tokens are recorded"):
+        shares.own_rows(1.0, True, routers)
+
+
 @pytest.mark.parametrize("cell", ["EP2", pytest.param("DP2", marks=pytest.mark.soak)])
 def test_a_replayed_run_stopped_in_mid_rollout_ends_as_the_uninterrupted_one_bit_for_bit(two_ranks, tmp_path, cell):
     """Samples and their routing come from the journal, and from the other rank."""

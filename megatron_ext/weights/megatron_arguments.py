@@ -1,0 +1,210 @@
+"""Megatron-LM's arguments of a model: what a checkpoint's say otherwise than config.json, and those of a model of ours.
+
+A checkpoint carries them as `args`, a Namespace. Shapes of tensors do not tell all of a model's function: these do.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext.models.rotary import Linear, Yarn
+from megatron_ext.parallel.shape import ModelShape
+
+LLAMA3_FACTOR = 8.0  # of --use-rope-scaling, before Megatron had --rope-scaling-factor
+ARGUMENTS = {  # Megatron's names by those of a family's Dims
+    "heads": "num_attention_heads",
+    "head_dim": "kv_channels",
+    "norm_epsilon": "norm_epsilon",
+    "rope_base": "rotary_base",
+    "experts": "num_experts",
+    "top_k": "moe_router_topk",
+    "swiglu_limit": "activation_func_clamp_value",
+    "mamba_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_groups": "mamba_num_groups",
+    "mamba_state": "mamba_state_dim",
+}
+NEVER = {  # of what changes a model's function and no tensor's shape, what no family has
+    "apply_layernorm_1p": False,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "rotary_interleaved": False,
+    "multi_latent_attention": False,
+    "attention_output_gate": False,
+    "qk_l2_norm": False,
+    "moe_apply_probs_on_input": False,
+    "openai_gelu": False,
+    "use_mup": False,
+    "normalization": "RMSNorm",
+}
+PADDED = 128  # rows, to a multiple of which Megatron pads an embedding by itself, so that tensor ranks can share it
+Compared = Iterator[tuple[str, Any, Any]]  # (argument, what Megatron's arguments say, what `dims` say)
+
+
+def unlike(arguments: Namespace, dims: Any) -> list[str]:
+    """Return what Megatron's `arguments` and the family's `dims` say differently: "rotary_base is 10000, config.json
+    has 1e6".
+
+    An argument that is not there, or None, is not compared.
+    """
+    said = {name: getattr(arguments, name, None) for name in ARGUMENTS.values()}
+    ours: dict[str, Any] = {name: getattr(dims, field, None) or None for field, name in ARGUMENTS.items()}
+    own = {**NEVER, **_function_of(dims)}
+    for name, theirs, value in (
+        *((name, getattr(arguments, name, None), value) for name, value in own.items()),
+        *_attention_of(arguments, dims),
+        *_layers_of(arguments, dims),
+        *_positions_of(arguments, dims),
+        *_ends_of(arguments, dims),
+    ):
+        said[name], ours[name] = theirs, value
+    return [
+        f"{name} is {value}, config.json has {ours[name]}"
+        for name, value in said.items()
+        if value is not None and ours[name] is not None and value != ours[name]
+    ]
+
+
+def check_arguments(arguments: Namespace, dims: Any, where: str) -> None:
+    """Refuse Megatron's `arguments` that say anything otherwise than `dims`. Raises UserMistake."""
+    try:
+        said = unlike(arguments, dims)
+    except (TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise UserMistake(Problem(where, f"its arguments are not understood ({error})")) from None
+    if said:
+        raise UserMistake([Problem(where, f"was trained otherwise: {other}") for other in said])
+
+
+def _function_of(dims: Any) -> dict[str, Any]:
+    """Return what of a family's function Megatron has one argument for; None is not compared."""
+    hybrid, clamped, kind = hasattr(dims, "pattern"), hasattr(dims, "swiglu_limit"), getattr(dims, "of_kind", None)
+    experts, sigmoid = getattr(dims, "experts", 0), hybrid or bool(kind and kind.experts and kind.experts.sigmoid)
+    own: dict[str, Any] = {
+        "softmax_type": "learnable" if clamped else "vanilla",
+        "glu_linear_offset": 1.0 if clamped else 0.0,
+        "quick_geglu": clamped,
+        "activation_func_clamp_value": dims.swiglu_limit if clamped else 0.0,
+    }
+    if hybrid:
+        own |= {"swiglu": False, "squared_relu": True, "position_embedding_type": "none"}
+    if kind:
+        own |= {"swiglu": True, "squared_relu": False, "qk_layernorm": dims.qk_norm == "head"}
+    if experts and sigmoid:
+        own |= {"moe_router_num_groups": dims.expert_groups, "moe_router_group_topk": dims.top_groups}
+    if experts and not sigmoid:
+        own["moe_router_pre_softmax"] = not getattr(dims, "norm_topk_prob", True)
+    if experts:
+        own["moe_router_score_function"] = "sigmoid" if sigmoid else "softmax"
+    return own
+
+
+def _attention_of(arguments: Namespace, dims: Any) -> Compared:
+    """Yield what is compared of attention and of the router, where the arguments have it under another form."""
+    if hasattr(arguments, "group_query_attention") and getattr(dims, "heads", None):
+        grouped = arguments.group_query_attention
+        groups = arguments.num_query_groups if grouped else arguments.num_attention_heads
+        yield "num_query_groups", groups, dims.kv_groups
+    if getattr(dims, "experts", None) and hasattr(arguments, "moe_router_topk_scaling_factor"):
+        scale = arguments.moe_router_topk_scaling_factor or 1.0
+        ours = getattr(dims, "routed_scale", getattr(dims, "routed_scaling_factor", 1.0))
+        yield "moe_router_topk_scaling_factor", scale, ours
+    if hasattr(arguments, "window_size") and hasattr(dims, "window"):
+        window = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
+        yield "window_size", window, dims.window if any(dims.sliding) else 0
+    given = getattr(arguments, "softmax_scale", None)
+    if given is not None and getattr(dims, "head_dim", None):
+        own = getattr(dims, "attention_multiplier", 0.0) or dims.head_dim**-0.5
+        yield "softmax_scale", own if math.isclose(given, own, rel_tol=1e-5) else given, own
+
+
+def _layers_of(arguments: Namespace, dims: Any) -> Compared:
+    """Yield what is compared of single layers: which have the window, and which no positions."""
+    layers = getattr(dims, "layers", 0)
+    often = getattr(arguments, "window_attn_skip_freq", None)
+    if often is not None and getattr(arguments, "window_size", None) and hasattr(dims, "sliding"):
+        windows = [i % often != 0 for i in range(1, layers + 1)] if type(often) is int else [bool(i) for i in often]
+        yield "window_attn_skip_freq", windows, [bool(i) for i in dims.sliding]
+    often = getattr(arguments, "no_rope_freq", None)
+    if often:
+        skipped = [i % often == 0 for i in range(1, layers + 1)] if type(often) is int else [bool(i) for i in often]
+        yield "no_rope_freq", skipped, [bool(i) for i in getattr(dims, "no_rope", ()) or (False,) * layers]
+
+
+def _positions_of(arguments: Namespace, dims: Any) -> Compared:
+    """Yield what is compared of rotary positions."""
+    stretch = getattr(dims, "stretch", getattr(dims, "yarn", None))
+    if hasattr(dims, "rope_base"):
+        yield "rotary_percent", getattr(arguments, "rotary_percent", None), getattr(dims, "partial", 1.0)
+        older = getattr(arguments, "use_rotary_position_embeddings", None)
+        theirs = "rope" if older else getattr(arguments, "position_embedding_type", None)
+        yield "position_embedding_type", theirs, "yarn" if isinstance(stretch, Yarn) else "rope"
+        longer = getattr(arguments, "rotary_seq_len_interpolation_factor", None)
+        yield "rotary_seq_len_interpolation_factor", longer, stretch.factor if isinstance(stretch, Linear) else 1
+    if hasattr(arguments, "use_rope_scaling") and hasattr(dims, "rope_factor"):
+        factor = getattr(arguments, "rope_scaling_factor", LLAMA3_FACTOR)
+        yield "rope_scaling_factor", factor if arguments.use_rope_scaling else 0, dims.rope_factor
+
+
+def _ends_of(arguments: Namespace, dims: Any) -> Compared:
+    """Yield what is compared of embedding and output."""
+    if hasattr(arguments, "untie_embeddings_and_output_weights"):
+        untied = arguments.untie_embeddings_and_output_weights
+        yield "untie_embeddings_and_output_weights", untied, not getattr(dims, "tied", False)
+
+
+# ---------------------------------------------------------------- of a model of ours
+
+
+def arguments_of(dims: Any, shape: ModelShape) -> Namespace:
+    """Return Megatron-LM's arguments of a model of export_megatron.STOCK: what `--use-checkpoint-args` takes of a
+    checkpoint, and what `unlike` compares.
+    """
+    said: dict[str, Any] = {name: getattr(dims, field, None) or None for field, name in ARGUMENTS.items()}
+    said |= {
+        "num_layers": len(shape.layers),
+        "hidden_size": shape.hidden,
+        "ffn_hidden_size": shape.ffn,
+        "max_position_embeddings": shape.max_positions or None,
+        "padded_vocab_size": None if shape.vocabulary % PADDED else shape.vocabulary,
+        "untie_embeddings_and_output_weights": not shape.tied,
+        "normalization": "RMSNorm",
+        "swiglu": shape.gated,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "group_query_attention": shape.kv_groups != shape.heads,
+        "num_query_groups": shape.kv_groups,
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+        "use_rope_scaling": bool(dims.rope_factor),
+        "rope_scaling_factor": dims.rope_factor or LLAMA3_FACTOR,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+    if shape.experts:
+        said |= {
+            "moe_ffn_hidden_size": shape.expert_ffn,
+            "moe_layer_freq": [int(not dims.is_dense(i)) for i in range(dims.layers)] if any(dims.dense) else 1,
+            "moe_router_score_function": "softmax",
+            "moe_router_pre_softmax": not dims.norm_topk_prob,
+            "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
+            "moe_shared_expert_gate": shape.shared_gate,
+        }
+    return Namespace(**{name: value for name, value in said.items() if value is not None})
+
+
+def command_line(dims: Any, shape: ModelShape) -> list[str]:
+    """Return the words with which Megatron-LM loads such a model, beside `--load` and the folder.
+
+    `--use-checkpoint-args` leaves out some arguments of a model's function (megatron/training/checkpointing.py,
+    `load_args_from_checkpoint`): these are said, since Megatron's defaults would make another model without an error.
+    """
+    words = ["--finetune", "--no-load-optim", "--no-load-rng", "--ckpt-format", "torch_dist"]
+    words += ["--dist-ckpt-strictness", "log_all", "--use-checkpoint-args", "--norm-epsilon", repr(dims.norm_epsilon)]
+    words += ["--qk-layernorm"] if shape.qk_norm else []
+    if dims.rope_factor:
+        words += ["--use-rope-scaling", "--rope-scaling-factor", repr(dims.rope_factor)]
+    words += ["--moe-router-dtype", "fp32"] if shape.experts else []
+    return words + (["--moe-shared-expert-gate"] if shape.shared_gate else [])
