@@ -27,7 +27,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from data_tools.mistake import UserMistake
-from megatron_ext import absent_triton, adam, versions
+from megatron_ext import absent_triton, adam, cpu_linear, versions
 
 CPU = torch.device("cpu")
 
@@ -94,20 +94,12 @@ class CpuStream:
         pass
 
 
-def _widened(path: str) -> Callable[..., torch.Tensor]:
-    """Return mcore's linear layer `path`, made to take bfloat16 as fp32 where the CPU has no instructions for it."""
-    linear = original(path)
+def _linear(path: str) -> Callable[..., torch.Tensor]:
+    return cpu_linear.of(original(path))
 
-    @functools.wraps(linear)  # with its attributes, which it looks for under its name
-    def widened(
-        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any, **named: Any
-    ) -> torch.Tensor:
-        if input.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return linear(input, weight, bias, *args, **named)
-        bias = None if bias is None else bias.float()
-        return linear(input.float(), weight.float(), bias, *args, **named).to(input.dtype)
 
-    return widened
+def _region(path: str) -> Callable[..., torch.Tensor]:
+    return cpu_linear.passing(original(path))
 
 
 def _l2_norm(_size: int, _flag: Any, tensor_lists: Any, *_: Any) -> tuple[torch.Tensor, None]:
@@ -125,8 +117,12 @@ def _uncompiled(function: Any = None, **_: Any) -> Any:
 
 _ROUTER = "megatron.core.transformer.moe.moe_utils.te_general_gemm"  # there with Transformer Engine only
 _RANDOM = "megatron.core.tensor_parallel.random"
-_LINEAR = "megatron.core.tensor_parallel.layers.linear_with_"
-_SLOW_BF16 = "without AVX-512 torch multiplies bfloat16 row by row: from 16 rows on 2 to 8 times as slow as widened"
+_LAYERS = "megatron.core.tensor_parallel.layers"
+_LINEAR = f"{_LAYERS}.linear_with_"
+_LINEAR_WHY = (
+    "rollouts multiply few rows by weights that stay (cpu_linear.py); and without AVX-512 torch multiplies bfloat16 "
+    "row by row: from 16 rows on 2 to 8 times as slow as widened"
+)
 
 PATCHES: dict[str, Patch] = {
     "torch.compile": Patch(
@@ -152,8 +148,15 @@ PATCHES: dict[str, Patch] = {
         lambda: None,
     ),
     **{
-        f"{_LINEAR}{name}": Patch(_SLOW_BF16, functools.partial(_widened, f"{_LINEAR}{name}"))
+        f"{_LINEAR}{name}": Patch(_LINEAR_WHY, functools.partial(_linear, f"{_LINEAR}{name}"))
         for name in ("frozen_weight", "grad_accumulation_and_async_allreduce")
+    },
+    **{
+        f"{_LAYERS}.{name}_tensor_model_parallel_region": Patch(
+            "four calls a layer of autograd functions that do nothing for a lone rank: 2% of a decode step",
+            functools.partial(_region, f"{_LAYERS}.{name}_tensor_model_parallel_region"),
+        )
+        for name in ("copy_to", "reduce_from")
     },
     "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": Patch(
         "the original leaves CPU tensors alone, where all_to_all needs split sizes as numbers (moe_utils.py:1087)",

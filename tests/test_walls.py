@@ -31,7 +31,7 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
     ),
     "slurm": ("checks printed", "client", "profile", "options exported", "dev", "detect", "verify"),
     "megatron_ext": (
-        "absent_triton adam device versions", "files", "parallel", "layers", "models", "weights", "lora",
+        "absent_triton adam cpu_linear device versions", "files", "parallel", "layers", "models", "weights", "lora",
         "model_folders", "preflight", "serving", "rollout", "training", "rl", "foreign",
         "entrypoints",
     ),

@@ -33,6 +33,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
+from megatron_ext import cpu_linear
 from megatron_ext.device import device
 from megatron_ext.layers import flash
 from megatron_ext.layers.buckets import Collect, Spread, packed_attention
@@ -67,6 +68,17 @@ class _Turn(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _Turn.turn(grad, cos, sin, -1), None, None
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x [T, heads, d] turned by the rotary positions of cos and sin [T, 1, half], as `_Turn` says."""
+    if torch.is_grad_enabled():
+        return _Turn.apply(x, cos, sin)
+    if not cpu_linear.in_rollout(x):
+        return _Turn.turn(x, cos, sin, 1)
+    from megatron_ext.layers import cpu_kernels  # which imports a compiler
+
+    return cpu_kernels.turned(x, cos, sin)
 
 
 def tokens_for_heads(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
@@ -297,6 +309,6 @@ class PackedSelfAttention(SelfAttention):
         if not self.config.no_rope_freq or not self.config.no_rope_freq[self.layer_number - 1]:
             factor = _yarn_get_concentration_factor_from_config(self.config)
             cos, sin = row.turns(angles, query.dtype, factor, own=own is not None)
-            query, key = _Turn.apply(query, cos, sin), _Turn.apply(key, cos, sin)
+            query, key = turned(query, cos, sin), turned(key, cos, sin)
         out = self.core_attention(query, key, value, attention_mask, packed_seq_params=row)
         return self.linear_proj(out.unsqueeze(1))

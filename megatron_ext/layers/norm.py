@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
+from megatron_ext import cpu_linear
 from megatron_ext.layers.marks import marks
 
 
@@ -43,6 +44,10 @@ class Norm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight + 1 if self.zero_centered else self.weight
         if self.bias is None:
+            if cpu_linear.in_rollout(x):
+                from megatron_ext.layers import cpu_kernels  # which imports a compiler
+
+                return cpu_kernels.rms_norm(x, weight, self.eps)
             return F.rms_norm(x, self.shape, weight, self.eps)
         return F.layer_norm(x, self.shape, weight, self.bias, self.eps)
 

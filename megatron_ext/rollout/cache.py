@@ -19,7 +19,7 @@ from megatron_ext.device import send
 from megatron_ext.layers.documents import PackedRow
 from megatron_ext.layers.mamba import MambaMixer
 from megatron_ext.layers.mamba_scan import State
-from megatron_ext.rollout.kernels import attend_blocks
+from megatron_ext.rollout.kernels import Step, attend_blocks, gathers
 from megatron_ext.rollout.room import block_bytes, blocks_in
 
 _ANGLES = 1024  # positions; rotary tables are made for multiples, so that they are made seldom
@@ -47,7 +47,8 @@ class CachedBatch:
     """Documents that are computed together: `tokens` of each of n, wherever they are in the step's row.
 
     `rows` int64 [n * tokens], their places in the row; `positions` int64 [n, tokens] in their documents; `table` int64
-    [n, blocks], their blocks, filled up with any; `slots` int64 [n]; `fresh` bool [n], those at their first token.
+    [n, blocks], their blocks, filled up with any; `slots` int64 [n]; `fresh` bool [n], those at their first token;
+    `whole` says that these are all tokens of the row, in its order.
     """
 
     rows: torch.Tensor
@@ -55,10 +56,11 @@ class CachedBatch:
     table: torch.Tensor
     slots: torch.Tensor
     fresh: torch.Tensor
+    whole: bool = False
 
     def pick(self, x: torch.Tensor) -> torch.Tensor:
         """Return the batch's part [n, tokens, ...] of a column [T, ...] of the row."""
-        return x.index_select(0, self.rows).unflatten(0, self.positions.shape)
+        return (x if self.whole else x.index_select(0, self.rows)).unflatten(0, self.positions.shape)
 
 
 class Cache:
@@ -74,6 +76,7 @@ class Cache:
         groups = max(1, (config.num_query_groups or 1) // config.tensor_model_parallel_size)
         self.block_size, self.target = block_size, target
         self.shape, self.dtype = (groups, config.kv_channels), config.params_dtype
+        self.gathers = gathers(Step(self.dtype, config.kv_channels, block_size, tokens=1, target=target))
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.states: dict[int, State] = {}
@@ -139,7 +142,7 @@ class Cache:
         keys, values = self.keys[layer], self.values[layer]
         keys.flatten(0, 1).index_copy_(0, row.places, key)
         values.flatten(0, 1).index_copy_(0, row.places, value)
-        out = query.new_zeros(query.size(0), query.size(1) * query.size(2))
+        outs = []
         for batch in row.batches:
             attended = attend_blocks(
                 batch.pick(query),
@@ -151,8 +154,8 @@ class Cache:
                 window=window,
                 sinks=sinks,
             )
-            out.index_copy_(0, batch.rows, attended.reshape(len(batch.rows), -1))
-        return out
+            outs.append(attended.reshape(len(batch.rows), -1))
+        return row.spread(outs)
 
     def recur(self, row: "CachedRow", mixer: MambaMixer, projected: torch.Tensor) -> torch.Tensor:
         """Return y [T, 1, heads * p] for `projected` [T, 1, width] of a step's tokens.
@@ -168,11 +171,8 @@ class Cache:
             y, state = mixer.advance(batch.pick(projected.squeeze(1)), torch.zeros_like(batch.positions), state)
             for part, new in zip(held, state):
                 part.index_copy_(0, batch.slots, new.to(part.dtype))
-            outs.append(y)
-        out = outs[0].new_zeros(projected.size(0), outs[0].size(-1))
-        for batch, y in zip(row.batches, outs):
-            out.index_copy_(0, batch.rows, y.flatten(0, 1))
-        return out.unsqueeze(1)
+            outs.append(y.flatten(0, 1))
+        return row.spread(outs).unsqueeze(1)
 
 
 def _looking_back(model: torch.nn.Module) -> tuple[list[int], dict[int, MambaMixer]]:
@@ -200,6 +200,15 @@ class CachedRow(PackedRow):
     places: torch.Tensor = field(kw_only=True, repr=False)
     batches: tuple[CachedBatch, ...] = ()
 
+    def spread(self, outs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the column [T, width] of what each batch gives for its tokens, [n * tokens, width]; others are 0."""
+        if self.batches[0].whole:
+            return outs[0]
+        column = outs[0].new_zeros(self.total_tokens, outs[0].size(-1))
+        for batch, out in zip(self.batches, outs):
+            column.index_copy_(0, batch.rows, out)
+        return column
+
 
 def on_device(arrays: Sequence[numpy.ndarray]) -> list[torch.Tensor]:
     """Return arrays of integers on the device as int64, by one copy."""
@@ -211,8 +220,9 @@ def on_device(arrays: Sequence[numpy.ndarray]) -> list[torch.Tensor]:
 def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, width: int = 0) -> CachedRow:
     """Return the row of `documents`, one after the other, and after them `filler` tokens of no document.
 
-    Documents of one new token are batched with those whose blocks the same power of two holds, or with `width` all of
-    them, of so many blocks each, whose row differs from another's in numbers only; a longer one is alone.
+    Documents of one new token are a batch; where its kernel would gather their blocks, those whose blocks the same
+    power of two holds are one. With `width` each has so many blocks, and their row differs from another's in numbers
+    only. A longer document is alone.
     """
     size = cache.block_size
     spans = [numpy.arange(document.start, document.stop) for document in documents]
@@ -221,16 +231,18 @@ def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, wi
     starts = numpy.cumsum([0] + [len(span) for span in spans])
     kinds: dict[tuple[int, int], list[int]] = {}
     for number, (span, table) in enumerate(zip(spans, tables)):
-        kind = (0, width or (len(table) - 1).bit_length()) if len(span) == 1 else (1, number)
-        kinds.setdefault(kind, []).append(number)
+        length = (len(table) - 1).bit_length() if not width and cache.gathers else 0
+        kinds.setdefault((0, length) if len(span) == 1 else (1, number), []).append(number)
 
     def batch(numbers: list[int]) -> list[numpy.ndarray]:
         """Return the fields of a CachedBatch."""
-        most = width or max(len(tables[i]) for i in numbers)
+        table = numpy.zeros((len(numbers), width or max(len(tables[i]) for i in numbers)), numpy.int64)
+        for held, i in zip(table, numbers):
+            held[: len(tables[i])] = tables[i]
         return [
             numpy.concatenate([numpy.arange(starts[i], starts[i + 1]) for i in numbers]),
             numpy.stack([spans[i] for i in numbers]),
-            numpy.stack([numpy.pad(tables[i], (0, most - len(tables[i]))) for i in numbers]),
+            table,
             numpy.array([cache.spare_slot if (slot := documents[i].slot) is None else slot for i in numbers]),
             numpy.array([documents[i].start == 0 for i in numbers]),
         ]
@@ -249,5 +261,8 @@ def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, wi
         positions=row_positions,
         cache=cache,
         places=row_places,
-        batches=tuple(CachedBatch(rows, at, table, slots, fresh.bool()) for rows, at, table, slots, fresh in batches),
+        batches=tuple(
+            CachedBatch(rows, at, table, slots, fresh.bool(), whole=len(rows) == len(positions))
+            for rows, at, table, slots, fresh in batches
+        ),
     )

@@ -11,6 +11,12 @@ from numba.extending import intrinsic, overload
 
 from data_tools.base.compiled import compiled
 
+_LOG2_E, _HALF = numpy.float32(1.44269504), numpy.float32(0.5)
+_LEAST = numpy.float32(-104)  # below the logarithm of the least float32
+_LN2_HIGH, _LN2_LOW = numpy.float32(0.693359375), numpy.float32(-2.12194440e-4)
+_EXP = tuple(numpy.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
+                                        1.6666665459e-1, 5.0000001201e-1))  # fmt: skip
+
 
 @intrinsic
 def _of_bits(typing: Any, bits: Any) -> Any:
@@ -36,6 +42,24 @@ def _compiled_read(held):  # type: ignore[no-untyped-def, unused-ignore]  # numb
     return lambda held: held
 
 
+@compiled(fastmath={"nsz", "contract"}, nogil=True, error_model="numpy")
+def _exp(x: Any) -> Any:
+    """Return e^x of a float32 x up to 0, within 2^-23 of itself, and 0 where it has no normal float32; NaN of NaN.
+
+    Many at once, which the C library's function is not: e^x = 2^n e^r with r = x - n ln 2, whose polynomial is Cephes'
+    (expf.c), ln 2 in two parts.
+    """
+    x = _LEAST if x < _LEAST else x  # and not `max`, which may lose a NaN
+    n = numpy.floor(x * _LOG2_E + _HALF)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = _EXP[0]
+    for k in range(1, 6):
+        p = p * r + _EXP[k]
+    exponent = max(numpy.int32(n) + numpy.int32(127), numpy.int32(0))
+    power = _read(numpy.uint16(exponent << numpy.int32(7)))  # 2^n, by its bits as bfloat16
+    return (p * r * r + r + numpy.float32(1)) * power
+
+
 @functools.cache
 def in_place(share: int, d: int, size: int) -> Callable[..., None]:
     """Return a kernel that is compiled for `share` query heads a group, heads of size `d`, and blocks of `size` tokens.
@@ -51,9 +75,13 @@ def in_place(share: int, d: int, size: int) -> Callable[..., None]:
     ) -> None:
         heads, groups = query.shape[1], keys.shape[2]
         weights = numpy.empty((positions.max() + 1, heads), numpy.float32)
+        top, total = numpy.empty(heads, numpy.float32), numpy.empty(heads, numpy.float32)
+        mixed = numpy.empty((heads, d), numpy.float32)
         for i in range(len(query)):
             stop = positions[i] + 1
             start = max(0, stop - window) if window else 0
+            for h in range(heads):
+                top[h] = sinks[h] if len(sinks) else numpy.float32(-numpy.inf)
             for t in range(start, stop):  # in the order of memory: a token's groups lie side by side
                 block, place = table[i, t // size], t % size
                 for g in range(groups):
@@ -62,23 +90,24 @@ def in_place(share: int, d: int, size: int) -> Callable[..., None]:
                         for c in range(d):
                             product += query[i, h, c] * _read(keys[block, place, g, c])
                         weights[t, h] = product * numpy.float32(scale)
+                for h in range(heads):
+                    top[h] = max(top[h], weights[t, h])
             for h in range(heads):
-                top = sinks[h] if len(sinks) else weights[start, h]
-                for t in range(start, stop):
-                    top = max(top, weights[t, h])
-                total = numpy.exp(sinks[h] - top) if len(sinks) else numpy.float32(0)
-                for t in range(start, stop):
-                    weights[t, h] = numpy.exp(weights[t, h] - top)
-                    total += weights[t, h]
-                for t in range(start, stop):
-                    weights[t, h] /= total
-            out[i] = 0
+                total[h] = _exp(sinks[h] - top[h]) if len(sinks) else numpy.float32(0)
+            for t in range(start, stop):
+                for h in range(heads):  # side by side, so that many are computed at once
+                    weights[t, h] = _exp(weights[t, h] - top[h])
+                    total[h] += weights[t, h]
+            mixed[:] = 0
             for t in range(start, stop):
                 block, place = table[i, t // size], t % size
                 for g in range(groups):
                     for h in range(g * share, (g + 1) * share):
                         weight = weights[t, h]
                         for c in range(d):
-                            out[i, h, c] += weight * _read(values[block, place, g, c])
+                            mixed[h, c] += weight * _read(values[block, place, g, c])
+            for h in range(heads):
+                for c in range(d):
+                    out[i, h, c] = mixed[h, c] / total[h]
 
     return kernel

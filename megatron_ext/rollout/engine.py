@@ -300,7 +300,7 @@ class Engine:
         if not sequences:
             return []
         noise = [0.0 if sampling.is_greedy else sequence.noise(self.seed) for sequence in sequences]
-        drawn = self.runner.draw(torch.stack(rows), noise, sampling)
+        drawn = self.runner.draw(rows, noise, sampling)
         columns = zip(sequences, *(part.tolist() for part in drawn))
         ended = []
         for sequence, token, logprob, model_logprob, margin in columns:

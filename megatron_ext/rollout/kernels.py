@@ -50,6 +50,11 @@ def kernel_name(step: Step) -> str:
     return PAGED_FLASH if _has_flash_attn() else GATHERED_FLASH
 
 
+def gathers(step: Step) -> bool:
+    """Return whether such a step copies the blocks of its documents, as many as the longest of them has."""
+    return kernel_name(step) in (GATHERED, GATHERED_FLASH)
+
+
 def kernel_names(step: Step) -> str:
     """Return in words what computes such steps: those that decode a token a document, and those over prompts."""
     decoding, prompts = kernel_name(step._replace(tokens=1)), kernel_name(step._replace(tokens=2))

@@ -217,7 +217,7 @@ def with_engines(train: Any, folder: Path, keep: Path, engines: list, **argument
 def test_settings_of_the_engine_change_no_bit_of_the_weights(folders, tmp_path):
     """Not even where several updates follow a rollout: what the engine records does not enter the loss."""
     digests, mismatches = with_engines(
-        toy.trained, folders["qwen2"], tmp_path, ENGINES[:2], plan=ParallelPlan(), steps=3
+        toy.trained, folders["qwen2"], tmp_path, ENGINES[1:], plan=ParallelPlan(), steps=3
     )
     assert len(digests) == 1
     assert len(mismatches) > 1, "the engines recorded the same bits: nothing was shown"

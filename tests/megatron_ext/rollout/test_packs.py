@@ -1,0 +1,111 @@
+"""The layouts of weights that a rollout on CPU makes: they are the weights, at every moment, and gone with it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_ext import cpu_linear
+from megatron_ext.layers import cpu_kernels
+from megatron_ext.layers.attention import _Turn
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.settings import Sampling
+from tests.megatron_ext import tiny
+from tests.megatron_ext.rollout.test_engine import FAMILIES, SMALL, STOP, full_logprobs, requests
+from tests.megatron_ext.rounding import bound
+
+GREEDY = Sampling(temperature=0, max_tokens=9)
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request, alone, tmp_path):
+    of = FAMILIES[request.param]
+    return tiny.model(tiny.hf_folder(tmp_path / "hf", of), of, ParallelPlan())
+
+
+def change(model: torch.nn.Module, by: float) -> None:
+    """Update the weights as an optimizer does, in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+
+
+def test_a_rollout_has_the_weights_of_its_moment_and_leaves_no_packs(model):
+    engine = Engine(model, SMALL, seed=7, stop_ids={STOP})
+    for by in (0.0, 0.05, 0.05):
+        change(model, by)
+        packs = set()
+        for sequence in engine.generate(requests(1), GREEDY):
+            packs.add(len(engine.runner.packs))
+            logprobs, likeliest = full_logprobs(model, sequence)
+            assert sequence.completion == likeliest.tolist()
+            assert torch.allclose(torch.tensor(sequence.model_logprobs), logprobs, atol=1e-5)
+        assert min(packs) > 0 and len(engine.runner.packs) == 0
+
+
+def test_a_rollout_that_is_left_leaves_no_packs(model):
+    engine = Engine(model, SMALL, seed=7, stop_ids={STOP})
+    rollout = engine.generate(requests(1), GREEDY)
+    next(rollout)
+    assert len(engine.runner.packs) > 0
+    rollout.close()
+    assert len(engine.runner.packs) == 0
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply by megatron-core's function, which asks as its layers do."""
+    from megatron.core.tensor_parallel import layers
+
+    return layers.linear_with_frozen_weight(
+        x, weight, bias, gradient_accumulation_fusion=False, allreduce_dgrad=False, sequence_parallel=False,
+        tp_group=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 2, 17, 70])
+def test_a_pack_multiplies_as_its_weight_does(alone, dtype, rows):
+    generator = torch.Generator().manual_seed(rows)
+    x, bias = torch.randn(rows, 1, 200, generator=generator).to(dtype), torch.randn(72, generator=generator).to(dtype)
+    weight = torch.nn.Parameter(torch.randn(72, 200, generator=generator).to(dtype))
+    packs = cpu_linear.Packs()
+    with torch.no_grad(), cpu_linear.using(packs):
+        found = linear(x, weight, bias)
+    with torch.no_grad():
+        plain = linear(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert found.shape == plain.shape and found.dtype == dtype
+    assert not rows or (found.double() - exact).abs().max() <= bound(plain, exact)
+    assert len(packs) == (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def test_a_weight_that_changes_in_mid_rollout_is_packed_again(alone):
+    x, weight, packs = torch.randn(3, 40), torch.nn.Parameter(torch.randn(24, 40)), cpu_linear.Packs()
+    with torch.no_grad(), cpu_linear.using(packs):
+        linear(x, weight)
+        for write in (lambda: weight.mul_(2), lambda: setattr(weight, "data", torch.randn(24, 40))):
+            write()
+            assert torch.allclose(linear(x, weight), F.linear(x, weight), atol=1e-4)
+    assert len(packs) == 1
+
+
+def test_a_weight_made_for_one_product_is_not_packed_and_training_never_sees_a_pack(alone):
+    x, weight, packs = torch.randn(3, 40, requires_grad=True), torch.randn(24, 40), cpu_linear.Packs()
+    with torch.no_grad(), cpu_linear.using(packs):
+        linear(x, weight)
+    assert len(packs) == 0
+    linear(x, torch.nn.Parameter(weight)).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 64), (3, 1, 4, 24), (1, 1, 7)])
+def test_norms_and_rotations_of_a_rollout_are_those_of_training(shape):
+    x, weight = torch.randn(shape), torch.randn(shape[-1])
+    exact = F.rms_norm(x.double(), shape[-1:], weight.double(), 1e-6)
+    found = cpu_kernels.rms_norm(x.transpose(0, 1), weight, 1e-6).transpose(0, 1)
+    assert (found.double() - exact).abs().max() <= bound(F.rms_norm(x, shape[-1:], weight, 1e-6), exact)
+    heads, half = x.view(shape[0], -1, shape[-1]), shape[-1] // 3
+    cos, sin = torch.randn(shape[0], 1, half), torch.randn(shape[0], 1, half)
+    exact = _Turn.turn(*(part.double() for part in (heads, cos, sin)), 1)
+    found = cpu_kernels.turned(heads, cos, sin)
+    assert (found.double() - exact).abs().max() <= bound(_Turn.turn(heads, cos, sin, 1), exact)
