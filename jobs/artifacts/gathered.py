@@ -4,6 +4,7 @@ what is an outcome at all."""
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
@@ -37,13 +38,22 @@ def read_gathered(line: bytes) -> tuple[list[Gathered], int | None]:
         return [], None
 
 
+def sums_up(path: Path, element: int, attempt: int) -> bool:
+    """Return whether the first line of a file of gathered outcomes has this life of an element among its sums."""
+    with open(path, "rb") as file:
+        sums, _ = read_gathered(file.readline())
+    return any(some.attempt == attempt and element in some.elements for some in sums)
+
+
 _NUMBERS = {"element": 0, "attempt": 0, "restart": 0, "exit_code": 0, "started": 0.0, "ended": 0.0}
 _TEXTS = ("state", "message", "host", "job", "key", "cause", "node")
 
 
 def is_outcome(told: dict[str, Any]) -> bool:
-    """Take the sum out of a file's object, and return whether it tells of an outcome: one with a sum is what was
-    written, one of before there were sums need not be."""
+    """Take the sum out of a file's object, and return whether it tells of an outcome.
+
+    One with a sum is what was written; one of before there were sums need not be.
+    """
     if told.pop(durable.SUM, None) is not None:
         return True
     numbers = [told.get(name, default) for name, default in _NUMBERS.items()]

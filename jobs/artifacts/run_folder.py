@@ -23,7 +23,7 @@ from data_tools.base import durable
 from data_tools.base.indices import Indices
 from data_tools.mistake import UserMistake
 from jobs.artifacts.artifact import Artifact
-from jobs.artifacts.gathered import Gathered, is_outcome, read_gathered
+from jobs.artifacts.gathered import Gathered, is_outcome, read_gathered, sums_up
 from jobs.artifacts.layout import ArtifactLayout, RunLayout, element_name
 from jobs.artifacts.owner import ENVIRONMENT
 from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
@@ -333,11 +333,7 @@ class RunFolder(RunLayout):
     def _is_gathered(self, phase: str, outcome: Outcome) -> bool:
         """Return whether a life is among those that were summed up when its phase was sealed: it started again."""
         path = self.gathered_outcomes_path(phase, outcome.key, outcome.attempt)
-        if outcome.restart or not path.exists():
-            return False
-        with open(path, "rb") as file:
-            lives = {some.attempt: some.elements for some in read_gathered(file.readline())[0]}
-        return outcome.element in lives.get(outcome.attempt, ())
+        return not outcome.restart and path.exists() and sums_up(path, outcome.element, outcome.attempt)
 
     def outcomes(
         self, phase: str, attempt: int | None = None, element: int | None = None, *, but: Container[int] = ()
