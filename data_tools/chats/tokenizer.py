@@ -194,6 +194,7 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise UserMistake(f"tokenizer {folder}: tokenizer.json is damaged ({error}); write it anew") from None
     _check_ids(folder, backend)
+    _check_template(folder, backend)
     backend.no_truncation()  # as transformers does, whatever the file was saved with
     backend.no_padding()
 
@@ -227,6 +228,21 @@ def _check_ids(folder: Path, backend: Any) -> None:
     for token in json.JSONDecoder().raw_decode(text, found.end())[0] if found else ():
         if (own := backend.token_to_id(token["content"])) != token["id"]:
             said = f"the added token {token['content']!r:.60} has id {token['id']} there, and {own} among all tokens"
+            raise UserMistake(f"tokenizer {folder}: tokenizer.json: {said}; write it anew")
+
+
+def _check_template(folder: Path, backend: Any) -> None:
+    """Raise UserMistake where what is put around a text leaves the text out, or has it twice: each would be encoded so,
+    without a word."""
+    processors = [json.loads(backend.post_processor.__getstate__())] if backend.post_processor else []
+    while processors:
+        processor = processors.pop()
+        processors += processor.get("processors", [])
+        texts = [piece for piece in processor.get("single", []) if piece.get("Sequence", {}).get("id") == "A"]
+        if processor["type"] == "TemplateProcessing" and len(texts) != 1:
+            said = (
+                f"its post_processor's template `single` has the text (Sequence A) {len(texts)} times instead of once"
+            )
             raise UserMistake(f"tokenizer {folder}: tokenizer.json: {said}; write it anew")
 
 

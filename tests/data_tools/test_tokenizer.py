@@ -158,3 +158,19 @@ def test_an_added_token_with_another_id_than_the_library_gives_it_is_refused(ids
     write_json(folder / "tokenizer.json", text)
     with pytest.raises(UserMistake, match="tokenizer.json: the added token .* has id"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_template_around_texts_without_the_text_is_refused(times, is_nested, tmp_path):
+    folder = write_tokenizer(tmp_path)
+    text = read_json(folder / "tokenizer.json")
+    single = [{"Sequence": {"id": "A", "type_id": 0}}] * times
+    template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    text["post_processor"] = {"type": "Sequence", "processors": [template]} if is_nested else template
+    write_json(folder / "tokenizer.json", text)
+    if times == 1:
+        assert load_tokenizer(str(folder)).encode("12")
+        return
+    with pytest.raises(UserMistake, match=f"has the text .* {times} times instead of once"):
+        load_tokenizer(str(folder))
