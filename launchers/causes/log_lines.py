@@ -1,6 +1,6 @@
 """Reads the lines of a log: the words of Slurm and PyTorch for an end, the rank that died first, and tracebacks.
 
-The words looked for are those of Slurm 22.05's srun and slurmstepd, PyTorch 2 and NCCL 2. They stand in
+The words looked for are those of Slurm 22.05's srun and slurmstepd, PyTorch 2, NCCL 2 and vLLM 0.32. They stand in
 tests/launchers/test_diagnosis.py, seen on the dev cluster or written from those programs' known wording.
 """
 
@@ -21,6 +21,10 @@ CANCELLED_LINE = re.compile(r"slurmstepd.*: error: \*\*\* (JOB|STEP) \S+ ON \S+ 
 GPU_MEMORY_LINE = re.compile(
     r"torch(\.cuda)?\.OutOfMemoryError|\bOutOfMemoryError: |(CUDA|HIP) out of memory|CUDA error: out of memory"
     r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED"
+)
+ENGINE_MEMORY_LINE = re.compile(  # vLLM 0.32's, of an engine in a process of its own
+    r"No available memory for the cache blocks|larger than the available KV cache"
+    r"|is less than desired [CG]PU memory utilization"
 )
 HOST_MEMORY_LINE = re.compile(
     r"oom[-_]kill|\bOOM Killed\b|Out Of Memory|[Ee]xceeded (job |step )?memory limit|being killed.*memory"

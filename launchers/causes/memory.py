@@ -2,13 +2,16 @@
 
 from jobs.retry import Cause
 from launchers.causes.evidence import Diagnosis, Evidence
-from launchers.causes.log_lines import GPU_MEMORY_LINE, HOST_MEMORY_LINE
+from launchers.causes.log_lines import ENGINE_MEMORY_LINE, GPU_MEMORY_LINE, HOST_MEMORY_LINE
 
 
 def gpu_memory(e: Evidence) -> Diagnosis | None:
-    """Tell of a rank that PyTorch refused memory of its GPU."""
-    line = e.find(GPU_MEMORY_LINE)
-    if not line:
+    """Tell of a rank that PyTorch refused memory of its GPU, or of vLLM's engine, which found too little to start."""
+    if line := e.find(ENGINE_MEMORY_LINE):
+        lower = "max_model_len, max_num_seqs; or raise gpu_memory_utilization where nothing else is on the GPU"
+        what = f"lower what vLLM holds ({e.phase}.with.vllm: {lower})"
+        return Diagnosis(Cause.GPU_MEMORY, "ran out of GPU memory", line, f"{what}, or spread it by parallel.tensor")
+    if not (line := e.find(GPU_MEMORY_LINE)):
         return None
     return Diagnosis(
         Cause.GPU_MEMORY,

@@ -25,6 +25,13 @@ torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ha
 afterok: sft[0]: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB
 """  # noqa: E501  (recorded word for word)
 )
+VLLM_ROOM = (
+    HELLO
+    + """(EngineCore pid=19359) ERROR 11-30 23:41:35 [core.py:1510] EngineCore failed to start.
+(EngineCore pid=19359) ERROR 11-30 23:41:35 [core.py:1510] ValueError: To serve at least one request with the model's max seq len (8388608), (16.0 GiB KV cache is needed, which is larger than the available KV cache memory (1.0 GiB). Try increasing `gpu_memory_utilization` (which also controls CPU memory on the CPU backend) or decreasing `max_model_len` when initializing the engine.
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}
+"""  # noqa: E501  (the frame as it was seen, the message as kv_cache_utils.py has it)
+)
 NCCL = (
     HELLO
     + """[rank3]:[E1121 01:40:37.001 ProcessGroupNCCL.cpp:632] [Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=184, OpType=ALLREDUCE, NumelIn=1048576, NumelOut=1048576, Timeout(ms)=600000) ran for 600029 milliseconds before timing out.
@@ -119,6 +126,11 @@ CASES = {
         "Tried to allocate 2.00 GiB",
     ),
     "GPU OOM, only the log": (dict(log=TORCH_OOM, state="UNKNOWN"), Cause.GPU_MEMORY, "79.10 GiB"),
+    "vLLM's engine has no room": (
+        dict(log=VLLM_ROOM, outcome=failed("RuntimeError: Engine core initialization failed. See root cause above.")),
+        Cause.GPU_MEMORY,
+        "larger than the available KV cache memory",
+    ),
     "NCCL watchdog": (dict(log=NCCL, exit_code=134), Cause.COLLECTIVE, "OpType=ALLREDUCE"),
     "engine died, worker spoke": (
         dict(outcome=failed("EngineDied: the sampling engine died: vLLM: EngineDeadError: EngineCore ...")),
