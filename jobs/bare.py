@@ -11,7 +11,6 @@ to standard error. Nothing is sealed. A phase that can stop does so at SIGTERM a
 code 5, and goes on when called again. Exit code 2 and one line for a user's mistake.
 """
 
-from data_tools.base.inside import expanded
 from jobs.stopping import SIGNALS
 
 if __name__ == "__main__":
@@ -31,6 +30,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.inside import expanded
 from data_tools.mistake import EXIT_MISTAKE, Problem, UserMistake, nearest
 from data_tools.progress import Stopped
 from jobs.artifacts.layout import element_name
