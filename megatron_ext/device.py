@@ -239,11 +239,13 @@ class LiteralCudaIsCpu(TorchFunctionMode):
 _METHODS = {torch.Tensor.type, torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.pin_memory}
 
 
-# What megatron-core logs at each start about what it means to do with itself; by logger below megatron.core.
+# By logger: what megatron-core logs at each start about what it means to do with itself, and a CUDA build of torch on
+# a machine without a GPU, as a login node is.
 LOG_NOISE = {
-    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",
-    "transformer.transformer_layer": "Rewrapping ModuleSpec",
-    "distributed.distributed_data_parallel": "full_param_layout not provided",
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
 
 
@@ -317,7 +319,7 @@ def init_device() -> None:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     for name, noise in LOG_NOISE.items():
-        logging.getLogger(f"megatron.core.{name}").addFilter(functools.partial(_quiet, noise))
+        logging.getLogger(name).addFilter(functools.partial(_quiet, noise))
     if torch.cuda.is_available():
         torch.cuda.set_device(own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
         # NCCL's monitor asks the store every second for a trace (ProcessGroupNCCL.cpp, HeartbeatMonitor::runLoop). Ours

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import logging
 import subprocess
 import sys
 from functools import partial
@@ -253,3 +254,11 @@ def test_a_module_may_import_a_triton_that_is_missing_and_no_other_sees_it(tmp_p
 
 def test_the_release_that_is_installed_imports_no_triton_where_there_is_none():
     assert importlib.util.find_spec("triton") or not {"triton", "triton.language"} & sys.modules.keys()
+
+
+@pytest.mark.parametrize("name, noise", device.LOG_NOISE.items())
+def test_what_a_user_cannot_act_on_is_not_logged_and_the_rest_of_that_logger_is(name, noise, caplog):
+    device.init_device()
+    logging.getLogger(name).warning("%s, as it says", noise)
+    logging.getLogger(name).warning("something else")
+    assert [record.getMessage() for record in caplog.records if record.name == name] == ["something else"]
