@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-_ROWS = (
-    32  # for which a layout is chosen; any other number of rows was as fast, but for 1, whose layout is slow for all
-)
+# For which a layout is chosen; any other number of rows was as fast, but for 1, whose layout is slow for all.
+_ROWS = 32
 
 
 class _Pack(NamedTuple):
@@ -74,7 +73,8 @@ def _has_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-_multiply = torch.ops.mkldnn._linear_pointwise.default
+# A build of torch without oneDNN has no such operation, and must still be able to import this.
+_multiply: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 _packs: Packs | None = None  # of the pass that is being made
 
 
