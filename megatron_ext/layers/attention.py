@@ -17,6 +17,7 @@ batch. "heads" are those of this tensor rank, "kv_heads" its key-value heads.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_seque
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -38,6 +40,7 @@ from megatron_ext.device import device
 from megatron_ext.layers import flash
 from megatron_ext.layers.buckets import Collect, Spread, packed_attention
 from megatron_ext.layers.documents import ContextRank, PackedDocuments, PackedRow, packed_documents
+from megatron_ext.layers.norm import Norm
 from megatron_ext.layers.sdpa import attend, fused_kernel
 
 
@@ -72,13 +75,7 @@ class _Turn(torch.autograd.Function):
 
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Return x [T, heads, d] turned by the rotary positions of cos and sin [T, 1, half], as `_Turn` says."""
-    if torch.is_grad_enabled():
-        return _Turn.apply(x, cos, sin)
-    if not cpu_linear.in_rollout(x):
-        return _Turn.turn(x, cos, sin, 1)
-    from megatron_ext.layers import cpu_kernels  # which imports a compiler
-
-    return cpu_kernels.turned(x, cos, sin)
+    return _Turn.apply(x, cos, sin) if torch.is_grad_enabled() else _Turn.turn(x, cos, sin, 1)
 
 
 def tokens_for_heads(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
@@ -304,11 +301,42 @@ class PackedSelfAttention(SelfAttention):
             return super().forward(hidden_states, attention_mask, **others)
         if not plain:
             raise NotImplementedError("a rollout knows only rotations by halves, without output gates")
-        parts = self.get_query_key_value_tensors(hidden_states)  # [T / c, 1, heads | groups, d]
-        query, key, value = (x.squeeze(1) for x in parts)
+        turns = None
         if not self.config.no_rope_freq or not self.config.no_rope_freq[self.layer_number - 1]:
             factor = _yarn_get_concentration_factor_from_config(self.config)
-            cos, sin = row.turns(angles, query.dtype, factor, own=own is not None)
-            query, key = turned(query, cos, sin), turned(key, cos, sin)
+            turns = row.turns(angles, hidden_states.dtype, factor, own=own is not None)
+        query, key, value = self._turned_heads(hidden_states, turns)
         out = self.core_attention(query, key, value, attention_mask, packed_seq_params=row)
         return self.linear_proj(out.unsqueeze(1))
+
+    def _turned_heads(
+        self, hidden_states: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> Sequence[torch.Tensor]:
+        """Return query [T / c, heads, d], key and value [T / c, groups, d], turned by cosine and sine if there are."""
+        norms = self._norms_of_heads() if turns and cpu_linear.in_rollout(hidden_states) else None
+        if turns and norms:
+            from megatron_ext.layers import cpu_kernels  # which imports a compiler
+
+            mixed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+            mixed = mixed.squeeze(1).unflatten(2, (-1, self.hidden_size_per_attention_head))
+            return cpu_kernels.heads(mixed, *turns, norms=norms)
+        parts = self.get_query_key_value_tensors(hidden_states)  # [T / c, 1, heads | groups, d]
+        query, key, value = (x.squeeze(1) for x in parts)
+        return (turned(query, *turns), turned(key, *turns), value) if turns else (query, key, value)
+
+    def _norms_of_heads(self) -> list[tuple[torch.Tensor | None, float]] | None:
+        """Return weight and epsilon of the norms of queries and keys, as `cpu_kernels.heads` takes them.
+
+        None where a head's norm is another than its own RMSNorm, or a rank has a part of a group of heads.
+        """
+        if self.config.num_query_groups is None or self.config.num_query_groups < self.world_size:
+            return None
+        norms: list[tuple[torch.Tensor | None, float]] = []
+        for norm in (self.q_layernorm, self.k_layernorm):
+            if norm is None or isinstance(norm, IdentityOp):
+                norms.append((None, 0.0))
+            elif type(norm) is Norm and norm.bias is None and not norm.zero_centered:
+                norms.append((norm.weight, norm.eps))
+            else:
+                return None
+        return norms

@@ -20,12 +20,12 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
 
 from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
+from megatron_ext.layers.decoder_layer import DecoderLayer
 from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
@@ -325,7 +325,7 @@ def decoder_spec(
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=renamed if norm_before else {},
         )
-        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+        return ModuleSpec(module=DecoderLayer, submodules=submodules)
 
     first = get_transformer_layer_offset(config, virtual_stage)
     here = listed[first : first + get_num_layers_to_build(config, virtual_stage)]

@@ -94,8 +94,8 @@ class Cache:
         """
         shape = (blocks + 1, self.block_size, *self.shape)
         for layer in self.attention:
-            self.keys[layer] = torch.zeros(shape, dtype=self.dtype, device=self.target)
-            self.values[layer] = torch.zeros(shape, dtype=self.dtype, device=self.target)
+            self.keys[layer] = _zeros(shape, self.dtype, self.target)
+            self.values[layer] = _zeros(shape, self.dtype, self.target)
         self.spare_slot = slots
         for layer, mixer in self.mixers.items():
             empty = mixer.empty_state(torch.empty(slots + 1, 0, dtype=self.dtype, device=self.target))
@@ -173,6 +173,13 @@ class Cache:
                 part.index_copy_(0, batch.slots, new.to(part.dtype))
             outs.append(y.flatten(0, 1))
         return row.spread(outs).unsqueeze(1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, target: torch.device) -> torch.Tensor:
+    """Return a tensor of zeros. On CPU they are the system's own, so that what is never used takes no memory."""
+    if target.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=target)
+    return torch.from_numpy(numpy.zeros((*shape[:-1], shape[-1] * dtype.itemsize), numpy.uint8)).view(dtype)
 
 
 def _looking_back(model: torch.nn.Module) -> tuple[list[int], dict[int, MambaMixer]]:

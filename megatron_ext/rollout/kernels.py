@@ -138,7 +138,7 @@ def _in_place(
     scale: float, window: int | None, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """Return what `attend_blocks` does for one token a document on CPU, without a copy of the blocks."""
-    from megatron_ext.rollout.cpu_kernel import in_place
+    from megatron_ext.layers.cpu_kernels import in_place
 
     out = torch.empty(query.shape[0], *query.shape[2:], dtype=torch.float32)
     kernel = in_place(query.size(2) // keys.size(2), query.size(3), keys.size(1))

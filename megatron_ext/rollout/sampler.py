@@ -46,9 +46,9 @@ class Vocabulary:
             dist.all_reduce(x, op=op, group=self.group)
         return x
 
-    def sum(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the sum [n, 1] of `x` [n, V / t] over the whole vocabulary, added up in `dtype`, or in that of `x`."""
-        return self._reduced(x.sum(-1, keepdim=True, dtype=dtype), dist.ReduceOp.SUM)
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum [n, 1] of `x` [n, V / t] over the whole vocabulary."""
+        return self._reduced(x.sum(-1, keepdim=True), dist.ReduceOp.SUM)
 
     def max(self, x: torch.Tensor) -> torch.Tensor:
         """Return the maximum [n, 1] of `x` [n, V / t] over the whole vocabulary."""
@@ -101,8 +101,8 @@ def draw(
         weights = ((logits - top) / sampling.temperature).exp_()
     if sampling.is_filtered:
         weights = weights.where(weights >= _threshold(weights, sampling, vocabulary), 0)
-    total = vocabulary.sum(weights, torch.float64)
     sums = weights.cumsum(-1, dtype=torch.float64)
+    total = vocabulary.sum(sums[:, -1:])
     before = vocabulary.before(sums[:, -1:])
     wanted = noise[:, None] * total - before  # in this rank's part of the running sum
     place = torch.searchsorted(sums, wanted, right=True).clamp(max=sums.size(-1) - 1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_ext.device import init_device
+from megatron_ext.device import init_device, plain_torch
 
 init_device()
 
@@ -77,21 +77,22 @@ def padded(model: Any, prompts: list[tuple[int, ...]], lengths: list[int]) -> No
         width = max(map(len, batch))
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in batch])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
-        model.generate(
-            ids, attention_mask=mask, do_sample=True, max_new_tokens=longest, min_new_tokens=longest, pad_token_id=0
-        )
+        with plain_torch():
+            model.generate(
+                ids, attention_mask=mask, do_sample=True, max_new_tokens=longest, min_new_tokens=longest, pad_token_id=0
+            )
 
 
-def continuous(model: Any, prompts: list[tuple[int, ...]], lengths: list[int], page: int, tokens: int) -> None:
+def continuous(model: Any, tokens: int, prompts: list[tuple[int, ...]], lengths: list[int]) -> None:
+    """At most `tokens` of them a step; pages of 32."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     config = GenerationConfig(do_sample=True, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=0)
     settings = ContinuousBatchingConfig(
-        page_size=page, num_blocks=32 * 600 // page, max_batch_tokens=tokens, max_requests_per_batch=PLACES
+        page_size=32, num_blocks=600, max_batch_tokens=tokens, max_requests_per_batch=PLACES
     )
-    with model.continuous_batching_context_manager(
-        generation_config=config, continuous_batching_config=settings
-    ) as manager:
+    served = model.continuous_batching_context_manager(generation_config=config, continuous_batching_config=settings)
+    with plain_torch(), served as manager:
         for i, length in enumerate(lengths):
             manager.add_request(list(prompts[i // GROUP]), max_new_tokens=length)
         done = 0
@@ -101,26 +102,53 @@ def continuous(model: Any, prompts: list[tuple[int, ...]], lengths: list[int], p
                 break
 
 
-def rate(call: Callable[..., Any], model: Any, requests: int, rounds: int) -> tuple[float, Any]:
-    """Return tokens a second of CPU time (other work runs on this machine), the median over rounds with other seeds;
-    and what the last round gave."""
-    rates = []
+class Vllm:
+    """vLLM in an environment of its own, which keeps its process over the rounds (rollout_vllm.py)."""
+
+    def __init__(self, python: str, folder: Path, dtype: str):
+        command = [python, rollout_vllm.__file__, folder, dtype, PLACES]
+        self.process = subprocess.Popen(
+            [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        print(f"vLLM {self._answer()['version']}", flush=True)
+
+    def _answer(self) -> Any:
+        return json.loads(self.process.stdout.readline())
+
+    def seconds(self, prompts: list[tuple[int, ...]], lengths: list[int]) -> float:
+        """Return the CPU seconds of a round."""
+        print(json.dumps([prompts, lengths]), file=self.process.stdin)
+        return self._answer()
+
+    def stop(self) -> None:
+        """End its process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def seconds(call: Callable[..., Any], prompts: list[tuple[int, ...]], lengths: list[int]) -> float:
+    """Return the CPU seconds of a call: other work runs on this machine."""
+    start = time.process_time()
+    with torch.no_grad():
+        call(prompts, lengths)
+    return time.process_time() - start
+
+
+def rates(ways: dict[str, Callable[..., float]], requests: int, rounds: int) -> dict[str, list[float]]:
+    """Return tokens a second of each way, for each round; all do a round, one after the other, before the next.
+
+    So that what slows this machine for a while slows all. Before the first round each does a little work, in which it
+    compiles.
+    """
+    for way in ways.values():
+        way(*work(GROUP, rounds))
+    found: dict[str, list[float]] = {name: [] for name in ways}
     for seed in range(rounds):
         prompts, lengths = work(requests, seed)
-        start = time.process_time()
-        with torch.no_grad():
-            found = call(model, prompts, lengths)
-        rates.append(sum(lengths) / (time.process_time() - start))
-    return median(rates), found
-
-
-def of_vllm(python: str, folder: Path, requests: int, rounds: int, dtype: str) -> dict[str, Any]:
-    """Return what rollout_vllm.py measures of the model in FOLDER/model, with the prompts and lengths of `rate`."""
-    jobs = [work(requests, seed) for seed in range(rounds)] + [work(GROUP, rounds)]
-    (folder / "work.json").write_text(json.dumps(jobs))
-    command = [python, rollout_vllm.__file__, folder, dtype, PLACES]
-    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+        for name, way in ways.items():
+            found[name].append(sum(lengths) / way(prompts, lengths))
+            print(f"round {seed + 1}: {name} {found[name][-1]:.0f} tokens/s", flush=True)
+    return found
 
 
 def main() -> None:
@@ -133,7 +161,6 @@ def main() -> None:
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
 
-    from megatron_ext.device import plain_torch
     from megatron_ext.models.registry import read_config
     from megatron_ext.weights import convert
 
@@ -142,43 +169,39 @@ def main() -> None:
         family, dims, _ = read_config(hf)
         (model,) = family.build(dims, ParallelPlan(), getattr(torch, args.dtype))
         convert.import_weights(model, hf, family, dims)
-        ours(model, *work(GROUP, args.rounds))  # what is compiled at first use
         parameters = sum(p.numel() for p in model.parameters())
-        mine, found = rate(ours, model, args.requests, args.rounds)
-        print(
-            f"{parameters / 1e6:.1f}M parameters, {args.dtype}: ours {mine:.0f} tokens/s, occupancy "
-            f"{found['occupancy']:.2f}, prompt tokens computed per prompt token {found['prefill']:.2f}",
-            flush=True,
-        )
         with plain_torch():
             theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=getattr(torch, args.dtype)).eval()
-            hugging, _ = rate(padded, theirs, args.requests, args.rounds)
-            print(f"generate, padded batches: {hugging:.0f} tokens/s", flush=True)
-            tuned = 0.0
-            for page, tokens in ((32, 128), (32, 256)):
-                found_rate, _ = rate(partial(continuous, page=page, tokens=tokens), theirs, args.requests, args.rounds)
-                print(
-                    f"continuous batching, page {page}, {tokens} tokens a batch: {found_rate:.0f} tokens/s", flush=True
-                )
-                tuned = max(tuned, found_rate)
-        third = {}
-        if args.vllm:
-            told = of_vllm(args.vllm, Path(folder), args.requests, args.rounds, args.dtype)
-            rival = median(told["rates"])
-            print(f"vLLM {told['version']}: {rival:.0f} tokens/s", flush=True)
-            third = {"vllm": round(rival, 1), "ratio_vllm": round(mine / rival, 2)}
+        told: dict[str, float] = {}
+        ways: dict[str, Callable[..., float]] = {
+            "ours": partial(seconds, lambda *asked: told.update(ours(model, *asked))),
+            "generate": partial(seconds, partial(padded, theirs)),
+            "continuous batching, 128": partial(seconds, partial(continuous, theirs, 128)),
+            "continuous batching, 256": partial(seconds, partial(continuous, theirs, 256)),
+        }
+        third = Vllm(args.vllm, hf, args.dtype) if args.vllm else None
+        if third:
+            ways["vLLM"] = third.seconds
+        print(f"{parameters / 1e6:.1f}M parameters, {args.dtype}", flush=True)
+        found = rates(ways, args.requests, args.rounds)
+        if third:
+            third.stop()
+    middle = {name: round(median(each), 1) for name, each in found.items()}
+    # Of each round, whose parts stood under the same load.
+    ratio = {name: round(median(a / b for a, b in zip(found["ours"], each)), 2) for name, each in found.items()}
+    tuned = min((name for name in ways if name.startswith("continuous")), key=lambda name: ratio[name])
     print(
         json.dumps(
             {
                 "name": "rollout",
-                "ours": round(mine, 1),
-                "peer": round(hugging, 1),
-                "ratio": round(mine / hugging, 2),
+                "ours": middle["ours"],
+                "peer": middle["generate"],
+                "ratio": ratio["generate"],
                 "unit": "tokens/CPU s",
-                "continuous_batching": round(tuned, 1),
-                "ratio_continuous": round(mine / tuned, 2),
-                **third,
-                **{key: round(value, 3) for key, value in found.items()},
+                "continuous_batching": middle[tuned],
+                "ratio_continuous": ratio[tuned],
+                **({"vllm": middle["vLLM"], "ratio_vllm": ratio["vLLM"]} if third else {}),
+                **{key: round(value, 3) for key, value in told.items()},
                 "dtype": args.dtype,
             }
         )

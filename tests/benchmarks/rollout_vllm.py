@@ -2,9 +2,8 @@
 
     PYTHON tests/benchmarks/rollout_vllm.py FOLDER DTYPE PLACES
 
-FOLDER has the Hugging Face folder `model` and `work.json`: rounds of [prompts, lengths], prompts one a group. One
-thread, as it is started with. Prints {"version", "rates"}: tokens a second of CPU time, of each round, log-probs among
-what is computed, as ours does.
+FOLDER is a Hugging Face folder. Prints {"version"}, and for each line [prompts, lengths] that comes in, prompts one a
+group, the seconds of CPU time it took, log-probs among what is computed, as ours does. One thread.
 """
 
 import json
@@ -32,12 +31,12 @@ def main(folder: Path, dtype: str, places: int) -> None:
     import vllm
 
     engine = vllm.LLM(
-        model=str(folder / "model"), dtype=dtype, max_model_len=1024, max_num_seqs=places, skip_tokenizer_init=True,
+        model=str(folder), dtype=dtype, max_model_len=1024, max_num_seqs=places, skip_tokenizer_init=True,
         enforce_eager=True, enable_prefix_caching=True, seed=0, generation_config="vllm",
     )  # fmt: skip
-    *rounds, first = json.loads((folder / "work.json").read_text())
-    rates = []
-    for prompts, lengths in (first, *rounds):  # the first: what is compiled at first use
+    print(json.dumps({"version": vllm.__version__}), file=ANSWERS, flush=True)
+    for line in sys.stdin:
+        prompts, lengths = json.loads(line)
         group = len(lengths) // len(prompts)
         asked = [{"prompt_token_ids": prompts[i // group]} for i in range(len(lengths))]
         forced = [
@@ -48,11 +47,12 @@ def main(folder: Path, dtype: str, places: int) -> None:
         ]
         start = cpu_s()
         found = engine.generate(asked, forced, use_tqdm=False)
-        rates.append(sum(lengths) / (cpu_s() - start))
+        print(json.dumps(cpu_s() - start), file=ANSWERS, flush=True)
         assert [len(one.outputs[0].token_ids) for one in found] == lengths
-    print(json.dumps({"version": vllm.__version__, "rates": rates[1:]}))
 
 
 if __name__ == "__main__":
+    ANSWERS = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is no answer
     os.environ.update(ENVIRONMENT)
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

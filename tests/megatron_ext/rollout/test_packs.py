@@ -52,6 +52,24 @@ def test_a_rollout_that_is_left_leaves_no_packs(model):
     assert len(engine.runner.packs) == 0
 
 
+def test_a_rollout_takes_the_short_way_through_each_layer_and_training_does_not(alone, tmp_path, monkeypatch):
+    """Of all arguments that this megatron-core gives its layers in a rollout, none is one that takes its own way."""
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    of = FAMILIES["qwen2"]
+    trained = tiny.model(tiny.hf_folder(tmp_path / "hf", of), of, ParallelPlan())
+    engine = Engine(trained, SMALL, seed=7, stop_ids={STOP})
+    entered = []
+    theirs = TransformerLayer._forward_attention
+    monkeypatch.setattr(
+        TransformerLayer, "_forward_attention", lambda *args, **named: entered.append(1) or theirs(*args, **named)
+    )
+    (sequence, *_) = engine.generate(requests(1), GREEDY)
+    assert not entered
+    full_logprobs(trained, sequence)
+    assert len(entered) == of.layers
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply by megatron-core's function, which asks as its layers do."""
     from megatron.core.tensor_parallel import layers
@@ -99,13 +117,42 @@ def test_a_weight_made_for_one_product_is_not_packed_and_training_never_sees_a_p
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 64), (3, 1, 4, 24), (1, 1, 7)])
-def test_norms_and_rotations_of_a_rollout_are_those_of_training(shape):
+def test_norms_of_a_rollout_are_those_of_training(shape):
     x, weight = torch.randn(shape), torch.randn(shape[-1])
     exact = F.rms_norm(x.double(), shape[-1:], weight.double(), 1e-6)
     found = cpu_kernels.rms_norm(x.transpose(0, 1), weight, 1e-6).transpose(0, 1)
     assert (found.double() - exact).abs().max() <= bound(F.rms_norm(x, shape[-1:], weight, 1e-6), exact)
-    heads, half = x.view(shape[0], -1, shape[-1]), shape[-1] // 3
-    cos, sin = torch.randn(shape[0], 1, half), torch.randn(shape[0], 1, half)
-    exact = _Turn.turn(*(part.double() for part in (heads, cos, sin)), 1)
-    found = cpu_kernels.turned(heads, cos, sin)
-    assert (found.double() - exact).abs().max() <= bound(_Turn.turn(heads, cos, sin, 1), exact)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("share, groups, d, half", [(2, 4, 64, 32), (1, 1, 7, 2), (3, 2, 24, 12), (5, 1, 8, 0)])
+def test_heads_of_a_rollout_are_split_normalised_and_turned_as_in_training(share, groups, d, half, normed):
+    tokens = 5
+    mixed, cos, sin = (
+        torch.randn(shape) for shape in ((tokens, groups, share + 2, d), (tokens, 1, half), (tokens, 1, half))
+    )
+    norms = [(torch.randn(d), 1e-6), (torch.randn(d), 1e-2)] if normed else [(None, 0.0), (None, 0.0)]
+
+    def plain(dtype: torch.dtype) -> list[torch.Tensor]:
+        query, key, value = mixed.to(dtype).split([share, 1, 1], 2)
+        parts = []
+        for part, (weight, eps) in zip((query.reshape(tokens, -1, d), key.reshape(tokens, -1, d)), norms):
+            part = part if weight is None else F.rms_norm(part, (d,), weight.to(dtype), eps)
+            parts.append(_Turn.turn(part, cos.to(dtype), sin.to(dtype), 1))
+        return [*parts, value.reshape(tokens, -1, d)]
+
+    for found, near, exact in zip(cpu_kernels.heads(mixed, cos, sin, norms), plain(torch.float32), plain(torch.double)):
+        assert found.shape == exact.shape and (found.double() - exact).abs().max() <= bound(near, exact)
+
+
+def test_swiglu_of_a_rollout_is_that_of_training():
+    gate = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, -87.4, 88.9])])
+    x = torch.stack([torch.cat([gate, torch.randn(len(gate))]) for _ in range(3)]).unsqueeze(1)
+    a, b = x.double().chunk(2, -1)
+    exact = F.silu(a) * b
+    found = cpu_kernels.swiglu(x)
+    # exp is within 2^-23 of itself, and gives 0 below the least normal float32; a sum, a quotient and two products.
+    assert found.shape == exact.shape
+    assert ((found.double() - exact).abs() <= exact.abs() * 2**-20 + (a * b).abs() * 2**-126).all()
+    odd = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0, 1.0, 1.0, 1.0, torch.nan]])
+    assert torch.equal(cpu_kernels.swiglu(odd).isfinite(), (F.silu(odd[:, :4]) * odd[:, 4:]).isfinite())
