@@ -47,7 +47,8 @@ class DecoderLayer(TransformerLayer):
 
         On CPU SwiGLU is one call. Hooks that a family hung on the MLP (a norm after it) are heard: then it is called.
         """
-        if not self.is_swiglu or self.mlp._forward_hooks or not cpu_linear.in_rollout(x):
+        heard = self.mlp._forward_hooks or self.mlp._forward_pre_hooks
+        if not self.is_swiglu or heard or not cpu_linear.in_rollout(x):
             return self.mlp(x)
         from megatron_ext.layers import cpu_kernels  # which imports a compiler
 

@@ -7,6 +7,8 @@ Shapes below: T tokens of a step's row, n documents computed together, heads of 
 share keys and values.
 """
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -176,10 +178,11 @@ class Cache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, target: torch.device) -> torch.Tensor:
-    """Return a tensor of zeros. On CPU they are the system's own, so that what is never used takes no memory."""
+    """Return a tensor of zeros. On CPU they are the system's own, whose pages take no memory until they are used."""
     if target.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=target)
-    return torch.from_numpy(numpy.zeros((*shape[:-1], shape[-1] * dtype.itemsize), numpy.uint8)).view(dtype)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _looking_back(model: torch.nn.Module) -> tuple[list[int], dict[int, MambaMixer]]:
