@@ -43,7 +43,7 @@ from slurm.checks import by_check, sort_out, waiver_problems
 from slurm.detect import Cluster
 from slurm.options import own_setting_problems
 from slurm.profile.check import forwarding_problems, kept_secret, unreachable_secrets
-from slurm.profile.environments import environment_of, environments, why_not_shared
+from slurm.profile.environments import environment_of, environments, python_here, why_not_shared
 from slurm.profile.images import COMMA_PARTS_MOUNTS, image_of, unseen
 from slurm.profile.schema import Mail, Profile, Resources
 
@@ -359,6 +359,7 @@ class _Planner:
             gpu=resources.gpu or "",
             gpu_mem_gib=resources.gpu_mem_gib,
             environment=environment_of(self.cluster.profile, resources.role).set,
+            python="" if self.cluster.unasked else python_here(self.cluster.profile, resources.role),
             elements=phase.elements,
             values=tuple(phase.array) if isinstance(phase.array, list) else (),
             partners={folders[name]: self.planned[name].frozen.elements for name in paired},

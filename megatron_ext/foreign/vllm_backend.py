@@ -14,7 +14,7 @@ from typing import Any
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress
 from data_tools.tasks.mix import Draw
-from megatron_ext.foreign import exports, vllm_arguments
+from megatron_ext.foreign import exports, vllm_arguments, vllm_limits
 from megatron_ext.foreign.alone import Alone
 from megatron_ext.foreign.maker import JournaledMaker
 from megatron_ext.foreign.vllm_engine import (
@@ -62,8 +62,8 @@ class Vllm(Alone):
             import vllm
             from vllm.engine.arg_utils import EngineArgs
         except ImportError as error:
-            remedy = "name an environment that has it in the profile: roles.ROLE.env.python, see megatron_ext/README.md"
-            raise UserMistake(Problem("backend", f"vllm: it cannot be imported here ({error}): {remedy}")) from None
+            message = f"vllm: it cannot be imported here ({error}): {vllm_limits.HAS_IT}"
+            raise UserMistake(Problem("backend", message)) from None
         if problems := vllm_arguments.unknown(self.config.vllm, vllm.LLM, EngineArgs, vllm.__version__):
             raise UserMistake(problems)
         return vllm

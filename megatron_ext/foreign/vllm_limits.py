@@ -3,6 +3,10 @@
 What is known to fail was seen with vLLM 0.32's CPU build, or stands in its sources.
 """
 
+import functools
+import os
+import subprocess
+
 from data_tools.mistake import Problem
 from megatron_ext.foreign import vllm_arguments
 from megatron_ext.parallel.plan import Site
@@ -18,9 +22,17 @@ ABSENT = ("nanochat",)  # model types of ours that model_executor/models/registr
 UNTIED = ("glm4_moe", "gpt_oss", "nemotron_h")
 
 
+HAS_IT = "name an environment that has it in the profile: roles.ROLE.env.python, see megatron_ext/README.md"
+_ANSWER_S = 20  # for an interpreter on a slow network drive
+_NO = 3  # an exit status that no failure of the interpreter's own has
+_ASK = f"import importlib.util, sys; sys.exit(0 if importlib.util.find_spec('vllm') else {_NO})"
+
+
 def check(config: SamplingSettings, site: Site, shape: ModelShape | None) -> list[Problem]:
     """Return what is wrong with a phase's settings for vLLM, as far as it is known."""
     problems = vllm_arguments.check(config.vllm) + _check_place(config, site)
+    if site.python and _lacks_vllm(site.python, site.environment.get("PYTHONPATH", "")):
+        problems.append(Problem("backend", f"vllm: {site.python} has no package vllm: {HAS_IT}"))
     file = facts.model_config(config.model, site)[0] or {}
     model_type = file.get("model_type")
     if model_type in UNTIED and file.get("tie_word_embeddings"):
@@ -68,3 +80,17 @@ def _check_place(config: SamplingSettings, site: Site) -> list[Problem]:
         remedy = "set resources.gpus_per_node so, and an array for more copies of the model"
         problems.append(Problem("parallel", f"{message} has {gpus}: {remedy}"))
     return problems
+
+
+@functools.cache
+def _lacks_vllm(python: str, path: str) -> bool:
+    """Return whether an interpreter says that it has no package vllm, with the PYTHONPATH of the profile or ours.
+
+    One that does not answer here may do so on a node.
+    """
+    environment = {**os.environ, "PYTHONPATH": path} if path else None
+    try:
+        asked = subprocess.run([python, "-c", _ASK], cwd="/", env=environment, capture_output=True, timeout=_ANSWER_S)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return False
+    return asked.returncode == _NO

@@ -101,6 +101,7 @@ class Site:
     gpu: str = ""  # a name of calibration.GPUS; "": not known
     gpu_mem_gib: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)  # that the cluster's profile sets
+    python: str = ""  # the ranks' interpreter, where it can be asked from here; "": not known
     forecasts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by folder
 
 

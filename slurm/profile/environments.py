@@ -1,10 +1,12 @@
 """What a job finds: the environment of its role, the names of the network, and folders."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data_tools.base.inside import expanded
+from slurm.profile.images import image_of
 from slurm.profile.schema import Env, Profile, RoleEnv
 
 
@@ -15,6 +17,17 @@ def environment_of(profile: Profile, role: str) -> Env:
     own, env = profile.roles[role].env, profile.env
     said = {key: value for key, value in vars(own).items() if value is not None and key not in ("set", "secrets")}
     return dataclasses.replace(env, **said, set=env.set | own.set, secrets=env.secrets | own.secrets)
+
+
+def python_here(profile: Profile, role: str) -> str:
+    """Return the interpreter of a role's ranks, for a machine that has the cluster's files.
+
+    It is "" in an image, and behind modules and shell lines, which may change what it finds.
+    """
+    env = environment_of(profile, role)
+    if image_of(profile, role) or env.modules or env.setup or profile.hooks.prolog:
+        return ""
+    return env.python or sys.executable
 
 
 def environments(profile: Profile) -> Iterator[tuple[str, Env]]:

@@ -234,6 +234,29 @@ REFUSED = {
 }
 
 
+INTERPRETERS = {  # what a role's python does when it is asked -> whether it is refused
+    "has none": (f'exec {sys.executable} -IS "$@"', True),
+    "has one": (f'PYTHONPATH=$PYTHONPATH:{{packages}} exec {sys.executable} "$@"', False),
+    "does not run here": ("exit 1", False),
+    "is killed": ("kill -9 $$", False),
+}
+
+
+@pytest.mark.parametrize("which", INTERPRETERS)
+def test_plan_refuses_a_python_without_vllm_and_none_that_it_cannot_ask(calculator, tmp_path, which):
+    does, refused = INTERPRETERS[which]
+    (tmp_path / "packages" / "vllm").mkdir(parents=True)
+    (tmp_path / "packages" / "vllm" / "__init__.py").write_text("raise SystemExit('was imported')")
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does.format(packages=tmp_path / 'packages')}\n")
+    python.chmod(0o755)
+    for site in (Site(1, gpus_per_node=1, python=str(python)), Site(1, gpus_per_node=1)):
+        found = vllm_limits.check(config(calculator), site, None)
+        assert [problem.where for problem in found] == ["backend"] * (refused and bool(site.python))
+        assert all(f"vllm: {python} has no package vllm: name an environment" in problem.message for problem in found)
+    assert not vllm_limits.check(config(calculator), Site(1, gpus_per_node=1, python=str(tmp_path / "absent")), None)
+
+
 @pytest.mark.parametrize("where", REFUSED)
 def test_settings_that_an_engine_does_not_use_are_refused_by_name(calculator, tmp_path, where):
     with pytest.raises(UserMistake) as refused:

@@ -1,14 +1,28 @@
 """Where a phase goes: the first partition and kind of nodes that it fits, by the names that the site's Slurm has."""
 
+import sys
+
 import pytest
 
 from data_tools.mistake import UserMistake
 from slurm.profile import files
 from slurm.profile.check import check
-from slurm.profile.environments import environment_of, site_variables, why_not_shared
+from slurm.profile.environments import environment_of, python_here, site_variables, why_not_shared
 from slurm.profile.places import gpus_of, items
 from slurm.profile.resolve import resolve, with_defaults
-from slurm.profile.schema import Env, Network, Partition, Profile, Request, Role, RoleEnv, Storage, Wishes
+from slurm.profile.schema import (
+    Container,
+    Env,
+    Hooks,
+    Network,
+    Partition,
+    Profile,
+    Request,
+    Role,
+    RoleEnv,
+    Storage,
+    Wishes,
+)
 
 MIXED = """\
 partitions:
@@ -207,3 +221,13 @@ def test_what_a_node_has_beside_its_gpus_is_a_limit_where_the_profile_says_how_m
     assert asked == {"nvme": "few", "nvme:2": "many", "fpga:9": "few"}
     (problem,) = check(site, Request("cpu", gres="nvme:5"), "x")
     assert problem.message.startswith("nvme:5, but a node of partition few has 1; ask for that; nor does it fit")
+
+
+def test_a_roles_python_is_known_here_where_nothing_can_make_it_another():
+    roles = {"own": Role(env=RoleEnv(python="/opt/py")), "loaded": Role(env=RoleEnv(modules=["python/3.12"])),
+             "prepared": Role(env=RoleEnv(setup=["source activate"]))}  # fmt: skip
+    known = {role: python_here(Profile(roles=roles), role) for role in (*roles, "other")}
+    assert known == {"own": "/opt/py", "loaded": "", "prepared": "", "other": sys.executable}
+    container = Container(runtime="apptainer", images={"own": "/a.sif"})
+    assert python_here(Profile(roles=roles, container=container), "own") == ""
+    assert python_here(Profile(roles=roles, hooks=Hooks(prolog=["module load x"])), "own") == ""
