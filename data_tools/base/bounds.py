@@ -30,8 +30,10 @@ class Bound:
     def most(self) -> int:
         """The most of it, in single things. Raise UserMistake where the variable holds no positive whole number."""
         text = os.environ.get(self.variable)
-        if not text:
-            return self.default * self.unit
+        return self.said(text) if text else self.default * self.unit
+
+    def said(self, text: str) -> int:
+        """Return how much the variable allows where it holds `text`, or raise UserMistake."""
         if not text.isascii() or not text.isdigit() or not 0 < len(text) < 10 or not int(text):
             raise UserMistake(f"variable {self.variable}: {text!r:.40} is no whole number from 1 on")
         return int(text) * self.unit

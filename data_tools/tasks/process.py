@@ -55,10 +55,12 @@ class Ended(Exception):
     """Raised with the reason why a process gives no answer and is of no more use."""
 
 
-def memory_gib() -> float:
-    """Return how much memory verifiers may take, in GiB; 0 for no limit. Raise UserMistake where the variable holds no
-    such number."""
-    text = os.environ.get(MEMORY_VARIABLE) or str(MEMORY_GIB)
+def memory_gib(said: str | None = None) -> float:
+    """Return how much memory verifiers may take, in GiB; 0 for no limit.
+
+    Raise UserMistake where the variable, or what it would be (`said`), holds no such number.
+    """
+    text = said or os.environ.get(MEMORY_VARIABLE) or str(MEMORY_GIB)
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]*)?", text):
         raise UserMistake(
             f"variable {MEMORY_VARIABLE}: {text!r:.40} is no number of GiB, such as 4 or 0.5; 0: no limit"

@@ -1,5 +1,6 @@
 """Prints for people: tables, rich on a terminal and plain text in a log or pipe. Nothing is decided here."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # imported where they are needed, so that a --json answer doe
     from launchers.submission.submit import Submitted
 
 SHORT = 16  # columns of a cell that is not folded
+SIZES = ("COLUMNS", "LINES")  # variables of a terminal
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
 COLOURS = {
     COMPLETED: "green",
@@ -54,7 +56,9 @@ def console() -> "Console":
                 yield segment if segment.control else Segment(clean(segment.text), segment.style)
 
     width = None if sys.stdout.isatty() else PLAIN_WIDTH
-    return CleanConsole(file=raw(sys.stdout), highlight=False, markup=False, emoji=False, width=width)
+    # rich takes sizes for numbers that int() does not read ("²").
+    said = {name: text for name, text in os.environ.items() if name not in SIZES or text.isdecimal()}
+    return CleanConsole(file=raw(sys.stdout), highlight=False, markup=False, emoji=False, width=width, _environ=said)
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str = "") -> "Table":

@@ -4,7 +4,9 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
-from data_tools.mistake import Problem, nearest
+from data_tools.base.bounds import BOUNDS
+from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.tasks import process
 from slurm.profile.environments import environment_of, environments, site_variables
 from slurm.profile.images import COMMA_PARTS_MOUNTS, is_relative, split
 from slurm.profile.limits import limit_problems
@@ -26,6 +28,9 @@ from slurm.profile.schema import (
     Request,
     Storage,
 )
+
+OURS = "AFTEROK_"  # how variables of our own begin
+SITE = ("AFTEROK_SCRATCH", "AFTEROK_PROFILES")  # of them, those that a site may say in `env.set` too
 
 
 def check(profile: Profile, request: Request, where: str) -> list[Problem]:
@@ -196,12 +201,30 @@ def _unused_on_a_local_machine(profile: Profile, env: Env, where: str) -> list[P
     return [Problem(f"{where}.{key}", message) for key in ("setup", "modules", "modules_init") if getattr(env, key)]
 
 
+def _why_not_ours(name: str, text: str) -> str:
+    """Return what is wrong with a variable of afterok's own in `env.set`, "" if nothing is."""
+    readers = {bound.variable: bound.said for bound in BOUNDS} | {process.MEMORY_VARIABLE: process.memory_gib}
+    if name in (process.ENVIRONMENT_VARIABLE, *SITE):
+        return ""
+    if name not in readers:
+        return "no phase reads a variable of this name" + nearest(name, [*readers, process.ENVIRONMENT_VARIABLE])
+    try:
+        readers[name](text)
+    except UserMistake as mistake:
+        return str(mistake)
+    return ""
+
+
 def _environment_problems(env: Env, where: str) -> list[Problem]:
-    """Return what is wrong with `forward` and `secrets`.
+    """Return what is wrong with `forward`, `secrets` and what `set` says to afterok itself.
 
     No message shows what stands where a reference belongs: it may be the secret itself.
     """
-    problems = []
+    problems = [
+        Problem(f"{where}.set.{name}", message)
+        for name, text in env.set.items()
+        if name.startswith(OURS) and (message := _why_not_ours(name, text))
+    ]
     for name in env.forward:
         # The list becomes sbatch's --export, where A=value would put a value into the script, and ALL means everything.
         if not VARIABLE.fullmatch(name) or name in ("ALL", "NONE", "NIL"):

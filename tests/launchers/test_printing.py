@@ -132,6 +132,15 @@ def test_no_verb_prints_a_control_character_or_reads_markup(evil, monkeypatch, c
         json.loads(out)
 
 
+@pytest.mark.parametrize("value", ["²", "٣", "0", "-5", "1", "9" * 30, "", " 80", "x", "\udcff"])
+@pytest.mark.parametrize("name", ["COLUMNS", "LINES", "TERM", "COLORTERM", "FORCE_COLOR", "NO_COLOR", "JUPYTER_COLUMNS",
+                                  "JUPYTER_LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "LANG", "TZ"])  # fmt: skip
+def test_nothing_that_a_terminal_says_of_itself_keeps_a_table_from_being_printed(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    show.console().print(show.table(["phase"], [["sft"]]))
+    assert "sft" in capsys.readouterr().out
+
+
 def test_an_inspection_shows_text_of_rows_as_text(capsys):
     document = {
         "where": EVIL,

@@ -7,6 +7,7 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
+from data_tools.base.bounds import BOUNDS
 from data_tools.mistake import UserMistake
 from slurm.client import scrubbed_environment
 from slurm.printed import PartitionRow
@@ -244,6 +245,19 @@ def test_what_sbatch_would_obey_and_does_not_get_is_said_by_name():
     assert note.startswith("SBATCH_ACCOUNT, SBATCH_QOS of") and "say account" in note and "hunter2" not in note
     assert forwarding_notes(Profile(kind="local"), obeyed) == []
     assert not [name for name in scrubbed_environment(obeyed) if name.startswith("SBATCH_")]  # so it is true
+
+
+def test_what_a_profile_sets_for_afterok_itself_is_a_variable_that_is_read_and_a_value_that_can_be(tmp_path):
+    known = {bound.variable: str(bound.default) for bound in BOUNDS} | {"AFTEROK_VERIFIER_GIB": "0.5"}
+    wrong = dict.fromkeys(known, "many")
+    right = known | {"AFTEROK_VERIFIER_ENV": "A,B", "AFTEROK_SCRATCH": "/s", "AFTER": "any", "OTHER_AFTEROK_X": "any"}
+    said = {**wrong, "AFTEROK_LINE_MB": "9"}
+    told = problems_of(tmp_path, f"kind: local\nroles: {{cpu: {{}}}}\nenv: {{set: {said}}}\n")
+    assert list(told) == [f"p.yaml: env.set.{name}" for name in said]
+    *values, name = told.values()
+    assert all("'many' is no" in value for value in values) and "(did you mean AFTEROK_LINE_MIB? known: " in name
+    (tmp_path / "right.yaml").write_text(f"kind: local\nroles: {{cpu: {{env: {{set: {right}}}}}}}\n")
+    assert files.load(str(tmp_path / "right.yaml")).roles["cpu"].env.set == right
 
 
 def test_local_processes_run_no_shell_lines_and_say_so(tmp_path):
