@@ -1,12 +1,14 @@
 """Digests of large files, remembered: a file of the same path, size and time is not read again."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import digests, durable
+from data_tools.base.printing import set_in, size_text
 
 
 class HashCache:
@@ -17,6 +19,7 @@ class HashCache:
     """
 
     SMALL = 1 << 20  # bytes up to which hashing takes no longer than looking up
+    LARGE = 1 << 30  # bytes from which reading takes long enough to be told of
     KEPT_S = 90 * 86_400.0
 
     def __init__(self, folder: Path | None = None):
@@ -36,6 +39,9 @@ class HashCache:
             known = durable.parse_checked(entry.read_bytes(), entry)
             if known == durable.with_sum(now | {"sha256": known["sha256"]}):
                 return known["sha256"]
+        if stat.st_size >= self.LARGE:
+            said = f"afterok: reading {path} ({size_text(stat.st_size)}) for its SHA-256, which is remembered"
+            print(set_in(said), file=sys.stderr, flush=True)
         digest = digests.sha256(path, parts)
         with contextlib.suppress(OSError):
             entry.parent.mkdir(parents=True, exist_ok=True)

@@ -197,6 +197,18 @@ def test_the_digest_of_a_seal_speaks_of_bytes_not_of_times(tmp_path):
 LARGE = "x" * (HashCache.SMALL + 1)
 
 
+def test_reading_a_large_file_is_told_of_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(HashCache, "LARGE", HashCache.SMALL + 1)
+    for name, size in (("large", HashCache.SMALL + 1), ("less", HashCache.SMALL)):
+        (tmp_path / name).write_bytes(b"1" * size)
+    for _ in range(2):
+        for name in ("large", "less"):
+            content_digest(tmp_path / name, HashCache(tmp_path / "cache"))
+    told = capsys.readouterr()
+    assert told.err == f"afterok: reading {tmp_path / 'large'} (1.0 MiB) for its SHA-256, which is remembered\n"
+    assert not told.out
+
+
 @pytest.mark.parametrize("size", [3, HashCache.SMALL + 1])
 def test_inputs_enter_by_content_and_the_cache_sees_every_change(tmp_path, size):
     cache = HashCache(tmp_path / "cache")
