@@ -15,13 +15,13 @@ import functools
 import importlib.util
 import itertools
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import regex
 
+from data_tools.chats.added_tokens import AddedTokens
 from data_tools.chats.conversation import BadRecord
 from data_tools.chats.tokenizer import Tokenizer
 from data_tools.chats.unknown import CannotEncode, cannot_encode, check_kept, check_unicode
@@ -206,17 +206,15 @@ def _remembering(fast: Any, encode: Callable[[str], np.ndarray]) -> Callable[[st
     added = fast.get_added_tokens_decoder().values()
     if any(token.lstrip or token.rstrip or token.single_word or token.normalized for token in added):
         return encode
-    special = sorted((re.escape(token.content) for token in added), key=len, reverse=True)
-    pieces = re.compile(f"({'|'.join(special) or '(?!)'})")  # as a group, so that split gives them too
+    pieces = AddedTokens(token.content for token in added)
     word_ids = functools.lru_cache(_WORDS)(lambda word: encode(word).tolist())
     stretch_ids = functools.lru_cache(_STRETCHES)(lambda stretch: encode(stretch).tolist())
     words = _words(fast)
 
     def ids(text: str) -> np.ndarray:
         found: list[list[int]] = []
-        for number, piece in enumerate(pieces.split(text)):
-            is_special = number % 2 == 1
-            if is_special or words is None or not piece.isascii():
+        for _, piece, is_added in pieces.cut(text):
+            if is_added or words is None or not piece.isascii():
                 found.append(stretch_ids(piece))
             else:
                 found += map(word_ids, words(piece))

@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+from data_tools.chats.added_tokens import AddedTokens
 from data_tools.mistake import UserMistake
 
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON may spell it, UTF-8 cannot
@@ -48,8 +49,8 @@ def cannot_encode(name: str, fast: Any, text: str, error: Exception) -> CannotEn
             return True
         return False
 
-    for start, stretch in _between_added(fast, text) if fast is not None else ():
-        if fails(stretch):
+    for start, stretch, is_added in _added(fast).cut(text) if fast is not None else ():
+        if not is_added and fails(stretch):
             for place, piece in _pieces(fast, stretch):
                 if fails(piece):
                     return _unknown(name, piece, start + place)
@@ -74,9 +75,11 @@ def check_kept(name: str, fast: Any) -> Callable[[str], None]:
     if '"ByteLevel"' in json.dumps(spec["pre_tokenizer"]) and len(letters) >= _BYTES:
         return lambda text: None
 
+    added = _added(fast)
+
     def check(text: str) -> None:
-        for start, stretch in _between_added(fast, text):
-            for place, piece in _pieces(fast, stretch):
+        for start, stretch, is_added in added.cut(text):
+            for place, piece in () if is_added else _pieces(fast, stretch):
                 if not letters.issuperset(piece):
                     at = next(number for number, letter in enumerate(piece) if letter not in letters)
                     raise _unknown(name, piece[at : at + 1], start + place + at)
@@ -91,16 +94,8 @@ def _unknown(name: str, piece: str, place: int) -> CannotEncode:
     return CannotEncode(f"tokenizer {name}: {lack}; leave the row out, or name an unk_token in tokenizer.json")
 
 
-def _between_added(fast: Any, text: str) -> Iterator[tuple[int, str]]:
-    """Yield what lies between added tokens, such as special ones, with its place: those are cut out first."""
-    added = sorted((token.content for token in fast.get_added_tokens_decoder().values()), key=len, reverse=True)
-    place = 0
-    for found in re.finditer("|".join(map(re.escape, filter(None, added))) or "(?!)", text):
-        if place < found.start():
-            yield place, text[place : found.start()]
-        place = found.end()
-    if place < len(text):
-        yield place, text[place:]
+def _added(fast: Any) -> AddedTokens:
+    return AddedTokens(token.content for token in fast.get_added_tokens_decoder().values())
 
 
 def _pieces(fast: Any, stretch: str) -> list[tuple[int, str]]:
