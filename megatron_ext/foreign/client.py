@@ -19,6 +19,7 @@ from data_tools.base.json_text import json_value
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.foreign.answers import Answer, BadAnswer, Refused, read
 from megatron_ext.foreign.pace import Limit, Pace, expected_tokens
+from megatron_ext.foreign.surroundings import way_to
 from megatron_ext.rollout.endpoint import CHAT, SEED, Endpoint, key_variable, unknown_model
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ class Client:
             while (left := until - self._seconds()) > 0:
                 await asyncio.sleep(min(left, _NAP_S))
         times = "once" if tries == 1 else f"{tries} times"
-        message = f"{self.endpoint.url} was asked {times} for {what} and did not answer ({why})"
+        way = way_to(self.endpoint.url)
+        message = f"{self.endpoint.url} was asked{way} {times} for {what} and did not answer ({why})"
         raise UserMistake(Problem("endpoint.url", f"{message}; see to the server, then submit again: {_KEPT}"))
 
     async def _told(self, once: Callable[[], Any], refused: Callable[[Any], Any]) -> Any:

@@ -2,16 +2,19 @@
 
     KEEP/exported/DIGEST         the folder, whole: it gets this name by one rename
     KEEP/exported/DIGEST.lock    touched by who makes it; others wait, and take over one that is not touched any more
+    KEEP/exported/DIGEST.UNIQUE  half a folder, touched like the lock; who makes the folder deletes those of the dead
 
 An adapter is merged into the weights. The tokenizer stays where it is: token ids go in and come out.
 """
 
-import errno
+import contextlib
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 EXPORTED = "exported"
 POLL_S = 1.0
 DEAD_S = 300.0  # a lock that nobody touched for so long, as the waiting process saw it
+TOUCH_S = 10.0
 
 
 def exported(folder: "ModelFolder", dtype: str, keep: Path) -> Path:
@@ -42,7 +46,9 @@ def exported(folder: "ModelFolder", dtype: str, keep: Path) -> Path:
             if not target.is_dir():
                 _make(folder, dtype, target, lock)
         finally:
-            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if lock.read_text() == who:  # and not that of one who took this one for dead
+                    lock.unlink()
     return target
 
 
@@ -71,30 +77,63 @@ def _touched(lock: Path) -> int:
 
 def _make(folder: "ModelFolder", dtype: str, target: Path, lock: Path) -> None:
     """Export into a folder of this process, and give it its name. Two who make the same by mistake do no harm."""
+    _forget_halves(target, lock)
+    own = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+    own.mkdir()
+    try:
+        with _touching(own, lock):
+            _fill(folder, dtype, own)
+        os.rename(own, target)
+    except OSError:
+        if not target.is_dir() and own.is_dir():
+            raise  # and otherwise another one's is there, or took this one for dead and makes it
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _fill(folder: "ModelFolder", dtype: str, own: Path) -> None:
+    """Export into a folder of this process, durably."""
     from megatron_ext.model_folders import merge, model_folder
     from megatron_ext.weights import convert
 
-    own = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
-    own.mkdir()
+    model_folder.copy_hf_files(folder.hf, own)
+    base = convert.base_ledger(folder.hf)
+    rules = folder.family.mapping.rules(folder.dims, base["hf"])
+    changes = merge.changes(folder)
+    convert.export_share(folder.weights, rules, base, own, dtype=dtype, index=0, count=1, changes=changes)
+    ledger = convert.finish_export([own], own, {"family": folder.family.name, "source": str(folder.path)})
+    if ledger["weights_digest"] != folder.base_digest:
+        raise UserMistake(Problem(str(folder.path), "its weights were changed; make the folder again"))
+    durable.fsync_tree(own)
 
-    def touch(*_: object, **__: object) -> None:
-        lock.touch()
 
+@contextlib.contextmanager
+def _touching(*paths: Path) -> Iterator[None]:
+    """Touch these from time to time, while a large file is written, read for its digest, or made durable."""
+    over = threading.Event()
+
+    def touch() -> None:
+        while not over.wait(TOUCH_S):
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # no lock that another took away is made anew
+
+    thread = threading.Thread(target=touch, daemon=True, name="export-touch")
+    thread.start()
     try:
-        model_folder.copy_hf_files(folder.hf, own)
-        base = convert.base_ledger(folder.hf)
-        rules = folder.family.mapping.rules(folder.dims, base["hf"])
-        changes = merge.changes(folder)
-        convert.export_share(
-            folder.weights, rules, base, own, dtype=dtype, index=0, count=1, progress=touch, changes=changes
-        )
-        ledger = convert.finish_export([own], own, {"family": folder.family.name, "source": str(folder.path)})
-        if ledger["weights_digest"] != folder.base_digest:
-            raise UserMistake(Problem(str(folder.path), "its weights were changed; make the folder again"))
-        durable.fsync_tree(own)
-        os.rename(own, target)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not target.is_dir():
-            raise  # and otherwise another one's is there
+        yield
     finally:
-        shutil.rmtree(own, ignore_errors=True)
+        over.set()
+        thread.join()
+
+
+def _forget_halves(target: Path, lock: Path) -> None:
+    """Delete what killed processes left of the same folder: each half is as large as the model.
+
+    All times are the file system's own: the lock was made just now.
+    """
+    for half in target.parent.glob(f"{target.name}.*"):
+        with contextlib.suppress(OSError):
+            now = lock.stat().st_mtime
+            if half.is_dir() and now - half.stat().st_mtime > DEAD_S / 2:
+                shutil.rmtree(half, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import Any
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress
 from data_tools.tasks.mix import Draw
-from megatron_ext.foreign import client
+from megatron_ext.foreign import client, surroundings
 from megatron_ext.foreign.alone import Alone
 from megatron_ext.foreign.answers import Answer, Refused, messages_of
 from megatron_ext.foreign.client import Client, Question
@@ -181,6 +181,8 @@ async def _ended(task: "asyncio.Task[None]") -> None:
 
 @contextlib.contextmanager
 def opened(config: SamplingSettings) -> Iterator[Endpoint]:
-    """Give the server as a Backend. Raise UserMistake where client library or key are not there."""
+    """Give the server as a Backend. Raise UserMistake where client library or key are not there, or the
+    environment keeps the library from starting."""
     client.check_installed()
+    surroundings.check()
     yield Endpoint(config, client.key_of(config.endpoint))

@@ -5,9 +5,11 @@ The real one, where it is installed: tests/vllm.
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -162,6 +164,52 @@ def test_two_that_export_the_same_model_at_once_do_no_harm(calculator, tmp_path,
     monkeypatch.setattr(durable, "fsync_tree", meanwhile)
     made = exports.exported(folder, "", tmp_path / "both")
     assert made.name == first.name and [path.name for path in made.parent.iterdir()] == [first.name]
+
+
+def test_halves_that_killed_exports_left_are_deleted_and_those_of_the_living_are_not(calculator, tmp_path):
+    folder = open_folder(str(calculator["base"]))
+    name = exports.exported(folder, "", tmp_path / "first").name
+    kept = tmp_path / "keep" / exports.EXPORTED
+    for half, ago in (("dead", exports.DEAD_S), ("living", 3 * exports.TOUCH_S)):
+        (kept / f"{name}.{half}").mkdir(parents=True)
+        (kept / f"{name}.{half}" / "model.safetensors").write_bytes(bytes(9))
+        touched = time.time() - ago
+        os.utime(kept / f"{name}.{half}", (touched, touched))
+    assert exports.exported(folder, "", tmp_path / "keep").name == name
+    assert sorted(path.name for path in kept.iterdir()) == [name, f"{name}.living"]
+
+
+def test_an_export_is_seen_to_live_whatever_takes_long_and_leaves_the_lock_of_another(
+    calculator, tmp_path, monkeypatch
+):
+    folder, fsync = open_folder(str(calculator["base"])), durable.fsync_tree
+    monkeypatch.setattr(exports, "TOUCH_S", 0.01)
+    kept = tmp_path / exports.EXPORTED
+
+    def slow(own):
+        lock = next(kept.glob("*.lock"))
+        for path in (own, lock):
+            os.utime(path, (0, 0))
+            assert any(path.stat().st_mtime or time.sleep(0.01) for _ in range(6000))  # on a machine with other work
+        fsync(own)
+        durable.write_file(lock, "of one who took this one for dead")
+
+    monkeypatch.setattr(durable, "fsync_tree", slow)
+    made = exports.exported(folder, "", tmp_path)
+    assert {path.name for path in kept.iterdir()} == {made.name, f"{made.name}.lock"}
+
+
+def test_an_export_whose_half_was_deleted_meanwhile_is_made_again(calculator, tmp_path, monkeypatch):
+    folder, fsync = open_folder(str(calculator["base"])), durable.fsync_tree
+
+    def deleted(own):
+        monkeypatch.setattr(durable, "fsync_tree", fsync)
+        shutil.rmtree(own)
+        fsync(own)
+
+    monkeypatch.setattr(durable, "fsync_tree", deleted)
+    made = exports.exported(folder, "", tmp_path)
+    assert [path.name for path in made.parent.iterdir()] == [made.name] and (made / "config.json").is_file()
 
 
 def test_an_evaluation_asks_one_engine_for_answers_samples_and_choices(calculator, tmp_path, stand_in):
