@@ -173,7 +173,8 @@ class Client:
         times = "once" if tries == 1 else f"{tries} times"
         way = way_to(self.endpoint.url)
         message = f"{self.endpoint.url} was asked{way} {times} for {what} and did not answer ({why})"
-        raise UserMistake(Problem("endpoint.url", f"{message}; see to the server, then submit again: {_KEPT}"))
+        remedy = f"see to the server{', or name its host in NO_PROXY' if way else ''}"
+        raise UserMistake(Problem("endpoint.url", f"{message}; {remedy}, then submit again: {_KEPT}"))
 
     async def _told(self, once: Callable[[], Any], refused: Callable[[Any], Any]) -> Any:
         """Return what `once` gives; what the library raises becomes Trouble or a mistake."""

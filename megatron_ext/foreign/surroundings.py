@@ -18,14 +18,14 @@ def check() -> None:
     try:
         DefaultAsyncHttpxClient()
     except OSError as error:  # of a file, or of what ssl reads in it
-        named = ", ".join(name for name in _FILES if os.environ.get(name))
+        named = " or ".join(name for name in _FILES if os.environ.get(name))
         said = f"{named or 'a certificate of this system'}: not a file that can be used ({_told(error)})"
         raise UserMistake(Problem("backend", f"openai: {said}; {_REMEDY}")) from None
     except Exception as error:  # ImportError for SOCKS, ValueError, and the library's own for what is no address
         named = ", ".join(sorted({name for scheme in getproxies() for name in _variables(scheme)}))
         why = "SOCKS, which needs the package socksio" if isinstance(error, ImportError) else "no proxy's address"
         said = f"{named or 'a proxy of this system'}: names {why}"  # the address may hold a password
-        raise UserMistake(Problem("backend", f"openai: {said}; {_REMEDY}, or name the server in NO_PROXY")) from None
+        raise UserMistake(Problem("backend", f"openai: {said}; {_REMEDY}")) from None
 
 
 def way_to(url: str) -> str:
