@@ -17,6 +17,8 @@ _LONGEST = 5000  # digits before the point that are compared; larger numbers are
 _POINTS = 3
 _LETTER = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]+)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
+# which the parser leaves out without a word: the subscript of a number or of a bracket, 5_2, and a prime, f'(x)
+_LEFT_OUT = re.compile(r"[\d)\]]\s*_|(?<![\^_])\{[\d.]+\}\s*_|'|\\prime(?![a-zA-Z])")
 FUNCTIONS = (
     "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det lim arg deg dim"
 ).split()
@@ -59,7 +61,7 @@ def _latex(text: str) -> str | None:
     text = re.sub(r"([\^_])\s*(-?\d+(?:\.\d+)?)", r"\1{\2}", text)  # 10^23 is nobody's 10^2 · 3
     if re.search(
         r"⟦[^⟧]{2,}⟧|[\d.]\s+[\d.]|\\ldots|\\approx|[＄€£¥₹¢%#&?;@\"]|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)", text
-    ):
+    ) or _LEFT_OUT.search(text):
         return None
     text = text.replace("⟦", "").replace("⟧", "").replace("**", "^").replace("^{\\circ}", "*(\\pi/180)")
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
