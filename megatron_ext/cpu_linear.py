@@ -94,6 +94,13 @@ def in_rollout(x: torch.Tensor) -> bool:
     return _packs is not None and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+def is_heard(module: torch.nn.Module) -> bool:
+    """Return whether somebody hung hooks on a module or put another function in its place, which only a call of the
+    module runs: one call of compiled code for it and its neighbours does not.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def of(linear: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Return megatron-core's function `linear`, made to multiply by packs while a pass is `using` them.
 

@@ -327,12 +327,14 @@ class PackedSelfAttention(SelfAttention):
     def _norms_of_heads(self) -> list[tuple[torch.Tensor | None, float]] | None:
         """Return weight and epsilon of the norms of queries and keys, as `cpu_kernels.heads` takes them.
 
-        None where a head's norm is another than its own RMSNorm, or a rank has a part of a group of heads.
+        None where a head's norm is another than its own RMSNorm or has hooks, or a rank has a part of a group of heads.
         """
         if self.config.num_query_groups is None or self.config.num_query_groups < self.world_size:
             return None
         norms: list[tuple[torch.Tensor | None, float]] = []
         for norm in (self.q_layernorm, self.k_layernorm):
+            if norm is not None and cpu_linear.is_heard(norm):
+                return None
             if norm is None or isinstance(norm, IdentityOp):
                 norms.append((None, 0.0))
             elif type(norm) is Norm and norm.bias is None and not norm.zero_centered:

@@ -80,37 +80,35 @@ def _rms_norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
 
 
 @compiled(fastmath={"reassoc", "nsz", "contract"}, nogil=True, error_model="numpy")
-def _head(x: Any, weight: Any, eps: Any, cos: Any, sin: Any, out: Any) -> None:
-    """Write one head x [d], normalised where there are weights and then turned, to `out`."""
-    half = len(cos)
-    scale = numpy.float32(1)
-    if len(weight):
-        squares = numpy.float32(0)
-        for c in range(len(x)):
-            squares += x[c] * x[c]
-        scale /= numpy.sqrt(squares / numpy.float32(len(x)) + numpy.float32(eps))
-        for c in range(len(x)):
-            out[c] = x[c] * scale * weight[c]
-    else:
-        out[:] = x
-    for c in range(half):
-        a, b = out[c], out[half + c]
-        out[c] = a * cos[c] - b * sin[c]
-        out[half + c] = b * cos[c] + a * sin[c]
-
-
-@compiled(fastmath={"reassoc", "nsz", "contract"}, nogil=True, error_model="numpy")
 def _heads(
     mixed: Any, cos: Any, sin: Any, of_query: Any, query_eps: Any, of_key: Any, key_eps: Any, query: Any, key: Any,
     value: Any,
 ) -> None:  # fmt: skip
-    share = mixed.shape[2] - 2
+    # In one piece and by single numbers: parts of arrays took five times as long to compile, and twice to run.
+    share, d, half = mixed.shape[2] - 2, mixed.shape[3], cos.shape[1]
     for i in range(len(mixed)):
         for g in range(mixed.shape[1]):
-            for j in range(share):
-                _head(mixed[i, g, j], of_query, query_eps, cos[i], sin[i], query[i, g * share + j])
-            _head(mixed[i, g, share], of_key, key_eps, cos[i], sin[i], key[i, g])
-            value[i, g] = mixed[i, g, share + 1]
+            for j in range(share + 2):
+                if j < share:
+                    out, place, weight, eps = query, g * share + j, of_query, query_eps
+                elif j == share:
+                    out, place, weight, eps = key, g, of_key, key_eps
+                else:
+                    out, place, weight, eps = value, g, of_key[:0], 0.0
+                if len(weight):
+                    squares = numpy.float32(0)
+                    for c in range(d):
+                        squares += mixed[i, g, j, c] * mixed[i, g, j, c]
+                    scale = numpy.float32(1) / numpy.sqrt(squares / numpy.float32(d) + numpy.float32(eps))
+                    for c in range(d):
+                        out[i, place, c] = mixed[i, g, j, c] * scale * weight[c]
+                else:
+                    for c in range(d):
+                        out[i, place, c] = mixed[i, g, j, c]
+                for c in range(half if j <= share else 0):
+                    a, b = out[i, place, c], out[i, place, half + c]
+                    out[i, place, c] = a * cos[i, c] - b * sin[i, c]
+                    out[i, place, half + c] = b * cos[i, c] + a * sin[i, c]
 
 
 @compiled(fastmath={"nsz", "contract"}, nogil=True, error_model="numpy")

@@ -47,8 +47,7 @@ class DecoderLayer(TransformerLayer):
 
         On CPU SwiGLU is one call. Hooks that a family hung on the MLP (a norm after it) are heard: then it is called.
         """
-        heard = self.mlp._forward_hooks or self.mlp._forward_pre_hooks
-        if not self.is_swiglu or heard or not cpu_linear.in_rollout(x):
+        if not self.is_swiglu or cpu_linear.is_heard(self.mlp) or not cpu_linear.in_rollout(x):
             return self.mlp(x)
         from megatron_ext.layers import cpu_kernels  # which imports a compiler
 

@@ -4,7 +4,7 @@ name                     where                                        how
 torch flash, paged       GPU, blocks of a multiple of 256 tokens      torch's FlashAttention, by the block table
 flash-attn, paged        the same, where torch has no block tables    flash-attention's, if it is installed
 torch flash, gathered    GPU, other blocks                            the blocks side by side; only what is used is read
-numba, in place          CPU, a token a document                      the blocks where they lie
+numba, in place          CPU, a token a document, fp32 or bf16        the blocks where they lie
 sdpa, gathered           elsewhere                                    the blocks in a batch (layers/sdpa.py)
 
 FlashAttention takes bfloat16 and float16 on GPUs since the A100 (layers/flash.py). Its causal mask puts the last query
@@ -26,6 +26,7 @@ from megatron_ext.layers.sdpa import attend
 
 PAGED_TORCH, PAGED_FLASH, GATHERED_FLASH = "torch flash, paged", "flash-attn, paged", "torch flash, gathered"
 IN_PLACE, GATHERED = "numba, in place", "sdpa, gathered"
+_COMPILED = (torch.float32, torch.bfloat16)  # types of a cache that are read in place; numba knows no float16
 _FLASH_BLOCK = 256  # both paged kernels: "Paged KV cache block size must be divisible by 256" (flash_api.cpp)
 
 
@@ -42,7 +43,8 @@ class Step(NamedTuple):
 def kernel_name(step: Step) -> str:
     """Return which of the kernels in this file's table computes such a step."""
     if flash.refusal(step.dtype, step.head_size, sequences=1, gpu=flash.capability(step.target)):
-        return IN_PLACE if step.target.type == "cpu" and step.tokens == 1 else GATHERED
+        in_place = step.target.type == "cpu" and step.tokens == 1 and step.dtype in _COMPILED
+        return IN_PLACE if in_place else GATHERED
     if step.block_size % _FLASH_BLOCK:
         return GATHERED_FLASH
     if flash.has_block_tables():

@@ -19,7 +19,7 @@ def gathered(query, keys, values, table, positions, scale, window, sinks):
 
 @pytest.mark.parametrize("window", [None, 1, 11])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_token_sees_its_own_documents_blocks_and_no_others(window, with_sinks, dtype):
     documents, heads, most = 5, 6, 4
     generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,7 @@
 """The layouts of weights that a rollout on CPU makes: they are the weights, at every moment, and gone with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,28 @@ def test_a_rollout_takes_the_short_way_through_each_layer_and_training_does_not(
     assert not entered
     full_logprobs(trained, sequence)
     assert len(entered) == of.layers
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_hook_on_any_part_of_a_layer_is_heard_in_a_rollout(kind, alone, tmp_path):
+    """And a function in place of a module's own, in the layer's short way too: whoever hung it changes the model."""
+    of = tiny.dims(kind=kind)
+    model = tiny.model(tiny.hf_folder(tmp_path / "hf", of), of, ParallelPlan())
+    engine, heard = Engine(model, SMALL, seed=7, stop_ids={STOP}), set()
+    parts = {name: part for name, part in model.decoder.layers[0].named_modules() if "cross_att" not in name}
+    assert {"mlp", "mlp.linear_fc1", "self_attention.linear_qkv", "pre_mlp_layernorm"} < set(parts)
+    assert kind == "qwen2" or "self_attention.q_layernorm" in parts
+    for name, part in parts.items():
+        for hang in (part.register_forward_hook, part.register_forward_pre_hook):
+            hook = hang(lambda *_, name=name, hang=hang: heard.add((name, hang.__name__)))
+            list(engine.generate(requests(1)[:1], replace(GREEDY, max_tokens=2)))
+            hook.remove()
+        own = part.forward
+        part.forward = lambda *args, name=name, own=own, **named: heard.add((name, "own")) or own(*args, **named)
+        list(engine.generate(requests(1)[:1], replace(GREEDY, max_tokens=2)))
+        del part.forward
+    missed = {name for name in parts if sum(name == found for found, _ in heard) < 3}
+    assert not missed
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
