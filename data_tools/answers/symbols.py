@@ -19,7 +19,7 @@ _LETTER = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]+)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WHOLES = r"\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"  # what a \frac of whole numbers divides
 _MIXED = re.compile(rf"(?<![\w.^}}\])!])(\d+)\s*(?:\\frac{_WHOLES}|\{{\s*\\frac{_WHOLES}\s*\}})")  # 3\frac{1}{2}
-_INDEXED = re.compile(r"(?<![a-zA-Z\d.])\d[\d.]*\s*\)?\s*_|\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}\s*_")  # 5_{2}, (5)_2
+_INDEXED = re.compile(r"[\d)\]]\s*_|(?<![\^_])\{[\d.]+\}\s*_|\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}\s*_")  # 5_{2}, (5)_2
 _FACTOR = re.compile(r"\(|\{|\d|\\(?:frac|sqrt|binom)(?![a-zA-Z])")  # what a factor begins with
 _ARGUMENTS = {"frac": 2, "binom": 2, "sqrt": 1}
 FUNCTIONS = (
@@ -63,7 +63,7 @@ def _latex(text: str) -> str | None:
     """Return LaTeX that the parser takes as it is meant; None for what it would misread."""
     text = re.sub(r"([\^_])\s*(-?\d+(?:\.\d+)?)", r"\1{\2}", text)  # 10^23 is nobody's 10^2 · 3
     if re.search(
-        r"⟦[^⟧]{2,}⟧|[\d.][\s⟦⟧]+[\d.]|\\ldots|\\approx|\\[hv]?phantom|[＄€£¥₹¢%#&?;@\"']|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)",
+        r"⟦[^⟧]{2,}⟧|[\d.][\s⟦⟧]+[\d.]|\\ldots|\\approx|\\[hv]?phantom|\\prime(?![a-z])|[＄€£¥₹¢%#&?;@\"']|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)",
         text,
     ):
         return None
