@@ -17,9 +17,12 @@ _LONGEST = 5000  # digits before the point that are compared; larger numbers are
 _POINTS = 3
 _LETTER = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]+)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
+# which the parser leaves out without a word: the subscript of a number or of a bracket, 5_2, and a prime, f'(x)
+_LEFT_OUT = re.compile(
+    r"[\d)\]]\s*_|(?<![\^_])\{[\d.]+\}\s*_|\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}\s*_|'|\\prime(?![a-zA-Z])|\\[hv]?phantom"
+)
 _WHOLES = r"\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"  # what a \frac of whole numbers divides
 _MIXED = re.compile(rf"(?<![\w.^}}\])!])(\d+)\s*(?:\\frac{_WHOLES}|\{{\s*\\frac{_WHOLES}\s*\}})")  # 3\frac{1}{2}
-_INDEXED = re.compile(r"[\d)\]]\s*_|(?<![\^_])\{[\d.]+\}\s*_|\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}\s*_")  # 5_{2}, (5)_2
 _FACTOR = re.compile(r"\(|\{|\d|\\(?:frac|sqrt|binom)(?![a-zA-Z])")  # what a factor begins with
 _ARGUMENTS = {"frac": 2, "binom": 2, "sqrt": 1}
 FUNCTIONS = (
@@ -63,9 +66,8 @@ def _latex(text: str) -> str | None:
     """Return LaTeX that the parser takes as it is meant; None for what it would misread."""
     text = re.sub(r"([\^_])\s*(-?\d+(?:\.\d+)?)", r"\1{\2}", text)  # 10^23 is nobody's 10^2 · 3
     if re.search(
-        r"⟦[^⟧]{2,}⟧|[\d.][\s⟦⟧]+[\d.]|\\ldots|\\approx|\\[hv]?phantom|\\prime(?![a-z])|[＄€£¥₹¢%#&?;@\"']|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)",
-        text,
-    ):
+        r"⟦[^⟧]{2,}⟧|[\d.][\s⟦⟧]+[\d.]|\\ldots|\\approx|[＄€£¥₹¢%#&?;@\"]|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)", text
+    ) or _LEFT_OUT.search(text):
         return None
     text = text.replace("⟦", "").replace("⟧", "").replace("**", "^").replace("^{\\circ}", "*(\\pi/180)")
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
@@ -75,9 +77,8 @@ def _latex(text: str) -> str | None:
         text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
         if "\0" in text:
             return None
-    if _INDEXED.search(text) or (product := _multiplied(text)) is None:
-        return None
-    return _cased(product.replace("*", r"\cdot "))
+    product = _multiplied(text)
+    return product if product is None else _cased(product.replace("*", r"\cdot "))
 
 
 def _multiplied(text: str) -> str | None:

@@ -52,6 +52,13 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         ("2024!", "2024!+1", W), (r"2^{200}+\sqrt2", r"\sqrt2+4^{100}", R), (r"2^{200}+\sqrt2", r"2^{200}+\sqrt3", W),
         ("10^{30}x", "10^{30}x+1", W),
     ],
+    "marks that are no part of a number": [
+        ("5", "5_2", W), ("9", "9_{8}", W), ("5", "5_{a}", W), ("5", "5_x", W), ("5", "{5}_2", W), ("10", "5_2+5_3", W),
+        ("34", "3'4", W), ("3", r"\log_2 8", R), ("10", "10_{10}", R), ("x_1", "x_{1}", R),
+    ],
+    "primes": [
+        ("y'+y=0", "2y=0", W), ("f'(x)", "f(x)", W), ("f'(x)", "f'(x)", R),
+    ],
     "words after a number": [
         *(("5", f"5 {words}", W) for words in (
             "point five", "choose two", "divided by two", "by six", "thousandths", "twelfths", "lakh", "doubled",
