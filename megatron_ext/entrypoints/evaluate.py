@@ -138,7 +138,8 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     new, where, work = config.max_new_tokens, "max_new_tokens", _work(config)
     if config.is_foreign:
-        asked = backends.Asked(Sampling(max_tokens=new, top_p=config.top_p), where)
+        temperature = config.temperature if config.samples else 0.0
+        asked = backends.Asked(Sampling(temperature, max_tokens=new, top_p=config.top_p), where)
         return problems + backends.check(_asked(config), asked, site, shape=training.shape)
     problems += backends.check_unused(config)
     problems += check_recording(config, training.shape)

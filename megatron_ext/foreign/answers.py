@@ -8,7 +8,7 @@ template for it have it. What stands around the message (usage, ids, fingerprint
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from data_tools.chats.conversation import read_prompt
 from data_tools.chats.messages import BadRecord, read_message
@@ -142,14 +142,20 @@ def _count(used: Any, name: str) -> int:
 
 def _logprobs(told: Any, api: str) -> list[float] | None:
     """Return the log-probs of a choice's tokens, None where the server gave none, or not all."""
-    if not isinstance(told, dict):
+    given = told.get("content" if api == CHAT else "token_logprobs") if isinstance(told, dict) else None
+    if not isinstance(given, list):
         return None
-    if api == CHAT:
-        values = [each.get("logprob") if isinstance(each, dict) else None for each in told.get("content") or []]
-    else:
-        values = list(told.get("token_logprobs") or [])
-    numbers = [float(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    values = [each.get("logprob") if isinstance(each, dict) else None for each in given] if api == CHAT else given
+    numbers = [float(value) for value in values if _is_number(value)]
     return numbers if numbers and len(numbers) == len(values) else None
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value of JSON is a finite number that a float can hold."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def messages_of(prompt: "str | list[dict[str, Any]]") -> list[dict[str, Any]]:

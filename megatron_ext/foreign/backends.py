@@ -91,7 +91,8 @@ def check(config: SamplingSettings, asked: Asked, site: Site, shape: ModelShape 
     """Return what is wrong with the settings of a foreign engine. `shape` is None while the model is not known."""
     problems = check_unused(config) + _check_ours(config) + _check_turns(config)
     problems += check_positions(shape, asked.sampling.max_tokens, asked.where)
-    return problems + vllm_limits.check_sampling(asked.sampling) + vllm_limits.check(config, site, shape)
+    temperature = asked.where.rpartition("max_")[0] + "temperature"  # beside the setting that says how many tokens
+    return problems + vllm_limits.check_sampling(asked.sampling, temperature) + vllm_limits.check(config, site, shape)
 
 
 def _check_ours(config: SamplingSettings) -> list[Problem]:

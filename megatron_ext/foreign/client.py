@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 AGAIN = (408, 409, 425, 429)
 _QUOTA = ("insufficient_quota", "billing_hard_limit_reached")  # 429, and waiting does not help
 _TOO_LONG = re.compile(r"context.?(length|window|size)|maximum context|too (long|large)|max_model_len|exceed", re.I)
-_SAID, _MODELS_TOLD = 300, 20
+_SAID, _MODELS_TOLD, _NAME = 300, 20, 100
 LONGEST_PAUSE_S = 3600.0  # that a server may ask for: a job that waits longer does better to end
 _KEPT = "what it answered is kept and not asked again"
 _CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
@@ -90,20 +90,28 @@ class Client:
         self._headers: dict[str, Any] = {}
 
     async def __aenter__(self) -> "Client":
-        from openai import AsyncOpenAI, Omit
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Omit
 
         # Of the environment the library would take these, for whatever server it is.
         nothing: Any = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
         self._headers = {} if self._key else {"Authorization": Omit()}  # a server without keys is sent none
-        self._api = AsyncOpenAI(
-            base_url=self.endpoint.url,
-            api_key=self._key or "none",
-            organization="",
-            project="",
-            max_retries=0,  # ours heed a stop, and the limits
-            timeout=self.endpoint.timeout_s,
-            default_headers=nothing,
-        )
+        try:
+            self._api = AsyncOpenAI(
+                base_url=self.endpoint.url,
+                api_key=self._key or "none",
+                organization="",
+                project="",
+                max_retries=0,  # ours heed a stop, and the limits
+                timeout=self.endpoint.timeout_s,
+                default_headers=nothing,
+                # A prompt goes where the settings say, and nowhere else; and a POST never becomes a GET.
+                http_client=DefaultAsyncHttpxClient(follow_redirects=False),
+            )
+        except Exception as error:  # InvalidURL of httpx or httpx2, whichever the library has
+            if type(error).__name__ != "InvalidURL":
+                raise
+            message = f"{self.endpoint.url!r} is no address ({error}); write http://HOST:PORT/v1"
+            raise UserMistake(Problem("endpoint.url", message)) from None
         return self
 
     async def __aexit__(self, *_: Any) -> None:
@@ -119,7 +127,8 @@ class Client:
         body = await self._again("the list of models", lambda: self._get_models(), self._refused_models)
         known = _names(body)
         if known and name not in known:
-            raise UserMistake(Problem("endpoint.model", unknown_model(name, self.endpoint.url, known[:_MODELS_TOLD])))
+            told = [" ".join(each.split())[:_NAME] for each in known[:_MODELS_TOLD]]
+            raise UserMistake(Problem("endpoint.model", unknown_model(name, self.endpoint.url, told)))
 
     async def ask(self, question: Question) -> Answer:
         """Return the answer to a question. Raise UserMistake where there is none, and trying again cannot help."""
@@ -170,6 +179,8 @@ class Client:
 
         try:
             return await once()
+        except TimeoutError:
+            raise Trouble(f"too late: not whole within {self.endpoint.timeout_s:g} s (endpoint.timeout_s)") from None
         except BadAnswer as error:
             raise Trouble(f"no answer: {error}") from None
         except openai.APITimeoutError:
@@ -190,13 +201,15 @@ class Client:
 
     async def _get_models(self) -> Any:
         assert self._api is not None
-        raw = await self._api.models.with_raw_response.list(extra_headers=self._headers)
+        async with asyncio.timeout(self.endpoint.timeout_s):  # the library's own begins anew with each piece
+            raw = await self._api.models.with_raw_response.list(extra_headers=self._headers)
         return _json(raw.content)
 
     async def _post(self, sent: dict[str, Any]) -> Any:
         assert self._api is not None
         of = self._api.chat.completions if self.endpoint.api == CHAT else self._api.completions
-        raw = await of.with_raw_response.create(**sent, extra_headers=self._headers)
+        async with asyncio.timeout(self.endpoint.timeout_s):
+            raw = await of.with_raw_response.create(**sent, extra_headers=self._headers)
         return _json(raw.content)
 
     def _refused_models(self, error: Any) -> Any:
@@ -232,13 +245,14 @@ class Client:
         raise UserMistake(Problem(where, message))
 
     def _refuse_way(self, error: Any) -> None:
-        """Raise UserMistake for what became of a request on another way: a POST as GET, or without the key."""
-        if not error.response.history and not 300 <= error.status_code < 400:
+        """Raise UserMistake for a server that sends requests on: prompts are for nobody else, and go no other way."""
+        if not 300 <= error.status_code < 400:
             return
-        to = error.response.headers.get("location") or error.response.url
-        message = f"{self.endpoint.url} sends requests on to {self._masked(str(to))}, and these end with"
-        remedy = "write the address that answers by itself"
-        raise UserMistake(Problem("endpoint.url", f"{message} {error.status_code} ({self._said(error)}); {remedy}"))
+        to = " ".join(self._masked(error.response.headers.get("location") or "nowhere").split())[:_SAID]
+        message = (
+            f"{self.endpoint.url} sends requests on to {to} with status {error.status_code}, and none is sent there"
+        )
+        raise UserMistake(Problem("endpoint.url", f"{message}; write the address that answers by itself"))
 
     def _refuse_key(self, error: Any) -> None:
         if error.status_code not in (401, 403):
@@ -312,7 +326,8 @@ def request(endpoint: Endpoint, prompt: Any, *, sampling: Any, seed: int, argume
 def _names(body: Any) -> list[str]:
     """Return the names in a list of models; none where it is of another form."""
     data = body.get("data") if isinstance(body, dict) else None
-    return [str(each["id"]) for each in data or [] if isinstance(each, dict) and each.get("id")]
+    data = data if isinstance(data, list) else []
+    return [each["id"] for each in data if isinstance(each, dict) and isinstance(each.get("id"), str) and each["id"]]
 
 
 def _json(content: bytes) -> Any:

@@ -22,7 +22,6 @@ from megatron_ext.foreign.vllm_engine import (
     VllmCompleter,
     prompt_log_probs,
     too_little_memory,
-    too_long,
 )
 from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.parallel.parts import VLLM
@@ -123,8 +122,7 @@ class Vllm(Alone):
             for number in some:
                 for place, choice in enumerate(asked[number]):
                     tokens = (*choice.prompt, *choice.tokens)
-                    if len(tokens) + 1 > self.engine.longest:
-                        raise too_long(draws[number].item.uid, len(tokens), 1, longest=self.engine.longest)
+                    self.engine.check(draws[number].item.uid, tokens, 1)
                     wanted[number, place] = tokens, len(choice.tokens)
             values = dict(prompt_log_probs(self.engine, wanted))
             for number in some:

@@ -46,7 +46,15 @@ class Stepped:
         self.engine, self.params_of, self.dead = llm.llm_engine, params_of, dead
         tell_of_death(self.engine, dead)
         self.longest: int = llm.llm_engine.model_config.max_model_len
+        self.vocabulary: int = llm.llm_engine.model_config.get_vocab_size()  # tokens that the model has
         self._number = 0
+
+    def check(self, uid: str, prompt: Sequence[int], new: int) -> None:
+        """Raise UserMistake for a prompt that leaves no room for so many new tokens, or has some that are unknown."""
+        if len(prompt) + new > self.longest:
+            raise too_long(uid, len(prompt), new, longest=self.longest)
+        if (token := max(prompt)) >= self.vocabulary:
+            raise unknown_token(uid, token, self.vocabulary)
 
     def run(self, asked: Mapping[Any, tuple[Sequence[int], Mapping[str, Any]]]) -> "Generator[list[tuple[Any, Any]]]":
         """Ask for a completion of each of these prompts, by key; yield what each step told: (key, RequestOutput).
@@ -111,11 +119,10 @@ class VllmCompleter:
         if not asks:
             return
         stepped, asked = self.started(), {}
-        longest = stepped.longest
+        stop_ids = {token for token in self.stop_ids if token < stepped.vocabulary}  # vLLM refuses others
         for ask in asks:
-            if len(ask.prompt) + self.sampling.max_tokens > longest:
-                raise too_long(ask.draw.item.uid, len(ask.prompt), self.sampling.max_tokens, longest=longest)
-            arguments = sampling_arguments(self.sampling, self.stop_ids, ask.seed)
+            stepped.check(ask.draw.item.uid, ask.prompt, self.sampling.max_tokens)
+            arguments = sampling_arguments(self.sampling, stop_ids, ask.seed)
             asked[ask.item, ask.number] = (ask.prompt, arguments)
         by_key = {(ask.item, ask.number): ask for ask in asks}
         looked = dict.fromkeys(by_key, 0)  # tokens of each that were looked at for stop strings
@@ -184,3 +191,11 @@ def too_long(uid: str, prompt: int, new: int, longest: int) -> UserMistake:
     """Return the mistake of a sequence for which the engine has no room."""
     said = f"prompt {uid} has {prompt:,} tokens, with {new:,} new ones more than the {longest:,} of vllm.max_model_len"
     return UserMistake(Problem("vllm.max_model_len", f"{said}: raise it, or leave the prompt out"))
+
+
+def unknown_token(uid: str, token: int, vocabulary: int) -> UserMistake:
+    """Return the mistake of a prompt with a token that the model does not have, at which vLLM's engine dies."""
+    said = f"prompt {uid} has token {token:,}, and the model knows those below {vocabulary:,} alone"
+    return UserMistake(
+        Problem("model", f"{said}: leave the prompt out, or use the tokenizer that the model was made for")
+    )

@@ -16,6 +16,8 @@ from megatron_ext.rollout.settings import Sampling, SamplingSettings
 
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # v1/attention/backends/cpu_attn.py of 0.32
 
+TEMPERATURES = (0.01, 2.0)  # sampling_params.py 557 and 660 of 0.32, but for greedy
+
 ABSENT = ("nanochat",)  # model types of ours that model_executor/models/registry.py of 0.32 does not have
 # Those whose model of 0.32 (glm4_moe.py 559, gpt_oss.py 1459, nemotron_h.py 844) makes an output layer of its own, that
 # nothing fills where it is the embedding. A tied glm4_moe said nothing but padding here.
@@ -52,14 +54,21 @@ def check(config: SamplingSettings, site: Site, shape: ModelShape | None) -> lis
     return problems
 
 
-def check_sampling(sampling: Sampling) -> list[Problem]:
-    """Refuse filters that vLLM combines to another distribution than ours."""
+def check_sampling(sampling: Sampling, where: str = "sampling.temperature") -> list[Problem]:
+    """Refuse temperatures that vLLM does not take, or takes for another, and filters that it combines to another
+    distribution than ours. `where` is the setting that says the temperature."""
+    least, most = TEMPERATURES
+    problems = []
+    if not sampling.is_greedy and not least <= sampling.temperature <= most:
+        why = f"draws at {least:g} in its place" if sampling.temperature < least else "refuses it"
+        remedy = f"take one from {least:g} to {most:g}, or backend auto"
+        problems.append(Problem(where, f"{sampling.temperature:g}: vLLM 0.32 {why}: {remedy}"))
     if sampling.min_p > 0 and sampling.top_p < 1 and not sampling.is_greedy:
         message = (
             f"{sampling.min_p:g} beside top_p {sampling.top_p:g}: vLLM cuts by min_p before top_p counts, and our "
         )
-        return [Problem("sampling.min_p", f"{message}engine after: use one of them, or backend auto")]
-    return []
+        problems.append(Problem("sampling.min_p", f"{message}engine after: use one of them, or backend auto"))
+    return problems
 
 
 def _check_place(config: SamplingSettings, site: Site) -> list[Problem]:

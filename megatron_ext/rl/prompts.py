@@ -46,7 +46,10 @@ class Encoded:
             tokens = tuple(self.encoder.encode(draw.item.prompt))
         except CannotEncode as error:
             raise UserMistake(Problem(f"mix.entries.{draw.entry}", f"prompt {draw.item.uid}: {error}")) from None
-        if not 0 < len(tokens) <= self.longest:
+        if not tokens:
+            message = f"prompt {draw.item.uid} is empty, and nothing can follow nothing: leave it out"
+            raise UserMistake(Problem(f"mix.entries.{draw.entry}", message))
+        if len(tokens) > self.longest:
             what = f"prompt {draw.item.uid} has {len(tokens):,} tokens"
             remedy = f"leave it out, or {'raise prompt_tokens' if 'prompt_tokens' in self.by else 'lower max_tokens'}"
             message = f"{what}; {self.by} leave {self.longest:,} for it: {remedy}"

@@ -6,6 +6,7 @@ is started, and what was paid for must not be asked again for that.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -136,9 +137,15 @@ def _check_url(url: str, where: str) -> list[Problem]:
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         message = "holds a user, a password or a query, which may be secret; write the address alone, and endpoint.key"
         return [Problem(where, message)]
-    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url):
+    is_plain = url.isprintable() and not re.search(r"\s", url)
+    if parts.scheme not in ("http", "https") or not is_plain or not _is_host(parts.hostname or ""):
         return [Problem(where, f"{url!r} is no address; write http://HOST:PORT/v1")]
     return []
+
+
+def _is_host(host: str) -> bool:
+    """Return whether a host is of letters and digits of any script, and what stands between them: no signs."""
+    return bool(host) and all(one.isalnum() or one in "-._:%" or unicodedata.category(one)[0] == "M" for one in host)
 
 
 def _check_extra(extra: Mapping[str, Any], where: str) -> list[Problem]:

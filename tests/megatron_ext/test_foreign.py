@@ -28,7 +28,7 @@ from megatron_ext.foreign.maker import seed_of
 from megatron_ext.foreign.vllm_engine import EngineDied
 from megatron_ext.model_folders.model_folder import open_folder
 from megatron_ext.parallel.plan import ParallelPlan, Site
-from megatron_ext.rl import journal
+from megatron_ext.rl import generation, journal
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from tests.megatron_ext import vllm_stand_in
 from tests.megatron_ext.vllm_stand_in import LLM, Core
@@ -351,3 +351,38 @@ def test_without_megatron_core_a_foreign_engine_can_be_opened():
     imports = "".join(f"import megatron_ext.{name}; " for name in names)
     code = f"import sys; sys.modules['megatron'] = None; {imports}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("temperature, why", [(0.005, "draws at 0.01 in its place"), (2.5, "refuses it")])
+def test_a_plan_refuses_a_temperature_that_vllm_would_not_draw_at(temperature, why, calculator):
+    site = Site(1, gpus_per_node=1)
+    found = generate.check(config(calculator, sampling=Sampling(temperature, max_tokens=6)), 1, site)
+    assert [problem.where for problem in found] == ["sampling.temperature"] and why in found[0].message
+
+    def of_evaluate(**changes):
+        asked = evaluate.Config(str(calculator["base"]), "calculator", backend="vllm", max_new_tokens=6, **changes)
+        asked.source = Source(synthetic_rows=40, synthetic_split="heldout")
+        return [problem.where for problem in evaluate.check(asked, 1, site)]
+
+    assert of_evaluate(samples=2, temperature=temperature) == ["temperature"]
+    assert not of_evaluate(samples=0, temperature=temperature)  # which is not drawn at
+    for legal in (0, 0.01, 2):
+        assert not generate.check(config(calculator, samples=1, sampling=Sampling(legal, max_tokens=6)), 1, site)
+
+
+def test_a_prompt_with_a_token_that_the_model_lacks_is_one_sentence_and_a_stop_token_is_left_out(
+    calculator, tmp_path, stand_in, monkeypatch
+):
+    most = max(token for key in keys_of_all(calculator, tmp_path / "first") for token in key[0])
+    monkeypatch.setattr(LLM, "vocabulary", most)
+    with pytest.raises(UserMistake, match=rf"model: prompt .* has token {most}, and the model knows those below"):
+        run(config(calculator), tmp_path / "second")
+    monkeypatch.setattr(LLM, "vocabulary", most + 1)
+    monkeypatch.setattr(generation, "stop_ids_of", lambda *_: {1, most + 1})
+    run(config(calculator), tmp_path / "third")
+
+
+def keys_of_all(calculator, root):
+    """Return prompt and seed of each request of a run."""
+    run(config(calculator), root)
+    return keys(LLM.started[-1].llm_engine.asked)

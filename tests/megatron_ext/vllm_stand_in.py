@@ -75,7 +75,7 @@ class LLMEngine:
     """Its requests, one token each a step."""
 
     def __init__(self, max_model_len: int):
-        self.model_config = SimpleNamespace(max_model_len=max_model_len)
+        self.model_config = SimpleNamespace(max_model_len=max_model_len, get_vocab_size=lambda: LLM.vocabulary)
         self.requests: dict[str, _Request] = {}
         self.asked: list[_Request] = []
         self.aborted: list[str] = []
@@ -88,6 +88,9 @@ class LLMEngine:
         self, request_id: str, prompt: Any, params: SamplingParams, arrival_time: float | None = None
     ) -> str:
         request = _Request(request_id, list(prompt["prompt_token_ids"]), params)
+        assert all(token < LLM.vocabulary for token in [*request.prompt, *(params.stop_token_ids or ())]), (
+            "no such token"
+        )
         self.requests[request_id] = request
         self.asked.append(request)
         return request_id + "-internal"
@@ -133,6 +136,7 @@ class LLM:
     """The offline engine."""
 
     started: list["LLM"] = []
+    vocabulary = 1000  # tokens of its model
     core: type[Core] | None = None  # Core: it is in another process
 
     def __init__(

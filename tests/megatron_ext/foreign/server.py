@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import socket
 import ssl
 import threading
 import time
@@ -139,3 +140,27 @@ def serving(**settings: Any) -> Iterator[Server]:
         httpd.shutdown()
         httpd.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def dripping(begun: str) -> Iterator[Server]:
+    """Run a server that begins an answer with a text, and goes on by a letter every 50 ms, for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        over = threading.Event()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(begun.encode())
+                    while not over.wait(0.05):
+                        connection.sendall(b"x")
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        try:
+            yield Server(url=f"http://127.0.0.1:{listening.getsockname()[1]}/v1")
+        finally:
+            over.set()
+            thread.join()

@@ -1,6 +1,7 @@
 """What a server does wrong is tried again where that can help, and told in one sentence where it cannot."""
 
 import asyncio
+import re
 import ssl
 import subprocess
 from typing import Any
@@ -10,9 +11,9 @@ import pytest
 from data_tools.mistake import UserMistake
 from megatron_ext.foreign import answers, client
 from megatron_ext.foreign.client import Client, Question
-from megatron_ext.rollout.endpoint import Endpoint
+from megatron_ext.rollout.endpoint import Endpoint, check
 from megatron_ext.rollout.settings import Sampling
-from tests.megatron_ext.foreign.server import CUT, SILENT, Fault, serving
+from tests.megatron_ext.foreign.server import CUT, SILENT, Fault, Server, dripping, serving
 
 pytest.importorskip("openai")
 KEY = "sk-never-to-be-seen-0123456789"
@@ -93,14 +94,63 @@ def test_a_server_that_says_nothing_is_given_up_after_a_while():
         (failing(429, "insufficient_quota"), "quota is used up"),
         (failing(422), "refuses prompt p1 with 422"),
         (failing(429, Retry_After="86400"), "asks to be left alone for 86,400 s (status 429: no); submit again then"),
-        ((307, {}, ""), "sends requests on to http"),
-        ((302, {"Location": "/v1/models/none"}, ""), "/v1/models/none, and these end with 404"),
+        ((307, {}, ""), "sends requests on to nowhere with status 307"),
+        ((302, {"Location": "/v1/models"}, ""), "sends requests on to /v1/models with status 302, and none is sent"),
+        ((308, {"Location": "/v1/chat/completions"}, ""), "write the address that answers by itself"),
+        ((302, {"Location": "ftp://x"}, ""), "sends requests on to ftp://x"),
     ],
 )
 def test_what_would_be_refused_again_is_final(fault, told):
     with serving(faults=[fault]) as server:
         assert told in refusal(server, secret=KEY, retries=3)
         assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_neither_prompt_nor_key_goes_to_where_a_server_sends_on(status):
+    with serving() as other:
+        away: Fault = (status, {"Location": f"{other.url.replace('127.0.0.1', 'localhost')}/chat/completions"}, "")
+        with serving(faults=[away]) as server:
+            assert f"/chat/completions with status {status}, and none is sent there" in refusal(server, secret=KEY)
+        assert not other.asked
+
+
+@pytest.mark.parametrize("begun", ["HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", "HTTP/1.1 200 OK\r\nX: ", ""])
+def test_an_answer_that_never_becomes_whole_is_given_up_in_time(begun):
+    with dripping(begun) as server:
+        told = r"once for prompt p1 .*too late: not whole within 0.3 s \(endpoint.timeout_s\)"
+        assert re.search(told, refusal(server, timeout_s=0.3, retries=0))
+
+
+@pytest.mark.parametrize("url", ["http://☃.invalid/v1", "http://xn--☃/v1", "http://a/\0", "http://a\x7f/v1"])
+def test_an_address_that_no_request_can_have_is_refused_by_plan_and_by_the_client(url):
+    assert any("is no address" in problem.message for problem in check(Endpoint(url=url, model="m")))
+    assert "endpoint.url: " in refusal(Server(url=url), retries=0) and "is no address" in refusal(Server(url=url))
+
+
+def test_an_address_in_another_script_is_one():
+    assert not check(Endpoint(url="http://bücher.example/v1", model="m"))
+    assert not check(Endpoint(url="http://[fe80::1%25eth0]:8000/v1", model="m"))
+
+
+@pytest.mark.parametrize(
+    "told", [3, "abc", {}, [3], [{"logprob": 10**400}], [{"logprob": True}], [None], {"content": 3}]
+)
+def test_log_probs_of_another_form_are_none(told):
+    body = {"choices": [{"finish_reason": "stop", "message": {"content": "4"}, "logprobs": {"content": told}}]}
+    body |= {"usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+    assert answers.read(body, Endpoint(logprobs=True), ()).logprobs is None
+    text = {"finish_reason": "stop", "text": "4", "logprobs": {"token_logprobs": told}}
+    body["choices"] = [text]  # type: ignore[list-item]
+    assert answers.read(body, Endpoint(logprobs=True, api="completions"), ()).logprobs in (None, [3.0])
+
+
+@pytest.mark.parametrize("models", [3, "judge", [3], [{"id": 3}], [{"id": {}}], [{"id": "a\nb" * 999}]])
+def test_a_list_of_models_of_another_form_is_no_traceback(models):
+    known = client._names({"data": models})
+    assert known == [each["id"] for each in models if len(str(each)) > 99] if isinstance(models, list) else not known
+    with serving(models=["a\nb" * 999]) as server:
+        assert len(refusal(server, checked=True)) < 400
 
 
 @pytest.mark.parametrize("pause", ["inf", "nan", "-3", "soon", "Mon, 99 Nov"])

@@ -21,3 +21,4 @@ def test_every_prompt_without_room_is_named_before_one_is_drawn(calculator):
     refused = [str(problem) for problem in raised.value.problems]
     assert [problem.split()[2] for problem in refused] == ["sums/long", "sums/longest", "sums/none"], refused
     assert "has 21 tokens" in refused[0] and "leave 20 for it" in refused[0]
+    assert "prompt sums/none is empty, and nothing can follow nothing" in refused[2]
