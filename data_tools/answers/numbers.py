@@ -12,7 +12,7 @@ from data_tools.answers.units import CURRENCIES, MULTIPLIERS, Unit, unit_of
 
 LARGEST_EXPONENT = 1000  # of ten; a number beyond it is not written out
 
-_DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?: \d{3})+(?! ?\d)|\d+)"
+_DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?:'\d{3})+(?!\d)|[1-9]\d{0,2}(?: \d{3})+(?! ?\d)|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
 _MAGNITUDE = re.compile(
     rf"(?P<whole>\d+) ?\\frac\{{ ?(?P<over>\d+) ?\}}\{{ ?(?P<under>\d+) ?\}}"  # 3\frac{1}{2}
@@ -114,5 +114,5 @@ def _value(parts: dict[str, str]) -> tuple[Fraction, int | None]:
 
 
 def _decimal(text: str) -> Fraction:
-    whole, _, decimals = re.sub(r"[ ,]", "", text).partition(".")
+    whole, _, decimals = re.sub(r"[ ,']", "", text).partition(".")
     return Fraction(int((whole or "0") + decimals), 10 ** len(decimals))

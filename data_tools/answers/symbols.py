@@ -18,7 +18,13 @@ _POINTS = 3
 _LETTER = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]+)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 # which the parser leaves out without a word: the subscript of a number or of a bracket, 5_2, and a prime, f'(x)
-_LEFT_OUT = re.compile(r"[\d)\]]\s*_|(?<![\^_])\{[\d.]+\}\s*_|'|\\prime(?![a-zA-Z])")
+_LEFT_OUT = re.compile(
+    r"[\d)\]]\s*_|(?<![\^_])\{[\d.]+\}\s*_|\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}\s*_|'|\\prime(?![a-zA-Z])|\\[hv]?phantom"
+)
+_WHOLES = r"\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"  # what a \frac of whole numbers divides
+_MIXED = re.compile(rf"(?<![\w.^}}\])!])(\d+)\s*(?:\\frac{_WHOLES}|\{{\s*\\frac{_WHOLES}\s*\}})")  # 3\frac{1}{2}
+_FACTOR = re.compile(r"\(|\{|\d|\\(?:frac|sqrt|binom)(?![a-zA-Z])")  # what a factor begins with
+_ARGUMENTS = {"frac": 2, "binom": 2, "sqrt": 1}
 FUNCTIONS = (
     "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det lim arg deg dim"
 ).split()
@@ -60,7 +66,7 @@ def _latex(text: str) -> str | None:
     """Return LaTeX that the parser takes as it is meant; None for what it would misread."""
     text = re.sub(r"([\^_])\s*(-?\d+(?:\.\d+)?)", r"\1{\2}", text)  # 10^23 is nobody's 10^2 · 3
     if re.search(
-        r"⟦[^⟧]{2,}⟧|[\d.]\s+[\d.]|\\ldots|\\approx|[＄€£¥₹¢%#&?;@\"]|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)", text
+        r"⟦[^⟧]{2,}⟧|[\d.][\s⟦⟧]+[\d.]|\\ldots|\\approx|[＄€£¥₹¢%#&?;@\"]|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)", text
     ) or _LEFT_OUT.search(text):
         return None
     text = text.replace("⟦", "").replace("⟧", "").replace("**", "^").replace("^{\\circ}", "*(\\pi/180)")
@@ -71,8 +77,53 @@ def _latex(text: str) -> str | None:
         text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
         if "\0" in text:
             return None
-    text = text.replace("*", r"\cdot ")
-    return _cased(text)
+    product = _multiplied(text)
+    return product if product is None else _cased(product.replace("*", r"\cdot "))
+
+
+def _multiplied(text: str) -> str | None:
+    """Return the formula with a sign between factors that stand side by side, for the parser adds numbers there: to it,
+    2(3) is 5. None for a whole number before a fraction that is 1 or more, which is a product to some, a sum to others.
+    """
+    if any(int(over) >= int(under) for *_, over, under in map(_mixed_parts, _MIXED.finditer(text))):
+        return None
+    text = _MIXED.sub(lambda match: "({}+\\frac{{{}}}{{{}}})".format(*_mixed_parts(match)), text)
+    parts, place = [], 0
+    for match in _FACTOR.finditer(text):
+        if _ends_factor(text[: match.start()], match[0]):
+            parts += [text[place : match.start()], "*"]
+            place = match.start()
+    return "".join([*parts, text[place:]])
+
+
+def _mixed_parts(match: re.Match) -> tuple[str, str, str]:
+    """Return the whole number, what is divided, and by what, of a match of _MIXED."""
+    return match[1], match[2] or match[4], match[3] or match[5]
+
+
+def _ends_factor(before: str, following: str) -> bool:
+    """Return whether `before` ends with a whole factor in digits, brackets or braces, and no argument or exponent."""
+    text = before.rstrip()
+    if text.endswith(")"):
+        return True
+    if digits := re.search(r"(?:^|[^\w.}])[\d.]+$", text):
+        return not following.isdigit() and bool(digits)
+    arguments = 0
+    while text.endswith("}") and (begin := _opening(text)) is not None:
+        text, arguments = text[:begin].rstrip(), arguments + 1
+        if command := re.search(r"\\([a-zA-Z]+)(?:\[[^\[\]]*\])?$", text):
+            return arguments == _ARGUMENTS.get(command[1])
+    return arguments > 0 and not text.endswith(("_", "^"))
+
+
+def _opening(text: str) -> int | None:
+    """Return the place of the brace that the last one closes."""
+    depth = 0
+    for place in range(len(text) - 1, -1, -1):
+        depth += (text[place] == "}") - (text[place] == "{")
+        if depth == 0:
+            return place
+    return None
 
 
 def _named(match: re.Match) -> str:

@@ -184,6 +184,7 @@ def detect_schema(record: dict[str, Any]) -> str:
     if len(pairs) > 1:
         raise BadRecord(f"has the keys of {' and '.join(pairs)}; name one in chat.schema")
     if pairs:
+        _check_untemplated(record, pairs[0])
         return pairs[0]
     keys = ", ".join(map(str, record)) or "(none)"
     raise BadRecord(f"no known schema has the keys {keys}; known: {', '.join(SCHEMAS)}")
@@ -202,6 +203,14 @@ def _is_materialized(record: dict[str, Any]) -> bool:
     found = f"has {counted[0]}, and no message begins with a tag" if counted else f"a message begins with {tag!r}"
     reason = f"{found}: this is text that a template has already written, or it is a chat"
     raise BadRecord(f"{reason}; name chat.schema: rendered, or messages", "ambiguous_schema")
+
+
+def _check_untemplated(record: dict[str, Any], schema: str) -> None:
+    """Raise BadRecord where a question begins with a template's tag: the template would be written around another."""
+    key = _PAIRS[schema].question
+    if isinstance(text := record[key], str) and (found := _TAG.match(text)):
+        reason = f"its {key} begins with {found[0].strip()!r}: a template has already written it, or it is a question"
+        raise BadRecord(f"{reason}; name chat.schema: {schema}, or give messages in its place", "ambiguous_schema")
 
 
 def _tag(message: Any) -> str:

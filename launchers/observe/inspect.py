@@ -37,9 +37,16 @@ class Contents:
     def tokenizer_of(self, store: Path) -> Tokenizer:
         """Return what made the ids of `store`. UserMistake where no materialize phase of the run made it."""
         for name in self.names:
-            if self.phases[name].uses == "materialize" and self.folder(name) == store:
+            if self.phases[name].uses == "materialize" and self._is_made_by(name, store):
                 return load_tokenizer(self.settings(name)["tokenizer"])
         raise UserMistake(f"{store} was not made in {self.run.path}: inspect it in the run that made it")
+
+    def _is_made_by(self, name: str, store: Path) -> bool:
+        """Return whether `store` is the sealed folder of a phase; a phase that failed has none."""
+        try:
+            return self.folder(name) == store
+        except UserMistake:
+            return False
 
 
 class Inspection(TypedDict):

@@ -62,6 +62,19 @@ def test_a_schema_is_never_told_by_the_text_of_a_message():
     assert len(turns({"messages": [CHAT[0], {"role": "assistant", "content": "<|x|>"}]})) == 2
 
 
+@pytest.mark.parametrize("question, answer, schema", [
+    ("prompt", "completion", "prompt_completion"), ("query", "response", "query_response"),
+    ("instruction", "output", "alpaca"), ("instruction", "response", "dolly"), ("question", "answer", "gsm8k"),
+])  # fmt: skip
+def test_a_question_that_a_template_may_have_written_is_put_into_no_second_one(question, answer, schema):
+    record = {question: "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", answer: "A"}
+    with pytest.raises(BadRecord, match=rf"begins with '<\|im_start\|>'.*; name chat.schema: {schema}") as caught:
+        read_record(record)
+    assert caught.value.bucket == "ambiguous_schema"
+    assert turns(record, schema)[0] == said("user", record[question])
+    assert turns({question: "what is <|im_start|>?", answer: "<|A|>"})[1] == said("assistant", "<|A|>")
+
+
 @pytest.mark.parametrize("text, found", [
     (THOUGHT + "\n\n" + SOLUTION, said("assistant", "S <b>", "T")), ("\n" + SOLUTION, said("assistant", "S <b>")),
     (THOUGHT + "\n\nplain", said("assistant", "plain", "T")), (THOUGHT, None), (THOUGHT * 2 + SOLUTION, None),

@@ -48,3 +48,17 @@ def test_a_pack_shows_its_documents(run: Path) -> None:
 )
 def test_wrong_words_are_one_line(run: Path, words: list[str], told: str) -> None:
     assert re.search(told, one_line(afterok("inspect", run, *words, check=2)))
+
+
+def test_a_sealed_store_is_shown_where_another_phase_failed(tmp_path: Path) -> None:
+    row = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
+    (tmp_path / "rows.jsonl").write_text(row)
+    (tmp_path / "empty.jsonl").write_text("5")
+    phase = "  {}: {{uses: materialize, with: {{source: {{inputs: [{}]}}, tokenizer: '${{phases.init.out}}'}}}}\n"
+    (tmp_path / "two.yaml").write_text(
+        "name: two\nphases:\n  init: {uses: init_model, with: {alphabet: bytes}}\n"
+        + phase.format("failed", tmp_path / "empty.jsonl")
+        + phase.format("kept", tmp_path / "rows.jsonl")
+    )
+    afterok("run", tmp_path / "two.yaml", "cluster=local", "--run", tmp_path / "run", check=2)
+    assert "⟦a" in afterok("inspect", tmp_path / "run", "kept").stdout
