@@ -62,6 +62,8 @@ _FONTS = re.compile(
     r"\\(?:mathbf|mathit|mathsf|mathtt|boldsymbol|bold|bm|pmb|underline|emph|mathnormal|ensuremath)\s*\{"
 )
 _COLORED = re.compile(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*\{")
+_BETWEEN_DIGITS = re.compile(r"(?<=\d)[$`]+(?=\d)")  # 3$4 is no 34
+_POWER = re.compile(r"(?<=[\w)}\]])\*\*(?=[\d({-]|[a-zA-Z](?![a-zA-Z]))")  # as programs write it; **5** is bold
 _BLANK_NEXT = re.compile(r"\s+")
 
 
@@ -73,6 +75,7 @@ def spelled(text: str) -> str:
     for pattern, new in _SYNONYMS:
         text = pattern.sub(new, text)
     text = _unwrapped(_unwrapped(_unwrapped(text, _COLORED, "", ""), _FONTS, "", ""), _WORDS, "⟦", "⟧")
+    text = _POWER.sub("^", _BETWEEN_DIGITS.sub(" ", text))
     text = text.replace("$", "").replace("`", "").replace("**", "") if "⟦" not in text else text.replace("$", "")
     return _BLANK_NEXT.sub(" ", _fractions(text)).strip(f" {ROW}")
 

@@ -20,6 +20,7 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+")
 # which the parser leaves out without a word: the subscript of a number or of a bracket, 5_2, and a prime, f'(x)
 _LEFT_OUT = re.compile(
     r"[\d)\]]\s*_|(?<![\^_])\{[\d.]+\}\s*_|\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}\s*_|'|\\prime(?![a-zA-Z])|\\[hv]?phantom"
+    r"|\\[hv]space|!\s*!|≅"  # 5!! is not (5!)!
 )
 _WHOLES = r"\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"  # what a \frac of whole numbers divides
 _MIXED = re.compile(rf"(?<![\w.^}}\])!])(\d+)\s*(?:\\frac{_WHOLES}|\{{\s*\\frac{_WHOLES}\s*\}})")  # 3\frac{1}{2}

@@ -36,6 +36,11 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         (r"3\frac{1}{2}", r"3\left(\frac{1}{2}\right)", W), (r"3\frac{1}{2}", r"3{\frac12}", R),
         (r"\sqrt2+6", r"\sqrt2+3\frac{6}{2}", W), (r"\sqrt2+9", r"\sqrt2+3\frac{6}{2}", W), ("x^2-1", "(x-1)(x+1)", R),
     ],
+    "powers and what stands between digits": [
+        ("34", "3**4", W), ("81", "3**4", R), ("1024", "2**10", R), ("x^2+y^2", "x**2+y**2", R), ("34", "**34**", R),
+        ("1/8", "2**(-3)", R), ("34", "3$4", W), ("34", "3`4", W), ("34", "$34$", R), ("720", "3!!", W), ("6", "3!", R),
+        ("7", r"3\vspace{4}", W), ("3", "3≅4", W),
+    ],
     "indices and primes": [
         *((number, text, W) for number, texts in {
             "5": ["5_2", "5_x", "5_{a}", "5_0", "(5)_2", "{5}_2"], "10": ["5_2+5_3"],
