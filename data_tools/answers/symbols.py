@@ -107,8 +107,8 @@ def _ends_factor(before: str, following: str) -> bool:
     text = before.rstrip()
     if text.endswith(")"):
         return True
-    if digits := re.search(r"(?:^|[^\w.}])[\d.]+$", text):
-        return not following.isdigit() and bool(digits)
+    if re.search(r"(?:^|[^\w.}])[\d.]+$", text):
+        return not following.isdigit()
     arguments = 0
     while text.endswith("}") and (begin := _opening(text)) is not None:
         text, arguments = text[:begin].rstrip(), arguments + 1
