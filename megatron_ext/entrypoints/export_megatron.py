@@ -6,7 +6,7 @@
 
 Megatron-LM asks for tensors by what the checkpoint says of itself (`content_metadata`): that each layer has its own. In
 log_all it leaves out the `_extra_state`s, of FP8 for the most part, that its layers ask for and no weights have.
-Megatron-LM itself was not run; megatron-core's own model and loader are, by tests/megatron_ext/test_megatron_dist.py.
+tests/megatron_ext/test_megatron_dist.py runs megatron-core's model and loader, and under soak Megatron-LM itself.
 """
 
 import runpy
@@ -27,6 +27,7 @@ from data_tools.progress import Progress, silent
 from megatron_ext.models.rotary import Linear, Yarn
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
+from megatron_ext.weights.megatron_arguments import LLAMA3_FACTOR
 
 RELEASE = "release"
 WORDS = "arguments.txt"
@@ -69,13 +70,20 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
 
 
 def _not_stock(kind: str, dims: Any, where: str) -> list[Problem]:
-    what = f"is a {kind}"
-    if kind in STOCK:
-        stretched = type(dims.stretch).__name__ if isinstance(dims.stretch, (Yarn, Linear)) else ""
-        what = f"has {stretched} positions" if stretched else "has sliding windows" if any(dims.sliding) else ""
+    """Return a problem where Megatron-LM would build another model of its arguments, or none was ever shown."""
     known = f"only {', '.join(STOCK)} without these were shown to be what Megatron-LM builds of its arguments"
-    known = known if kind in STOCK else known.replace(" without these", "")
-    return [Problem("model", f"{where} {what}, and {known}: use export_hf")] if what else []
+    if kind not in STOCK:
+        what, known = f"is a {kind}", known.replace(" without these", "")
+    elif isinstance(dims.stretch, (Yarn, Linear)):
+        what = f"has {type(dims.stretch).__name__} positions"
+    elif any(dims.sliding):
+        what = "has sliding windows"
+    elif dims.rope_factor not in (0, LLAMA3_FACTOR):
+        what = f"has llama3 positions of factor {dims.rope_factor:g}"
+        known = f"Megatron-LM's builder leaves --rope-scaling-factor out: its model would have {LLAMA3_FACTOR:g}"
+    else:
+        return []
+    return [Problem("model", f"{where} {what}, and {known}: use export_hf")]
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:

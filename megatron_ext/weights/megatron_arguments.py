@@ -12,7 +12,7 @@ from data_tools.mistake import Problem, UserMistake
 from megatron_ext.models.rotary import Linear, Yarn
 from megatron_ext.parallel.shape import ModelShape
 
-LLAMA3_FACTOR = 8.0  # of --use-rope-scaling, before Megatron had --rope-scaling-factor
+LLAMA3_FACTOR = 8.0  # of --use-rope-scaling; to 0.19 no builder of Megatron-LM takes its --rope-scaling-factor
 ARGUMENTS = {  # Megatron's names by those of a family's Dims
     "heads": "num_attention_heads",
     "head_dim": "kv_channels",
@@ -38,7 +38,21 @@ NEVER = {  # of what changes a model's function and no tensor's shape, what no f
     "openai_gelu": False,
     "use_mup": False,
     "normalization": "RMSNorm",
+    "moe_mlp_glu_interleave_size": 0,  # rows of the gate and of the rest of linear_fc1 in turn
+    "moe_shared_expert_glu_interleave_size": 0,
+    "moe_router_topk_limited_devices": 0,
+    "moe_router_force_load_balancing": False,
+    "moe_router_force_biased": 0,
 }
+OFF = {"activation_func_clamp_value": 0.0, "moe_router_num_groups": 1, "moe_router_group_topk": 1}  # what None means
+YARN = {  # Megatron-LM's arguments of yarn's positions, from 0.19 on -> field of Yarn, what None means
+    "rotary_scaling_factor": ("factor", 1.0),
+    "yarn_original_max_position_embeddings": ("original_positions", 4096),
+    "yarn_beta_fast": ("beta_fast", 32.0),
+    "yarn_beta_slow": ("beta_slow", 1.0),
+    "yarn_correction_range_round_to_int": ("truncate", True),
+}
+CONCENTRATION = {"mscale": 1.0, "mscale_all_dim": 0.0}  # which give 0.1 ln(factor) + 1, as of every yarn of ours
 PADDED = 128  # rows, to a multiple of which Megatron pads an embedding by itself, so that tensor ranks can share it
 Compared = Iterator[tuple[str, Any, Any]]  # (argument, what Megatron's arguments say, what `dims` say)
 
@@ -47,13 +61,13 @@ def unlike(arguments: Namespace, dims: Any) -> list[str]:
     """Return what Megatron's `arguments` and the family's `dims` say differently: "rotary_base is 10000, config.json
     has 1e6".
 
-    An argument that is not there, or None, is not compared.
+    An argument that is not there is not compared, nor one that is None and may be anything.
     """
     said = {name: getattr(arguments, name, None) for name in ARGUMENTS.values()}
     ours: dict[str, Any] = {name: getattr(dims, field, None) or None for field, name in ARGUMENTS.items()}
     own = {**NEVER, **_function_of(dims)}
     for name, theirs, value in (
-        *((name, getattr(arguments, name, None), value) for name, value in own.items()),
+        *((name, _said(arguments, name, OFF.get(name)), value) for name, value in own.items()),
         *_attention_of(arguments, dims),
         *_layers_of(arguments, dims),
         *_positions_of(arguments, dims),
@@ -65,6 +79,12 @@ def unlike(arguments: Namespace, dims: Any) -> list[str]:
         for name, value in said.items()
         if value is not None and ours[name] is not None and value != ours[name]
     ]
+
+
+def _said(arguments: Namespace, name: str, nothing: Any) -> Any:
+    """Return the argument: `nothing` where it is there and None, None where it is not there."""
+    value = getattr(arguments, name, None)
+    return nothing if value is None and hasattr(arguments, name) else value
 
 
 def check_arguments(arguments: Namespace, dims: Any, where: str) -> None:
@@ -86,6 +106,7 @@ def _function_of(dims: Any) -> dict[str, Any]:
         "glu_linear_offset": 1.0 if clamped else 0.0,
         "quick_geglu": clamped,
         "activation_func_clamp_value": dims.swiglu_limit if clamped else 0.0,
+        "layernorm_epsilon": getattr(dims, "norm_epsilon", None),  # norm_epsilon's name from Megatron-LM 0.16 on
     }
     if hybrid:
         own |= {"swiglu": False, "squared_relu": True, "position_embedding_type": "none"}
@@ -113,8 +134,8 @@ def _attention_of(arguments: Namespace, dims: Any) -> Compared:
     if hasattr(arguments, "window_size") and hasattr(dims, "window"):
         window = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
         yield "window_size", window, dims.window if any(dims.sliding) else 0
-    given = getattr(arguments, "softmax_scale", None)
-    if given is not None and getattr(dims, "head_dim", None):
+    if hasattr(arguments, "softmax_scale") and getattr(dims, "head_dim", None):
+        given = _said(arguments, "softmax_scale", dims.head_dim**-0.5)
         own = getattr(dims, "attention_multiplier", 0.0) or dims.head_dim**-0.5
         yield "softmax_scale", own if math.isclose(given, own, rel_tol=1e-5) else given, own
 
@@ -122,12 +143,12 @@ def _attention_of(arguments: Namespace, dims: Any) -> Compared:
 def _layers_of(arguments: Namespace, dims: Any) -> Compared:
     """Yield what is compared of single layers: which have the window, and which no positions."""
     layers = getattr(dims, "layers", 0)
-    often = getattr(arguments, "window_attn_skip_freq", None)
+    often = _said(arguments, "window_attn_skip_freq", [1] * layers)
     if often is not None and getattr(arguments, "window_size", None) and hasattr(dims, "sliding"):
         windows = [i % often != 0 for i in range(1, layers + 1)] if type(often) is int else [bool(i) for i in often]
         yield "window_attn_skip_freq", windows, [bool(i) for i in dims.sliding]
-    often = getattr(arguments, "no_rope_freq", None)
-    if often:
+    often = _said(arguments, "no_rope_freq", [0] * layers)
+    if often and layers:
         skipped = [i % often == 0 for i in range(1, layers + 1)] if type(often) is int else [bool(i) for i in often]
         yield "no_rope_freq", skipped, [bool(i) for i in getattr(dims, "no_rope", ()) or (False,) * layers]
 
@@ -140,11 +161,20 @@ def _positions_of(arguments: Namespace, dims: Any) -> Compared:
         older = getattr(arguments, "use_rotary_position_embeddings", None)
         theirs = "rope" if older else getattr(arguments, "position_embedding_type", None)
         yield "position_embedding_type", theirs, "yarn" if isinstance(stretch, Yarn) else "rope"
-        longer = getattr(arguments, "rotary_seq_len_interpolation_factor", None)
-        yield "rotary_seq_len_interpolation_factor", longer, stretch.factor if isinstance(stretch, Linear) else 1
+        longer = stretch.factor if isinstance(stretch, Linear) else 1
+        yield "rotary_seq_len_interpolation_factor", _said(arguments, "rotary_seq_len_interpolation_factor", 1), longer
+        if theirs == "yarn" and isinstance(stretch, Yarn):
+            yield from _yarn_of(arguments, stretch)
     if hasattr(arguments, "use_rope_scaling") and hasattr(dims, "rope_factor"):
         factor = getattr(arguments, "rope_scaling_factor", LLAMA3_FACTOR)
         yield "rope_scaling_factor", factor if arguments.use_rope_scaling else 0, dims.rope_factor
+
+
+def _yarn_of(arguments: Namespace, yarn: Yarn) -> Compared:
+    for name, (field, default) in YARN.items():
+        yield name, _said(arguments, name, default), getattr(yarn, field)
+    for name, value in CONCENTRATION.items():
+        yield name, getattr(arguments, name, None), value
 
 
 def _ends_of(arguments: Namespace, dims: Any) -> Compared:

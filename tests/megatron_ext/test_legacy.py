@@ -11,6 +11,7 @@ from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from megatron_ext.entrypoints import import_hf
 from megatron_ext.files import pickles
+from megatron_ext.models.rotary import Linear
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.weights.megatron_arguments import unlike
@@ -29,6 +30,10 @@ ARGUMENTS = {  # of Megatron that trained those models, of those that shapes of 
         moe_router_topk_scaling_factor=None, activation_func_clamp_value=7.0,
     ),
 }  # fmt: skip
+STRETCHED = dict(  # of tiny's olmo3
+    position_embedding_type="yarn", rotary_scaling_factor=4.0, yarn_original_max_position_embeddings=16,
+    yarn_beta_fast=None, yarn_beta_slow=1.0, yarn_correction_range_round_to_int=None, mscale=1.0, mscale_all_dim=0.0,
+)  # fmt: skip
 
 
 def write_rank(dims, plan: ParallelPlan, hf: Path, out: Path) -> None:
@@ -129,6 +134,7 @@ def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
         (DENSE, dict(rotary_base=5e5), "rotary_base is 500000.0, config.json has 10000.0"),
         (DENSE, dict(rotary_percent=0.5), "rotary_percent is 0.5, config.json has 1.0"),
         (DENSE, dict(norm_epsilon=1e-5), "norm_epsilon is 1e-05, config.json has 1e-06"),
+        (DENSE, dict(layernorm_epsilon=1e-5), "layernorm_epsilon is 1e-05, config.json has 1e-06"),
         (DENSE, dict(use_rope_scaling=True), "rope_scaling_factor is 8.0, config.json has 0.0"),
         (
             replace(DENSE, tied=True),
@@ -153,6 +159,8 @@ def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
             "[False, False], config.json has [True",
         ),
         (tiny.KINDS["olmo3"], dict(position_embedding_type="rope"), "type is rope, config.json has yarn"),
+        *((tiny.KINDS["olmo3"], {**STRETCHED, name: 3}, f"{name} is 3, config.json has ") for name in STRETCHED),
+        (EXPERTS, dict(moe_mlp_glu_interleave_size=32), "moe_mlp_glu_interleave_size is 32, config.json has 0"),
         (tiny.KINDS["smollm3"], dict(no_rope_freq=1), "no_rope_freq is [True, True], config.json has [False, True]"),
         (EXPERTS, dict(softmax_type="vanilla"), "softmax_type is vanilla, config.json has learnable"),
         (DENSE, dict(apply_layernorm_1p=True), "apply_layernorm_1p is True, config.json has False"),
@@ -162,6 +170,29 @@ def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
         (DENSE, dict(activation_func_clamp_value=7.0), "value is 7.0, config.json has 0.0"),
         (DENSE, dict(softmax_type="off-by-one"), "softmax_type is off-by-one, config.json has vanilla"),
         (DENSE, dict(softmax_scale=0.1), "softmax_scale is 0.1, config.json has 0.35"),
+        # None, where it means that there is none
+        (
+            replace(DENSE, stretch=Linear(2.0)),
+            dict(rotary_seq_len_interpolation_factor=None),
+            "factor is 1, config.json has 2.0",
+        ),
+        (
+            tiny.KINDS["smollm3"],
+            dict(no_rope_freq=None),
+            "no_rope_freq is [False, False], config.json has [False, True]",
+        ),
+        (
+            tiny.KINDS["olmo3"],
+            dict(window_size=(7, 0), window_attn_skip_freq=None),
+            "[True, True], config.json has [True, False]",
+        ),
+        (EXPERTS, dict(activation_func_clamp_value=None), "value is 0.0, config.json has 7.0"),
+        (tiny.KINDS["granite"], dict(softmax_scale=None), "softmax_scale is 0.35"),
+        (
+            replace(tiny.NEMOTRON_H_DIMS, expert_groups=2),
+            dict(moe_router_num_groups=None),
+            "moe_router_num_groups is 1, config.json has 2",
+        ),
         (DENSE, dict(quick_geglu=True), "quick_geglu is True, config.json has False"),
     ],
 )
@@ -169,6 +200,13 @@ def test_what_megatron_trained_otherwise_is_named_with_both_values(dims, trained
     known = {} if dims in tiny.KINDS.values() else ARGUMENTS.get(type(dims), {})
     assert unlike(Namespace(**known), dims) == []
     assert any(said in one for one in unlike(Namespace(**{**known, **trained}), dims))
+
+
+def test_stretched_positions_are_compared_with_what_megatron_takes_where_nothing_is_said():
+    dims = tiny.KINDS["olmo3"]
+    assert unlike(Namespace(**STRETCHED), dims) == []
+    unsaid = {**STRETCHED, "yarn_original_max_position_embeddings": None}
+    assert unlike(Namespace(**unsaid), dims) == ["yarn_original_max_position_embeddings is 4096, config.json has 16"]
 
 
 @pytest.mark.parametrize("dims", [DENSE, EXPERTS, tiny.NEMOTRON_H_DIMS, tiny.NANOCHAT_DIMS, *tiny.KINDS.values()])

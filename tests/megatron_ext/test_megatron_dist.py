@@ -1,5 +1,6 @@
 """torch_dist checkpoints of Megatron-LM and of megatron-core alone become the same model."""
 
+import importlib.util
 import pickle
 import re
 import shutil
@@ -9,9 +10,11 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+import transformers
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from megatron_ext.entrypoints import export_megatron, import_hf
 from megatron_ext.layers import loss_head
@@ -275,6 +278,7 @@ def test_plan_refuses_to_export_every_other_kind_by_its_name(kind):
         (dict(stretch=Yarn(4.0, 16, 32.0, 1.0, True)), "has Yarn positions"),
         (dict(stretch=Linear(2.0)), "has Linear positions"),
         (dict(kind="mixtral", experts=4, top_k=2, window=8, sliding=(True,) * 3), "has sliding windows"),
+        (dict(kind="llama", rope_factor=32.0), "factor 32, and Megatron-LM's builder leaves --rope-scaling-factor out"),
     ],
 )
 def test_plan_refuses_to_export_what_no_argument_was_shown_to_say(changed, said):
@@ -306,3 +310,67 @@ def test_megatron_cores_own_experts_are_taken_and_given_back(kind, alone, tmp_pa
     (tmp_path / "exported").mkdir()
     export_megatron.run(export_megatron.Config(str(tmp_path / "model")), tmp_path / "exported", tmp_path)
     stock_gpt_does(saved, kind, tmp_path / "exported")
+
+
+# ---------------------------------------------------------------- Megatron-LM itself
+
+RUN = {
+    **FAMILIES, **EXPERTS,
+    "wide heads, other numbers": replace(
+        DIMS, kind="qwen3", head_dim=24, rope_base=5e6, norm_epsilon=1e-5, vocabulary=131, layers=2
+    ),
+    "one head of keys": replace(DIMS, kv_groups=1, vocabulary=128),
+    "as many heads of keys": replace(DIMS, kind="llama", kv_groups=4),
+    "experts weighed before they are chosen": replace(EXPERTS["qwen3_moe"], norm_topk_prob=False),
+    "shared experts, weighed after": replace(EXPERTS["qwen2_moe"], norm_topk_prob=True),
+}  # fmt: skip
+
+
+def megatron_lm_saved(folder, dims, form):
+    """Export a model of `dims`, let Megatron-LM load and save it; return the Hugging Face folder and its digest."""
+    if sys.version_info < (3, 12) or not importlib.util.find_spec("megatron.training.models.gpt"):
+        pytest.skip("Megatron-LM's own packages are in megatron-core's wheels from 0.19 on, for Python 3.12")
+    hf = tiny.hf_folder(folder / "hf", dims)
+    for name in ("model", "exported", "saved"):
+        (folder / name).mkdir()
+    wanted = import_hf.run(import_hf.Config(str(hf)), folder / "model", folder)
+    export_megatron.run(export_megatron.Config(str(folder / "model")), folder / "exported", folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    tokens = torch.randint(0, dims.vocabulary, (2, 40))
+    with torch.no_grad():
+        said = {"tokens": tokens, "logits": model(tokens).logits, "rows": dims.vocabulary}
+    torch.save(said, folder / "logits.pt")
+    words = [sys.executable, "-W", "ignore", "-m", "tests.megatron_ext.megatron_lm", str(folder), form]
+    subprocess.run(words, check=True)
+    (hf / "model.safetensors").unlink()
+    return import_hf.Config(str(hf), megatron=str(folder / "saved")), wanted["weights_digest"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("form", ["torch_dist", "torch"])
+@pytest.mark.parametrize("name", RUN)
+def test_megatron_lm_loads_what_is_exported_and_what_it_saves_comes_back(name, form, tmp_path):
+    """Its model of the exported words has transformers' logits; what it saves becomes the same model, bit for bit."""
+    config, digest = megatron_lm_saved(tmp_path, RUN[name], form)
+    (tmp_path / "again").mkdir()
+    assert import_hf.run(config, tmp_path / "again", tmp_path)["weights_digest"] == digest
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("form", ["torch_dist", "torch"])
+def test_what_megatron_lm_says_of_its_training_is_held_against_config_json(form, tmp_path):
+    """Of all that changes a model's function and no tensor's shape."""
+    dims = EXPERTS["qwen3_moe"]
+    config, _ = megatron_lm_saved(tmp_path, dims, form)
+    for changed in (
+        dict(norm_epsilon=1e-5), dict(rope_base=5e5), dict(norm_topk_prob=False), dict(top_k=3),
+        dict(stretch=Yarn(4.0, 16, 32.0, 1.0, True)), dict(stretch=Linear(2.0)),
+    ):  # fmt: skip
+        (tmp_path / "hf" / "config.json").unlink()
+        durable.write_json(
+            tmp_path / "hf" / "config.json", tiny.family(dims).config.hf_config(replace(dims, **changed))
+        )
+        (tmp_path / "again").mkdir()
+        with pytest.raises(UserMistake, match="was trained otherwise: .* config.json has"):
+            import_hf.run(config, tmp_path / "again", tmp_path)
+        shutil.rmtree(tmp_path / "again")
