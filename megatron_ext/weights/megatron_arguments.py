@@ -45,12 +45,12 @@ NEVER = {  # of what changes a model's function and no tensor's shape, what no f
     "moe_router_force_biased": 0,
 }
 OFF = {"activation_func_clamp_value": 0.0, "moe_router_num_groups": 1, "moe_router_group_topk": 1}  # what None means
-YARN = {  # Megatron-LM's arguments of yarn's positions, from 0.19 on -> field of Yarn, what None means
-    "rotary_scaling_factor": ("factor", 1.0),
-    "yarn_original_max_position_embeddings": ("original_positions", 4096),
-    "yarn_beta_fast": ("beta_fast", 32.0),
-    "yarn_beta_slow": ("beta_slow", 1.0),
-    "yarn_correction_range_round_to_int": ("truncate", True),
+YARN = {  # Megatron-LM's arguments of yarn's positions -> field of Yarn, what None means, what --enable-gpt-oss makes it
+    "rotary_scaling_factor": ("factor", 1.0, 32.0),
+    "yarn_original_max_position_embeddings": ("original_positions", 4096, 131072),
+    "yarn_beta_fast": ("beta_fast", 32.0, 32.0),
+    "yarn_beta_slow": ("beta_slow", 1.0, 1.0),
+    "yarn_correction_range_round_to_int": ("truncate", True, False),
 }
 CONCENTRATION = {"mscale": 1.0, "mscale_all_dim": 0.0}  # which give 0.1 ln(factor) + 1, as of every yarn of ours
 PADDED = 128  # rows, to a multiple of which Megatron pads an embedding by itself, so that tensor ranks can share it
@@ -94,7 +94,8 @@ def check_arguments(arguments: Namespace, dims: Any, where: str) -> None:
     except (TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise UserMistake(Problem(where, f"its arguments are not understood ({error})")) from None
     if said:
-        raise UserMistake([Problem(where, f"was trained otherwise: {other}") for other in said])
+        remedy = "what it was trained with has to be in the config.json"
+        raise UserMistake([Problem(where, f"was trained otherwise: {other}: {remedy}") for other in said])
 
 
 def _function_of(dims: Any) -> dict[str, Any]:
@@ -171,8 +172,9 @@ def _positions_of(arguments: Namespace, dims: Any) -> Compared:
 
 
 def _yarn_of(arguments: Namespace, yarn: Yarn) -> Compared:
-    for name, (field, default) in YARN.items():
-        yield name, _said(arguments, name, default), getattr(yarn, field)
+    fixed = getattr(arguments, "enable_gpt_oss", False)  # megatron/post_training/model_builder.py: no argument counts
+    for name, (field, default, of_gpt_oss) in YARN.items():
+        yield name, of_gpt_oss if fixed else _said(arguments, name, default), getattr(yarn, field)
     for name, value in CONCENTRATION.items():
         yield name, getattr(arguments, name, None), value
 

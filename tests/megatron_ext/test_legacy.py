@@ -207,6 +207,8 @@ def test_stretched_positions_are_compared_with_what_megatron_takes_where_nothing
     assert unlike(Namespace(**STRETCHED), dims) == []
     unsaid = {**STRETCHED, "yarn_original_max_position_embeddings": None}
     assert unlike(Namespace(**unsaid), dims) == ["yarn_original_max_position_embeddings is 4096, config.json has 16"]
+    of_gpt_oss = unlike(Namespace(**STRETCHED, enable_gpt_oss=True), dims)
+    assert "rotary_scaling_factor is 32.0, config.json has 4.0" in of_gpt_oss and len(of_gpt_oss) == 3
 
 
 @pytest.mark.parametrize("dims", [DENSE, EXPERTS, tiny.NEMOTRON_H_DIMS, tiny.NANOCHAT_DIMS, *tiny.KINDS.values()])
@@ -248,7 +250,7 @@ def test_a_model_with_another_function_is_refused(tmp_path):
     hf, root = legacy(tmp_path, DENSE, ParallelPlan(), None)
     durable.write_json(hf / "config.json", tiny.QWEN2.config.hf_config(replace(DENSE, rope_base=5e5)))
     said = refused(tmp_path, hf, root)
-    assert said.endswith("was trained otherwise: rotary_base is 10000, config.json has 500000.0")
+    assert "was trained otherwise: rotary_base is 10000, config.json has 500000.0: what it was trained with" in said
 
 
 def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path):
