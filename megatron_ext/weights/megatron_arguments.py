@@ -45,7 +45,7 @@ NEVER = {  # of what changes a model's function and no tensor's shape, what no f
     "moe_router_force_biased": 0,
 }
 OFF = {"activation_func_clamp_value": 0.0, "moe_router_num_groups": 1, "moe_router_group_topk": 1}  # what None means
-YARN = {  # Megatron-LM's arguments of yarn's positions -> field of Yarn, what None means, what --enable-gpt-oss makes it
+YARN = {  # Megatron-LM's arguments of yarn's positions -> field of Yarn, what None means, what --enable-gpt-oss says
     "rotary_scaling_factor": ("factor", 1.0, 32.0),
     "yarn_original_max_position_embeddings": ("original_positions", 4096, 131072),
     "yarn_beta_fast": ("beta_fast", 32.0, 32.0),
@@ -53,6 +53,7 @@ YARN = {  # Megatron-LM's arguments of yarn's positions -> field of Yarn, what N
     "yarn_correction_range_round_to_int": ("truncate", True, False),
 }
 CONCENTRATION = {"mscale": 1.0, "mscale_all_dim": 0.0}  # which give 0.1 ln(factor) + 1, as of every yarn of ours
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")  # of Dims
 PADDED = 128  # rows, to a multiple of which Megatron pads an embedding by itself, so that tensor ranks can share it
 Compared = Iterator[tuple[str, Any, Any]]  # (argument, what Megatron's arguments say, what `dims` say)
 
@@ -135,8 +136,9 @@ def _attention_of(arguments: Namespace, dims: Any) -> Compared:
     if hasattr(arguments, "window_size") and hasattr(dims, "window"):
         window = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
         yield "window_size", window, dims.window if any(dims.sliding) else 0
-    if hasattr(arguments, "softmax_scale") and getattr(dims, "head_dim", None):
-        given = _said(arguments, "softmax_scale", dims.head_dim**-0.5)
+    parsed = hasattr(arguments, "untie_embeddings_and_output_weights")  # by Megatron-LM, which has no --softmax-scale
+    if (parsed or hasattr(arguments, "softmax_scale")) and getattr(dims, "head_dim", None):
+        given = getattr(arguments, "softmax_scale", None) or dims.head_dim**-0.5
         own = getattr(dims, "attention_multiplier", 0.0) or dims.head_dim**-0.5
         yield "softmax_scale", own if math.isclose(given, own, rel_tol=1e-5) else given, own
 
@@ -184,6 +186,8 @@ def _ends_of(arguments: Namespace, dims: Any) -> Compared:
     if hasattr(arguments, "untie_embeddings_and_output_weights"):
         untied = arguments.untie_embeddings_and_output_weights
         yield "untie_embeddings_and_output_weights", untied, not getattr(dims, "tied", False)
+        for name in MULTIPLIERS:  # for which Megatron-LM, whose parser made these arguments, has none
+            yield name, 1.0, getattr(dims, name, 1.0)
 
 
 # ---------------------------------------------------------------- of a model of ours

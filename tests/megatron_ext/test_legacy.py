@@ -188,6 +188,15 @@ def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
         ),
         (EXPERTS, dict(activation_func_clamp_value=None), "value is 0.0, config.json has 7.0"),
         (tiny.KINDS["granite"], dict(softmax_scale=None), "softmax_scale is 0.35"),
+        *(
+            (tiny.KINDS["granite"], dict(untie_embeddings_and_output_weights=False), said)
+            for said in (
+                "softmax_scale is 0.35",
+                "embedding_multiplier is 1.0, config.json has 1.5",
+                "residual_multiplier is 1.0, config.json has 0.7",
+                "logits_scaling is 1.0, config.json has 4.0",
+            )
+        ),
         (
             replace(tiny.NEMOTRON_H_DIMS, expert_groups=2),
             dict(moe_router_num_groups=None),
