@@ -35,6 +35,8 @@ NEVER = {  # of what changes a model's function and no tensor's shape, what no f
     "attention_output_gate": False,
     "qk_l2_norm": False,
     "moe_apply_probs_on_input": False,
+    "export_qk_l2_norm": False,  # ModelOpt's builder takes these two for the ones without "export"
+    "export_moe_apply_probs_on_input": False,
     "openai_gelu": False,
     "use_mup": False,
     "normalization": "RMSNorm",
@@ -44,7 +46,9 @@ NEVER = {  # of what changes a model's function and no tensor's shape, what no f
     "moe_router_force_load_balancing": False,
     "moe_router_force_biased": 0,
 }
-OFF = {"activation_func_clamp_value": 0.0, "moe_router_num_groups": 1, "moe_router_group_topk": 1}  # what None means
+OFF = {"activation_func_clamp_value": 0.0}  # what None means
+BALANCED = ("sinkhorn", "quantile_balancing")  # routers of their own; the others are losses
+MAMBA_EPSILON = 1e-5  # of the norm in Mamba's mixer, whatever --norm-epsilon (megatron/core/ssm/mamba_mixer.py)
 YARN = {  # Megatron-LM's arguments of yarn's positions -> field of Yarn, what None means, what --enable-gpt-oss says
     "rotary_scaling_factor": ("factor", 1.0, 32.0),
     "yarn_original_max_position_embeddings": ("original_positions", 4096, 131072),
@@ -70,6 +74,7 @@ def unlike(arguments: Namespace, dims: Any) -> list[str]:
     for name, theirs, value in (
         *((name, _said(arguments, name, OFF.get(name)), value) for name, value in own.items()),
         *_attention_of(arguments, dims),
+        *_router_of(arguments, dims),
         *_layers_of(arguments, dims),
         *_positions_of(arguments, dims),
         *_ends_of(arguments, dims),
@@ -83,16 +88,23 @@ def unlike(arguments: Namespace, dims: Any) -> list[str]:
 
 
 def _said(arguments: Namespace, name: str, nothing: Any) -> Any:
-    """Return the argument: `nothing` where it is there and None, None where it is not there."""
+    """Return the argument: `nothing` where it is None, or where a release of Megatron-LM has none of this name; None
+    where it is not known.
+    """
     value = getattr(arguments, name, None)
-    return nothing if value is None and hasattr(arguments, name) else value
+    return nothing if value is None and (hasattr(arguments, name) or _parsed(arguments)) else value
+
+
+def _parsed(arguments: Namespace) -> bool:
+    """Return whether the arguments are all that Megatron-LM's parser knows: what is not there, it cannot compute."""
+    return hasattr(arguments, "untie_embeddings_and_output_weights")
 
 
 def check_arguments(arguments: Namespace, dims: Any, where: str) -> None:
     """Refuse Megatron's `arguments` that say anything otherwise than `dims`. Raises UserMistake."""
     try:
         said = unlike(arguments, dims)
-    except (TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserMistake(Problem(where, f"its arguments are not understood ({error})")) from None
     if said:
         remedy = "what it was trained with has to be in the config.json"
@@ -114,8 +126,6 @@ def _function_of(dims: Any) -> dict[str, Any]:
         own |= {"swiglu": False, "squared_relu": True, "position_embedding_type": "none"}
     if kind:
         own |= {"swiglu": True, "squared_relu": False, "qk_layernorm": dims.qk_norm == "head"}
-    if experts and sigmoid:
-        own |= {"moe_router_num_groups": dims.expert_groups, "moe_router_group_topk": dims.top_groups}
     if experts and not sigmoid:
         own["moe_router_pre_softmax"] = not getattr(dims, "norm_topk_prob", True)
     if experts:
@@ -124,23 +134,42 @@ def _function_of(dims: Any) -> dict[str, Any]:
 
 
 def _attention_of(arguments: Namespace, dims: Any) -> Compared:
-    """Yield what is compared of attention and of the router, where the arguments have it under another form."""
+    """Yield what is compared of attention, where the arguments have it under another form."""
     if hasattr(arguments, "group_query_attention") and getattr(dims, "heads", None):
         grouped = arguments.group_query_attention
         groups = arguments.num_query_groups if grouped else arguments.num_attention_heads
         yield "num_query_groups", groups, dims.kv_groups
-    if getattr(dims, "experts", None) and hasattr(arguments, "moe_router_topk_scaling_factor"):
-        scale = arguments.moe_router_topk_scaling_factor or 1.0
-        ours = getattr(dims, "routed_scale", getattr(dims, "routed_scaling_factor", 1.0))
-        yield "moe_router_topk_scaling_factor", scale, ours
-    if hasattr(arguments, "window_size") and hasattr(dims, "window"):
+    if hasattr(arguments, "window_size") and getattr(dims, "heads", None):
         window = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
-        yield "window_size", window, dims.window if any(dims.sliding) else 0
-    parsed = hasattr(arguments, "untie_embeddings_and_output_weights")  # by Megatron-LM, which has no --softmax-scale
-    if (parsed or hasattr(arguments, "softmax_scale")) and getattr(dims, "head_dim", None):
+        yield "window_size", window, dims.window if any(getattr(dims, "sliding", ())) else 0
+    # Megatron-LM's parser has no --softmax-scale.
+    if (_parsed(arguments) or hasattr(arguments, "softmax_scale")) and getattr(dims, "head_dim", None):
         given = getattr(arguments, "softmax_scale", None) or dims.head_dim**-0.5
         own = getattr(dims, "attention_multiplier", 0.0) or dims.head_dim**-0.5
         yield "softmax_scale", own if math.isclose(given, own, rel_tol=1e-5) else given, own
+
+
+def _router_of(arguments: Namespace, dims: Any) -> Compared:
+    """Yield what is compared of how a token finds its experts, where the arguments have it under another form."""
+    if not getattr(dims, "experts", None):
+        return
+    if hasattr(arguments, "moe_router_topk_scaling_factor"):
+        scale = arguments.moe_router_topk_scaling_factor or 1.0
+        ours = getattr(dims, "routed_scale", getattr(dims, "routed_scaling_factor", 1.0))
+        yield "moe_router_topk_scaling_factor", scale, ours
+    theirs = _said(arguments, "moe_router_num_groups", 1), _said(arguments, "moe_router_group_topk", 0)
+    own = getattr(dims, "expert_groups", 1), getattr(dims, "top_groups", 1)
+    (groups, best), (own_groups, own_best) = map(_limited, (theirs, own))
+    yield "moe_router_num_groups", groups, own_groups
+    yield "moe_router_group_topk", best, own_best
+    balanced = getattr(arguments, "moe_router_load_balancing_type", None)
+    listed = balanced if isinstance(balanced, list) else [balanced]
+    yield "moe_router_load_balancing_type", next((each for each in listed if each in BALANCED), None), "none"
+
+
+def _limited(groups: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Return (groups, best of them), 1 of each where a token chooses among all experts: 0 of them, or every one."""
+    return (1, 1) if groups[1] is not None and groups[1] in (0, groups[0]) else groups
 
 
 def _layers_of(arguments: Namespace, dims: Any) -> Compared:
@@ -168,9 +197,10 @@ def _positions_of(arguments: Namespace, dims: Any) -> Compared:
         yield "rotary_seq_len_interpolation_factor", _said(arguments, "rotary_seq_len_interpolation_factor", 1), longer
         if theirs == "yarn" and isinstance(stretch, Yarn):
             yield from _yarn_of(arguments, stretch)
-    if hasattr(arguments, "use_rope_scaling") and hasattr(dims, "rope_factor"):
-        factor = getattr(arguments, "rope_scaling_factor", LLAMA3_FACTOR)
-        yield "rope_scaling_factor", factor if arguments.use_rope_scaling else 0, dims.rope_factor
+        if hasattr(arguments, "use_rope_scaling") and theirs != "yarn":
+            given = LLAMA3_FACTOR if _parsed(arguments) else getattr(arguments, "rope_scaling_factor", LLAMA3_FACTOR)
+            factor = given if arguments.use_rope_scaling else 0
+            yield "rope_scaling_factor, as the model was built,", factor, getattr(dims, "rope_factor", 0.0)
 
 
 def _yarn_of(arguments: Namespace, yarn: Yarn) -> Compared:
@@ -183,9 +213,11 @@ def _yarn_of(arguments: Namespace, yarn: Yarn) -> Compared:
 
 def _ends_of(arguments: Namespace, dims: Any) -> Compared:
     """Yield what is compared of embedding and output."""
-    if hasattr(arguments, "untie_embeddings_and_output_weights"):
+    if _parsed(arguments):
         untied = arguments.untie_embeddings_and_output_weights
         yield "untie_embeddings_and_output_weights", untied, not getattr(dims, "tied", False)
+        if getattr(dims, "mamba_heads", 0):
+            yield "norm_epsilon of Mamba's own norm", MAMBA_EPSILON, dims.norm_epsilon
         for name in MULTIPLIERS:  # for which Megatron-LM, whose parser made these arguments, has none
             yield name, 1.0, getattr(dims, name, 1.0)
 

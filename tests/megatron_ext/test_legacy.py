@@ -14,7 +14,7 @@ from megatron_ext.files import pickles
 from megatron_ext.models.rotary import Linear
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.weights.megatron_arguments import unlike
+from megatron_ext.weights.megatron_arguments import check_arguments, unlike
 from tests.megatron_ext import tiny
 
 DENSE = replace(tiny.DIMS, layers=4, tied=False)
@@ -30,6 +30,7 @@ ARGUMENTS = {  # of Megatron that trained those models, of those that shapes of 
         moe_router_topk_scaling_factor=None, activation_func_clamp_value=7.0,
     ),
 }  # fmt: skip
+GROUPED = dict(moe_router_num_groups=2, moe_router_group_topk=1)
 STRETCHED = dict(  # of tiny's olmo3
     position_embedding_type="yarn", rotary_scaling_factor=4.0, yarn_original_max_position_embeddings=16,
     yarn_beta_fast=None, yarn_beta_slow=1.0, yarn_correction_range_round_to_int=None, mscale=1.0, mscale_all_dim=0.0,
@@ -135,7 +136,7 @@ def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
         (DENSE, dict(rotary_percent=0.5), "rotary_percent is 0.5, config.json has 1.0"),
         (DENSE, dict(norm_epsilon=1e-5), "norm_epsilon is 1e-05, config.json has 1e-06"),
         (DENSE, dict(layernorm_epsilon=1e-5), "layernorm_epsilon is 1e-05, config.json has 1e-06"),
-        (DENSE, dict(use_rope_scaling=True), "rope_scaling_factor is 8.0, config.json has 0.0"),
+        (DENSE, dict(use_rope_scaling=True), "as the model was built, is 8.0, config.json has 0.0"),
         (
             replace(DENSE, tied=True),
             dict(untie_embeddings_and_output_weights=True),
@@ -203,12 +204,72 @@ def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
             "moe_router_num_groups is 1, config.json has 2",
         ),
         (DENSE, dict(quick_geglu=True), "quick_geglu is True, config.json has False"),
+        # of routers
+        (tiny.KINDS["qwen3_moe"], GROUPED, "moe_router_num_groups is 2, config.json has 1"),
+        (replace(tiny.NEMOTRON_H_DIMS, expert_groups=2), dict(GROUPED, moe_router_group_topk=None), "groups is 1, con"),
+        (EXPERTS, dict(moe_router_load_balancing_type="sinkhorn"), "type is sinkhorn, config.json has none"),
+        (EXPERTS, dict(moe_router_load_balancing_type=["quantile_balancing"]), "is quantile_balancing, config.json"),
+        # what ModelOpt's builder takes instead
+        (DENSE, dict(export_qk_l2_norm=True), "export_qk_l2_norm is True, config.json has False"),
+        (EXPERTS, dict(export_moe_apply_probs_on_input=True), "on_input is True, config.json has False"),
+        # of families that have no such thing
+        (tiny.NEMOTRON_H_DIMS, dict(window_size=(127, 0)), "window_size is 128, config.json has 0"),
+        (
+            replace(EXPERTS, yarn=None),
+            dict(use_rope_scaling=True, position_embedding_type="rope"),
+            "as the model was built, is 8.0, config.json has 0.0",
+        ),
+        # what Megatron-LM computes whatever is said, and where a release has no such argument
+        (
+            replace(DENSE, rope_factor=32.0),
+            dict(use_rope_scaling=True, rope_scaling_factor=32.0, untie_embeddings_and_output_weights=True),
+            "as the model was built, is 8.0, config.json has 32.0",
+        ),
+        (
+            tiny.KINDS["smollm3"],
+            dict(untie_embeddings_and_output_weights=False),
+            "no_rope_freq is [False, False], config.json has [False, True]",
+        ),
+        (
+            replace(tiny.NEMOTRON_H_DIMS, norm_epsilon=1e-6),
+            dict(untie_embeddings_and_output_weights=True),
+            "norm_epsilon of Mamba's own norm is 1e-05, config.json has 1e-06",
+        ),
     ],
 )
 def test_what_megatron_trained_otherwise_is_named_with_both_values(dims, trained, said):
     known = {} if dims in tiny.KINDS.values() else ARGUMENTS.get(type(dims), {})
     assert unlike(Namespace(**known), dims) == []
     assert any(said in one for one in unlike(Namespace(**{**known, **trained}), dims))
+
+
+@pytest.mark.parametrize(
+    "dims, trained",
+    [
+        (tiny.NEMOTRON_H_DIMS, dict(moe_router_num_groups=4, moe_router_group_topk=4)),
+        (tiny.KINDS["qwen3_moe"], dict(moe_router_num_groups=4, moe_router_group_topk=None)),
+        (replace(tiny.NEMOTRON_H_DIMS, expert_groups=2), GROUPED),
+        (EXPERTS, dict(moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"])),
+        (EXPERTS, dict(use_rope_scaling=True, position_embedding_type="yarn", rotary_scaling_factor=4.0)),
+        (replace(DENSE, rope_factor=8.0), dict(use_rope_scaling=True, untie_embeddings_and_output_weights=True)),
+        (tiny.NEMOTRON_H_DIMS, dict(untie_embeddings_and_output_weights=True, window_size=None)),
+    ],
+)
+def test_the_same_function_said_otherwise_is_taken(dims, trained):
+    assert unlike(Namespace(**trained), dims) == []
+
+
+ODD = [torch.ones(2), [torch.ones(2)], {"a": 1}, 10**400, 10**5000, object(), "1.0", float("nan"), b"x", (), ("a",)]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
+@pytest.mark.parametrize("name", ["norm_epsilon", "window_size", "softmax_scale", "no_rope_freq", "moe_router_topk"])
+def test_an_argument_of_any_type_is_understood_or_refused(name, odd):
+    for dims in (DENSE, EXPERTS, tiny.NEMOTRON_H_DIMS, tiny.KINDS["smollm3"]):
+        try:
+            check_arguments(Namespace(**{name: odd}), dims, "model_optim_rng.pt")
+        except UserMistake as mistake:
+            assert "model_optim_rng.pt" in str(mistake)
 
 
 def test_stretched_positions_are_compared_with_what_megatron_takes_where_nothing_is_said():
