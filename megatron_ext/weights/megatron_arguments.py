@@ -81,7 +81,7 @@ def unlike(arguments: Namespace, dims: Any) -> list[str]:
     ):
         said[name], ours[name] = theirs, value
     return [
-        f"{name} is {value}, config.json has {ours[name]}"
+        " ".join(f"{name} is {value}, config.json has {ours[name]}".split())
         for name, value in said.items()
         if value is not None and ours[name] is not None and value != ours[name]
     ]
@@ -105,7 +105,9 @@ def check_arguments(arguments: Namespace, dims: Any, where: str) -> None:
     try:
         said = unlike(arguments, dims)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserMistake(Problem(where, f"its arguments are not understood ({error})")) from None
+        raise UserMistake(
+            Problem(where, f"its arguments are not understood ({' '.join(str(error).split())})")
+        ) from None
     if said:
         remedy = "what it was trained with has to be in the config.json"
         raise UserMistake([Problem(where, f"was trained otherwise: {other}: {remedy}") for other in said])
@@ -192,6 +194,10 @@ def _positions_of(arguments: Namespace, dims: Any) -> Compared:
         yield "rotary_percent", getattr(arguments, "rotary_percent", None), getattr(dims, "partial", 1.0)
         older = getattr(arguments, "use_rotary_position_embeddings", None)
         theirs = "rope" if older else getattr(arguments, "position_embedding_type", None)
+        if theirs == "rope" and getattr(
+            arguments, "enable_gpt_oss", False
+        ):  # which counts for ModelOpt's builder alone
+            theirs = "yarn" if getattr(arguments, "modelopt_enabled", False) else "rope, and yarn by --enable-gpt-oss"
         yield "position_embedding_type", theirs, "yarn" if isinstance(stretch, Yarn) else "rope"
         longer = stretch.factor if isinstance(stretch, Linear) else 1
         yield "rotary_seq_len_interpolation_factor", _said(arguments, "rotary_seq_len_interpolation_factor", 1), longer

@@ -31,6 +31,7 @@ ARGUMENTS = {  # of Megatron that trained those models, of those that shapes of 
     ),
 }  # fmt: skip
 GROUPED = dict(moe_router_num_groups=2, moe_router_group_topk=1)
+OF_GPT_OSS = dict(enable_gpt_oss=True, position_embedding_type="rope")
 STRETCHED = dict(  # of tiny's olmo3
     position_embedding_type="yarn", rotary_scaling_factor=4.0, yarn_original_max_position_embeddings=16,
     yarn_beta_fast=None, yarn_beta_slow=1.0, yarn_correction_range_round_to_int=None, mscale=1.0, mscale_all_dim=0.0,
@@ -219,6 +220,8 @@ def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
             dict(use_rope_scaling=True, position_embedding_type="rope"),
             "as the model was built, is 8.0, config.json has 0.0",
         ),
+        (replace(EXPERTS, yarn=None), dict(OF_GPT_OSS, modelopt_enabled=True), "type is yarn, config.json has rope"),
+        (replace(EXPERTS, yarn=None), OF_GPT_OSS, "rope, and yarn by --enable-gpt-oss, config.json has rope"),
         # what Megatron-LM computes whatever is said, and where a release has no such argument
         (
             replace(DENSE, rope_factor=32.0),
@@ -253,13 +256,30 @@ def test_what_megatron_trained_otherwise_is_named_with_both_values(dims, trained
         (EXPERTS, dict(use_rope_scaling=True, position_embedding_type="yarn", rotary_scaling_factor=4.0)),
         (replace(DENSE, rope_factor=8.0), dict(use_rope_scaling=True, untie_embeddings_and_output_weights=True)),
         (tiny.NEMOTRON_H_DIMS, dict(untie_embeddings_and_output_weights=True, window_size=None)),
+        (
+            replace(EXPERTS, yarn=tiny.Yarn(32.0, 131072, 32.0, 1.0, False)),
+            dict(OF_GPT_OSS, modelopt_enabled=True),
+        ),
     ],
 )
 def test_the_same_function_said_otherwise_is_taken(dims, trained):
     assert unlike(Namespace(**trained), dims) == []
 
 
-ODD = [torch.ones(2), [torch.ones(2)], {"a": 1}, 10**400, 10**5000, object(), "1.0", float("nan"), b"x", (), ("a",)]
+ODD = [
+    torch.ones(2),
+    [torch.ones(2)],
+    {"a": 1},
+    10**400,
+    10**5000,
+    object(),
+    "1.0",
+    "1\n0",
+    float("nan"),
+    b"x",
+    (),
+    ("a",),
+]
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
@@ -269,7 +289,7 @@ def test_an_argument_of_any_type_is_understood_or_refused(name, odd):
         try:
             check_arguments(Namespace(**{name: odd}), dims, "model_optim_rng.pt")
         except UserMistake as mistake:
-            assert "model_optim_rng.pt" in str(mistake)
+            assert all("model_optim_rng.pt: " in line for line in str(mistake).splitlines())
 
 
 def test_stretched_positions_are_compared_with_what_megatron_takes_where_nothing_is_said():
