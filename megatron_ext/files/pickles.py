@@ -85,6 +85,10 @@ class Node:
     def __init__(self, *_: Any) -> None:
         pass
 
+    def __repr__(self) -> str:
+        said = ", ".join(repr(each) for each in self.args if isinstance(each, (str, int, float)))
+        return f"{'.'.join(self.pair)}({said})"
+
     def __setstate__(self, state: Any) -> None:
         self.state = state
 

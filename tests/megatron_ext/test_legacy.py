@@ -343,6 +343,12 @@ def test_a_model_with_another_function_is_refused(tmp_path):
     assert "was trained otherwise: rotary_base is 10000, config.json has 500000.0: what it was trained with" in said
 
 
+def test_an_argument_of_a_class_is_named_by_it():
+    of_megatron = type("Choice", (pickles.Node,), {"pair": ("megatron.core.enums", "Choice")})
+    (said,) = unlike(Namespace(softmax_type=of_megatron("off-by-one")), DENSE)
+    assert said == "softmax_type is megatron.core.enums.Choice('off-by-one'), config.json has vanilla"
+
+
 def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path):
     hf, root = legacy(tmp_path, DENSE, ParallelPlan(), None)
     durable.write_json(hf / "config.json", tiny.QWEN2.config.hf_config(replace(DENSE, kind="llama")))
