@@ -194,9 +194,7 @@ def _positions_of(arguments: Namespace, dims: Any) -> Compared:
         yield "rotary_percent", getattr(arguments, "rotary_percent", None), getattr(dims, "partial", 1.0)
         older = getattr(arguments, "use_rotary_position_embeddings", None)
         theirs = "rope" if older else getattr(arguments, "position_embedding_type", None)
-        if theirs == "rope" and getattr(
-            arguments, "enable_gpt_oss", False
-        ):  # which counts for ModelOpt's builder alone
+        if theirs == "rope" and getattr(arguments, "enable_gpt_oss", False):  # for ModelOpt's builder alone
             theirs = "yarn" if getattr(arguments, "modelopt_enabled", False) else "rope, and yarn by --enable-gpt-oss"
         yield "position_embedding_type", theirs, "yarn" if isinstance(stretch, Yarn) else "rope"
         longer = stretch.factor if isinstance(stretch, Linear) else 1
