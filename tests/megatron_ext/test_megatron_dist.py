@@ -327,7 +327,7 @@ RUN = {
 
 
 def megatron_lm_saved(folder, dims, form):
-    """Export a model of `dims`, let Megatron-LM load and save it; return the Hugging Face folder and its digest."""
+    """Export a model of `dims`, let Megatron-LM load and save it; return the import of that, and the digest."""
     if sys.version_info < (3, 12) or not importlib.util.find_spec("megatron.training.models.gpt"):
         pytest.skip("Megatron-LM's own packages are in megatron-core's wheels from 0.19 on, for Python 3.12")
     hf = tiny.hf_folder(folder / "hf", dims)
